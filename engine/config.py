@@ -1,0 +1,49 @@
+"""Settings of one model replica, frozen after start."""
+
+from dataclasses import dataclass
+
+from protocol.settings import setting
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is loaded and run. vLLM's names; None means "resolved at start"."""
+
+    model: str | None = setting(
+        None,
+        help="local HF directory, hub id, or nothing for the built-in SmolLM2-135M-Instruct",
+    )
+    dtype: str = setting(
+        "auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="type of weights, activations and KV cache",
+    )
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    load_format: str = setting(
+        "auto",
+        choices=("auto", "safetensors", "dummy"),
+        help="'dummy' makes random weights, for benchmarks",
+    )
+    max_model_len: int | None = setting(
+        None, minimum=1, help="longest sequence in tokens; default: the model's own limit"
+    )
+    block_size: int = setting(16, minimum=1, maximum=256, help="tokens in a KV block")
+    kv_cache_memory_bytes: int | None = setting(
+        None, minimum=1, help="memory for KV blocks; default: a share of what is free"
+    )
+    num_gpu_blocks_override: int | None = setting(
+        None, minimum=1, help="number of KV blocks, whatever the memory"
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, minimum=0.01, maximum=1.0, help="share of a GPU's memory that this worker may use"
+    )
+    max_num_seqs: int = setting(256, minimum=1, help="sequences in one step at most")
+    max_num_batched_tokens: int = setting(
+        2048, minimum=1, help="tokens in one step at most; longer prompts run in chunks"
+    )
+    enable_prefix_caching: bool = setting(True, help="reuse KV blocks of equal prefixes")
+    seed: int = setting(0, help="root of the random numbers of requests without a seed")
+    num_threads: int | None = setting(
+        None, minimum=1, help="CPU threads of this worker; default: all cores of the process"
+    )
+    enforce_eager: bool = setting(False, help="no CUDA graphs")

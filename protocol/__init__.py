@@ -1,0 +1,1 @@
+"""What crosses a process boundary: ids, messages, hashes, layouts, records, errors."""

@@ -1,0 +1,66 @@
+"""A generation request as workers see it, and what they answer."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from protocol.ids import RequestKey
+from protocol.sampling import SamplingParams
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate; the same on the prefill and the decode worker.
+
+    `token_ids` are the prompt's and, when an earlier attempt already delivered some output, that
+    output's: the new attempt goes on behind it. `sampling.max_tokens` counts all output tokens,
+    those included; it's never None here, because the router bounds it by the context length.
+    """
+
+    key: RequestKey
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    cache_salt: str | None = None
+    priority: int = 0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the probability of one sampled token and of the likeliest ones.
+
+    Taken from the model's distribution before temperature and penalties, as vLLM's default.
+    """
+
+    logprob: float
+    rank: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class PhaseTimings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a request's time to first token went, in seconds; each worker fills its own part."""
+
+    prefill_queue_s: float | None = None
+    prefill_s: float | None = None
+    transfer_s: float | None = None
+    exposed_transfer_s: float | None = None
+    decode_queue_s: float | None = None
+    first_step_s: float | None = None
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one sequence.
+
+    `position` is the index of the first of `token_ids` among the request's output tokens, so a
+    receiver delivers each token exactly once, in order, whoever sent it.
+    """
+
+    key: RequestKey
+    position: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
+    timings: PhaseTimings | None = None

@@ -1,0 +1,77 @@
+"""How tokens are chosen and when generation ends; vLLM's names and defaults."""
+
+import math
+
+import msgspec
+
+from protocol.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence's sampling parameters; `n` is for the router and `LLM`, which ask n times.
+
+    Stop strings are matched where text exists (router, `LLM`); workers see `stop_token_ids` only.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def validate(self) -> None:
+        """Raises InvalidRequestError that names the first field out of range."""
+        for name, low, high, wanted in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InvalidRequestError(f"`{name}` must be {wanted}, got {value}.", field=name)
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidRequestError(
+                f"`top_p` must be in (0, 1], got {self.top_p}.", field="top_p"
+            )
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise InvalidRequestError(
+                f"`repetition_penalty` must be greater than 0, got {self.repetition_penalty}.",
+                field="repetition_penalty",
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"`min_tokens` ({self.min_tokens}) must not exceed `max_tokens` "
+                f"({self.max_tokens}).",
+                field="min_tokens",
+            )
+        if any(not text for text in self.stop):
+            raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")
+
+
+_RANGES: tuple[tuple[str, float, float, str], ...] = (
+    ("n", 1, 128, "between 1 and 128"),
+    ("temperature", 0.0, 100.0, "between 0 and 100"),
+    ("top_k", -1, 2**31 - 1, "-1, 0 or a positive integer"),
+    ("min_p", 0.0, 1.0, "between 0 and 1"),
+    ("presence_penalty", -2.0, 2.0, "between -2 and 2"),
+    ("frequency_penalty", -2.0, 2.0, "between -2 and 2"),
+    ("seed", -(2**63), 2**63 - 1, "a 64-bit integer"),
+    ("max_tokens", 1, 2**31 - 1, "at least 1"),
+    ("min_tokens", 0, 2**31 - 1, "at least 0"),
+    ("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+)
