@@ -59,6 +59,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"({self.max_tokens}).",
                 field="min_tokens",
             )
+        for token_id, bias in (self.logit_bias or {}).items():
+            if token_id < 0 or not -100.0 <= bias <= 100.0:
+                raise InvalidRequestError(
+                    "`logit_bias` maps token ids to values between -100 and 100, "
+                    f"got {token_id}: {bias}.",
+                    field="logit_bias",
+                )
         if any(not text for text in self.stop):
             raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")
 
