@@ -1,0 +1,150 @@
+"""Causal attention over the paged KV pool, for prefill chunks and decode rows in one batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A group of gathered decode contexts stays under this many elements, about 128 MiB in bfloat16.
+_MAX_GATHERED_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One step's geometry, built once a step and used by all layers; tensors on the pool's device.
+
+    Sequence i's new tokens are rows `query_starts[i] : query_starts[i + 1]`, at least one, and are
+    the last of its `kv_lens[i]` tokens. Entries of `block_tables` past a sequence's blocks are
+    never read for their meaning, but must be valid block ids (0 will do).
+    """
+
+    query_starts: Tensor  # int32 [num_seqs + 1]
+    kv_lens: Tensor  # int32 [num_seqs], tokens including this step's
+    block_tables: Tensor  # int32 [num_seqs, max_blocks]
+    slots: Tensor  # int64 [num_tokens], block id * block_size + offset of each new token
+    positions: Tensor  # int64 [num_tokens]
+    max_query_len: int
+    max_kv_len: int
+    num_seqs: int
+
+
+def paged_attention(
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend from each query to its sequence's tokens up to itself; the new KV is in the pool.
+
+    `q` is [num_tokens, num_heads, head_dim] with a contiguous last dimension; the result has its
+    shape, contiguous. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size,
+    head_dim]. `sliding_window` counts the tokens seen, the query's own included. `softcap` bounds
+    scores as `softcap * tanh(score / softcap)`.
+    """
+    num_heads, head_dim = q.shape[1:]
+    if kv_pool.shape[5] != head_dim or num_heads % kv_pool.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
+    return paged_attention_reference(
+        q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+    )
+
+
+def paged_attention_reference(
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`paged_attention` in torch: gathers the blocks, decode rows of many sequences at a time."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts, kv_lens = batch.query_starts.tolist(), batch.kv_lens.tolist()
+    layer_pool = kv_pool.select(1, layer)
+    window = sliding_window or batch.max_kv_len
+    for first, last in _groups(starts, kv_lens, layer_pool[0].numel() // layer_pool.shape[3]):
+        rows = slice(starts[first], starts[last])
+        num_queries = starts[first + 1] - starts[first]
+        queries = q[rows].unflatten(0, (last - first, num_queries))
+        out[rows] = _attend(
+            queries,
+            layer_pool,
+            batch.block_tables[first:last],
+            batch.kv_lens[first:last],
+            max_kv_len=max(kv_lens[first:last]),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        ).flatten(0, 1)
+    return out
+
+
+def _groups(
+    starts: list[int], kv_lens: list[int], elements_per_token: int
+) -> list[tuple[int, int]]:
+    """Runs `[first, last)` of sequences attended at once: neighbours in decode, else one."""
+    groups: list[tuple[int, int]] = []
+    first = longest = 0
+    for i, kv_len in enumerate(kv_lens):
+        longest = max(longest, kv_len)
+        is_decode = starts[i + 1] - starts[first] == i + 1 - first
+        gathered = longest * (i + 1 - first) * elements_per_token
+        if i > first and not (is_decode and gathered <= _MAX_GATHERED_ELEMENTS):
+            groups.append((first, i))
+            first, longest = i, kv_len
+    groups.append((first, len(kv_lens)))
+    return groups
+
+
+def _attend(
+    queries: Tensor,
+    layer_pool: Tensor,
+    block_tables: Tensor,
+    kv_lens: Tensor,
+    *,
+    max_kv_len: int,
+    scale: float,
+    window: int,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of `queries` [num_seqs, num_queries, num_heads, head_dim], as many each."""
+    num_seqs, num_queries, num_heads, head_dim = queries.shape
+    num_kv_heads, block_size = layer_pool.shape[2:4]
+    num_blocks = -(-max_kv_len // block_size)
+    # [num_seqs, blocks, 2, kv_heads, block_size, head_dim] to two [num_seqs, kv_heads, kv, head_dim]
+    gathered = layer_pool[block_tables[:, :num_blocks]].permute(2, 0, 3, 1, 4, 5)
+    k, v = gathered.flatten(3, 4)[..., :max_kv_len, :]
+    kv_positions = torch.arange(max_kv_len, device=queries.device)
+    padding = kv_positions >= kv_lens[:, None]
+    if num_seqs > 1:
+        # What lies past a sequence's end is whatever the block's last owner left, NaN included.
+        k = k.masked_fill(padding[:, None, :, None], 0)
+        v = v.masked_fill(padding[:, None, :, None], 0)
+    query_positions = (
+        kv_lens[:, None] - num_queries + torch.arange(num_queries, device=queries.device)
+    )
+    distance = query_positions[:, :, None] - kv_positions
+    visible = (distance >= 0) & (distance < window)  # [num_seqs, num_queries, kv]
+    # The heads of a group share their K and V: they become further query rows.
+    group = num_heads // num_kv_heads
+    rows = queries.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = visible[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            rows, k, v, attn_mask=mask, scale=scale
+        )
+    else:
+        scores = softcap * torch.tanh((rows @ k.mT).float() * (scale / softcap))
+        probabilities = scores.masked_fill_(~mask, float("-inf")).softmax(-1)
+        out = probabilities.to(v.dtype) @ v
+    return (
+        out.unflatten(2, (group, num_queries))
+        .permute(0, 3, 1, 2, 4)
+        .reshape(num_seqs, num_queries, num_heads, head_dim)
+    )

@@ -1,0 +1,60 @@
+"""Rotary position embedding, fused with storing keys and values in the paged pool."""
+
+import torch
+from torch import Tensor
+
+from kernels.attention import AttentionBatch
+
+
+def rope_and_store_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: AttentionBatch,
+    kv_pool: Tensor,
+    layer: int,
+) -> None:
+    """Rotate `q` in place, and put the rotated `k` and `v` into the pool at `batch.slots`.
+
+    `q` is [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, num_kv_heads, head_dim],
+    all with a contiguous last dimension (views of one fused qkv tensor do). `cos_sin` is
+    [max_positions, rotary_dim] float32: cosines in the first half of a row, sines in the second;
+    dimension i rotates with i + rotary_dim / 2 (the NeoX way), those past rotary_dim stay. `k` is
+    left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+    """
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit")
+    if kv_pool.shape[3] != k.shape[1] or kv_pool.shape[5] != k.shape[2]:
+        raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
+    if cos_sin.shape[1] > q.shape[2]:
+        raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
+    rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
+
+
+def rope_and_store_kv_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: AttentionBatch,
+    kv_pool: Tensor,
+    layer: int,
+) -> None:
+    """`rope_and_store_kv` in torch."""
+    cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
+    q[..., : cos_sin.shape[1]] = _rotated(q, cos, sin)
+    block_size = kv_pool.shape[4]
+    block = batch.slots // block_size
+    offset = batch.slots % block_size
+    layer_pool = kv_pool.select(1, layer)
+    stored = k.clone()
+    stored[..., : cos_sin.shape[1]] = _rotated(k, cos, sin)
+    layer_pool[:, 0][block, :, offset] = stored
+    layer_pool[:, 1][block, :, offset] = v
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

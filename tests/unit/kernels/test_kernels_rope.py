@@ -1,0 +1,76 @@
+"""Rope and the KV store against a plain rotation, with fused views and partial rotation."""
+
+import pytest
+import torch
+
+from kernels.attention import AttentionBatch
+from kernels.rope import rope_and_store_kv, rope_and_store_kv_reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def make_batch(slots: list[int], positions: list[int]) -> AttentionBatch:
+    return AttentionBatch(
+        query_starts=torch.tensor([0, len(slots)], dtype=torch.int32),
+        kv_lens=torch.tensor([max(positions) + 1], dtype=torch.int32),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slots=torch.tensor(slots),
+        positions=torch.tensor(positions),
+        max_query_len=len(slots),
+        max_kv_len=max(positions) + 1,
+        num_seqs=1,
+    )
+
+
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Rotate complex numbers made of dimension i and i + rotary_dim / 2."""
+    half = cos_sin.shape[1] // 2
+    angle = torch.complex(cos_sin[positions, :half].double(), cos_sin[positions, half:].double())
+    z = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double()) * angle[:, None]
+    return torch.cat((z.real, z.imag, x[..., 2 * half :].double()), -1)
+
+
+@pytest.mark.parametrize("implementation", [rope_and_store_kv, rope_and_store_kv_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotary_dim", "block_size"),
+    [((9, 3), 64, 64, 16), ((2, 2), 80, 32, 5), ((4, 1), 128, 128, 1), ((3, 1), 10, 6, 7)],
+)
+def test_rope_and_store_kv(implementation, dtype, heads, head_dim, rotary_dim, block_size):
+    torch.manual_seed(0)
+    num_heads, num_kv_heads = heads
+    slots = [block_size * 3, 0, block_size * 2 - 1, block_size * 4 + block_size // 2]
+    positions = [0, 17, 3, 41]
+    angles = torch.outer(torch.arange(50), torch.rand(rotary_dim // 2))
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    fused = torch.randn(4, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+    q, k, v = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    expected_q, expected_k = rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
+    expected_v = v.clone()
+    pool = torch.full((6, 3, 2, num_kv_heads, block_size, head_dim), 9.0, dtype=dtype)
+    untouched = pool.clone()
+
+    implementation(q, k, v, cos_sin, make_batch(slots, positions), pool, 1)
+
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(q.double(), expected_q, atol=tolerance, rtol=tolerance)
+    for i, slot in enumerate(slots):
+        stored = pool[slot // block_size, 1, :, :, slot % block_size]
+        torch.testing.assert_close(
+            stored[0].double(), expected_k[i], atol=tolerance, rtol=tolerance
+        )
+        assert torch.equal(stored[1], expected_v[i])
+        untouched[slot // block_size, 1, :, :, slot % block_size] = stored
+    assert torch.equal(pool, untouched)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8)
+    pool = torch.zeros(1, 1, 2, 1, 4, 8)
+    batch = make_batch([0], [0])
+    with pytest.raises(ValueError, match="don't fit"):
+        rope_and_store_kv(q, k, k[..., :4], torch.zeros(4, 8), batch, pool, 0)
+    with pytest.raises(ValueError, match="doesn't fit the pool"):
+        rope_and_store_kv(q, q, q, torch.zeros(4, 8), batch, pool, 0)
+    with pytest.raises(ValueError, match="rotary_dim"):
+        rope_and_store_kv(q, k, k, torch.zeros(4, 10), batch, pool, 0)
