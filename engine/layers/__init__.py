@@ -1,0 +1,1 @@
+"""Layers that several architectures share; each takes its weights when it's constructed."""

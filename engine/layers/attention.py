@@ -1,0 +1,89 @@
+"""Multi-head attention with grouped keys and values in the paged pool."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.weights.source import WeightSource
+from kernels.attention import AttentionBatch, paged_attention
+from kernels.linear import linear, pack_linear
+from kernels.norm import rms_norm
+from kernels.rope import rope_and_store_kv
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """In what architectures differ. `window` is a sliding window in tokens, None for all."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+
+class Attention:
+    """One fused projection to q, k and v; RoPE; attention; output projection."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        weights: WeightSource,
+        *,
+        options: AttentionOptions,
+    ) -> None:
+        self._layer = layer
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._head_dim = config.head_dim
+        self._eps = config.rms_norm_eps
+        self._scale = config.head_dim**-0.5
+        self._window = options.window
+        prefix = f"model.layers.{layer}.self_attn"
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self._qkv = pack_linear(
+            torch.cat(
+                [
+                    weights.take(f"{prefix}.{name}.weight", (size, config.hidden_size))
+                    for name, size in projections.items()
+                ]
+            ),
+            torch.cat(
+                [
+                    weights.take(f"{prefix}.{name}.bias", (size,))
+                    for name, size in projections.items()
+                ]
+            )
+            if options.qkv_bias
+            else None,
+        )
+        self._output = pack_linear(
+            weights.take(f"{prefix}.o_proj.weight", (config.hidden_size, q_size)),
+            weights.take(f"{prefix}.o_proj.bias", (config.hidden_size,))
+            if options.output_bias
+            else None,
+        )
+        self._q_norm: Tensor | None = None
+        self._k_norm: Tensor | None = None
+        if options.qk_norm:
+            self._q_norm = weights.take(f"{prefix}.q_norm.weight", (config.head_dim,))
+            self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
+
+    def forward(
+        self, hidden: Tensor, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
+    ) -> Tensor:
+        """`hidden` [num_tokens, hidden_size] to the same shape; the new KV goes to the pool."""
+        heads = linear(hidden, self._qkv).unflatten(-1, (-1, self._head_dim))
+        q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q = rms_norm(q, self._q_norm, self._eps)
+            k = rms_norm(k, self._k_norm, self._eps)
+        rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, self._layer)
+        attended = paged_attention(
+            q, kv_pool, self._layer, batch, scale=self._scale, sliding_window=self._window
+        )
+        return linear(attended.flatten(1), self._output)

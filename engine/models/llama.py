@@ -1,0 +1,47 @@
+"""Llama 2, 3, 3.1 and 3.2, and models of their shape such as SmolLM2."""
+
+import torch
+from torch import Tensor
+
+from engine.layers.attention import AttentionOptions
+from engine.layers.decoder import DecoderLayer
+from engine.layers.rope import rope_table
+from engine.layers.vocabulary import Vocabulary
+from engine.models.config import ModelConfig
+from engine.weights.source import WeightSource
+from kernels.attention import AttentionBatch
+from kernels.norm import add_rms_norm
+
+
+class LlamaForCausalLM:
+    """Full attention; biases are the checkpoint's choice."""
+
+    def __init__(self, config: ModelConfig, weights: WeightSource) -> None:
+        self.config = config
+        self.dtype = weights.dtype
+        self.device = weights.device
+        self._cos_sin = rope_table(config.rope, config.max_model_len, weights.device)
+        self._vocabulary = Vocabulary(config, weights)
+        self._layers = [
+            DecoderLayer(
+                config,
+                layer,
+                weights,
+                attention=AttentionOptions(
+                    qkv_bias=config.attention_bias, output_bias=config.attention_bias
+                ),
+                mlp_bias=config.mlp_bias,
+            )
+            for layer in range(config.num_layers)
+        ]
+        self._norm = weights.take("model.norm.weight", (config.hidden_size,))
+
+    def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
+        hidden = self._vocabulary.embed(token_ids)
+        residual = torch.zeros_like(hidden)
+        for layer in self._layers:
+            hidden, residual = layer.forward(hidden, residual, self._cos_sin, batch, kv_pool)
+        return add_rms_norm(hidden, residual, self._norm, self.config.rms_norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._vocabulary.logits(hidden)

@@ -1,0 +1,49 @@
+"""From a model directory to a model that runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.models.causal_lm import CausalLM
+from engine.models.config import ModelConfig
+from engine.models.llama import LlamaForCausalLM
+from engine.models.mistral import MistralForCausalLM
+from engine.models.qwen2 import Qwen2ForCausalLM
+from engine.models.qwen3 import Qwen3ForCausalLM
+from engine.weights.source import DummyWeights, SafetensorsWeights, WeightSource
+from protocol.errors import StartupError
+
+ARCHITECTURES: dict[str, Callable[[ModelConfig, WeightSource], CausalLM]] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+
+
+def build_model(config: ModelConfig, weights: WeightSource) -> CausalLM:
+    """Raises StartupError for an architecture that isn't served or weights that don't fit."""
+    architecture = ARCHITECTURES.get(config.architecture)
+    if architecture is None:
+        raise StartupError(
+            f"config.json names architecture {config.architecture!r}; "
+            f"served are {', '.join(ARCHITECTURES)}."
+        )
+    return architecture(config, weights)
+
+
+def load_model(
+    config: ModelConfig,
+    model_dir: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    progress: bool = False,
+) -> CausalLM:
+    """The model with the directory's weights, or random ones if `load_format` is "dummy"."""
+    if load_format == "dummy":
+        return build_model(config, DummyWeights(dtype, device))
+    with SafetensorsWeights(model_dir, dtype, device, progress=progress) as weights:
+        return build_model(config, weights)

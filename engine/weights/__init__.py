@@ -1,0 +1,1 @@
+"""Where weights come from: model directories, safetensors, GGUF, random numbers."""

@@ -1,0 +1,38 @@
+"""Which floating point type a model runs in."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+# Linux's names for the instructions that multiply bfloat16 without widening it first.
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def resolve_dtype(name: str, device: torch.device, *, checkpoint_dtype: str) -> torch.dtype:
+    """`--dtype`'s value, with "auto" decided.
+
+    On a GPU "auto" is the checkpoint's own 16-bit type, or bfloat16; on a CPU it's bfloat16
+    where that has instructions for it, else float32: emulated bfloat16 is slower than float32.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 natively; False where it's unknown."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = [line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))]
+    return bool(flags) and not _BFLOAT16_FLAGS.isdisjoint(flags[0].split())
