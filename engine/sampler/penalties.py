@@ -1,0 +1,78 @@
+"""Repetition, presence and frequency penalties over token counts kept per row."""
+
+from collections.abc import Sequence as TokenIds
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FIRST_CAPACITY = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PenaltyRows:
+    """Rows of a step that use penalties. `index` int64 [n] are their places in the step, None
+    for all; `slots` int64 [n] their counts; the penalties are float32 [n, 1]."""
+
+    index: Tensor | None
+    slots: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+class PenaltyCounts:
+    """How often each token occurs in the output, and whether in the prompt, of the sequences
+    that use penalties: vocabulary-sized, so allocated for those alone."""
+
+    def __init__(self, *, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._output_counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._free_slots: list[int] = []
+
+    def add(self, prompt_ids: TokenIds[int], output_ids: TokenIds[int]) -> int:
+        """Counts a sequence's tokens so far; the slot to name it by until `remove`."""
+        if not self._free_slots:
+            self._grow()
+        slot = self._free_slots.pop()
+        device = self._in_prompt.device
+        self._in_prompt[slot].zero_()
+        self._in_prompt[slot, torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
+        outputs = torch.tensor(output_ids, dtype=torch.int64, device=device)
+        self._output_counts[slot] = torch.bincount(outputs, minlength=self._vocab_size)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        self._free_slots.append(slot)
+
+    def count(self, rows: PenaltyRows, token_ids: Tensor) -> None:
+        """Adds a step's sampled `token_ids` (int64, one a row of the step) to the counts."""
+        chosen = token_ids if rows.index is None else token_ids[rows.index]
+        self._output_counts[rows.slots, chosen] += 1
+
+    def apply(self, rows: PenaltyRows, scores: Tensor) -> None:
+        """Changes `scores` [num_rows, >= vocab_size] in place, with OpenAI's and, for repetition,
+        CTRL's (arXiv:1909.05858) formula, as vLLM does."""
+        selected = scores if rows.index is None else scores[rows.index]
+        logits = selected[:, : self._vocab_size]
+        counts = self._output_counts[rows.slots]
+        in_output = counts > 0
+        factor = torch.where(in_output | self._in_prompt[rows.slots], rows.repetition, 1.0)
+        logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
+        logits.addcmul_(rows.frequency, counts, value=-1.0)
+        logits.addcmul_(rows.presence, in_output, value=-1.0)
+        if rows.index is not None:
+            scores[rows.index] = selected
+
+    def _grow(self) -> None:
+        """Doubles the slots, so that a burst of such requests doesn't copy the counts each time."""
+        used = self._output_counts.shape[0]
+        added = max(used, _FIRST_CAPACITY)
+        self._output_counts = torch.cat(
+            [self._output_counts, self._output_counts.new_zeros((added, self._vocab_size))]
+        )
+        self._in_prompt = torch.cat(
+            [self._in_prompt, self._in_prompt.new_zeros((added, self._vocab_size))]
+        )
+        self._free_slots.extend(range(used, used + added))

@@ -1,0 +1,179 @@
+"""From a step's logits to its tokens, vectorised over rows.
+
+Order, as in vLLM: logprobs are taken from the logits as they come; then bias, minimum length,
+penalties; greedy rows take the largest; the others divide by their temperature, filter, and
+choose by a random number that is a function of (seed, output position).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.sampler.choice import CHUNK, argmax_rows, choose_rows
+from engine.sampler.filters import filter_weights
+from engine.sampler.groups import RandomRows, RowGroups, StopEntries, group_rows
+from engine.sampler.logprobs import token_logprobs
+from engine.sampler.penalties import PenaltyCounts
+from engine.sampler.randomness import uniforms
+from engine.sampler.rows import NO_PENALTY_SLOT, SamplingTable
+from engine.sequence import Sequence
+from protocol.request import TokenLogprobs
+from protocol.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """One token a row, in the order of the rows given; `logprobs` None if no row asked."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+class Sampler:
+    """Holds the sampling state of all running sequences by row number.
+
+    A token that `sample` returns counts as the row's next output from then on: the caller
+    appends it to the sequence, or removes the row.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        root_seed: int,
+        device: torch.device,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._table = SamplingTable(
+            vocab_size=vocab_size, eos_token_ids=eos_token_ids, root_seed=root_seed
+        )
+        self._penalty_counts = PenaltyCounts(vocab_size=vocab_size, device=device)
+        self._groups: RowGroups | None = None
+        self._grouped: tuple[int, bytes] | None = None
+        # Chunked search wants whole chunks; the surplus logits are -inf.
+        self._padded_vocab_size = -(-vocab_size // CHUNK) * CHUNK
+        self._scores = torch.empty((0, self._padded_vocab_size), device=device)
+
+    def add(self, row: int, sequence: Sequence) -> None:
+        """Row `row` stands for `sequence`, at whatever output position it is, until `remove`."""
+        slot = NO_PENALTY_SLOT
+        if _uses_penalties(sequence.request.sampling):
+            num_prompt_tokens = sequence.request.num_prompt_tokens
+            slot = self._penalty_counts.add(
+                sequence.token_ids[:num_prompt_tokens], sequence.token_ids[num_prompt_tokens:]
+            )
+        self._table.add(row, sequence, slot)
+
+    def remove(self, row: int) -> None:
+        slot = self._table.remove(row)
+        if slot is not None:
+            self._penalty_counts.remove(slot)
+
+    def sample(
+        self, logits: Tensor, rows: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> SampledRows:
+        """Tokens for `rows` from `logits` [num_rows, vocab_size], whatever its dtype.
+
+        `positions[i]` is the index among row i's output tokens of the one to sample.
+        """
+        groups = self._groups_of(rows)
+        scores = self._load(logits)
+        wanted = groups.logprobs
+        unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
+        self._adjust(scores, groups, positions)
+        chosen = self._choose(scores, groups, positions)
+        if groups.penalized is not None:
+            self._penalty_counts.count(groups.penalized, chosen)
+        if wanted is None or unadjusted is None:
+            return SampledRows(chosen.tolist(), None)
+        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        found = token_logprobs(unadjusted, chosen[wanted.index], wanted.num_top)
+        for place, value in zip(wanted.places, found, strict=True):
+            logprobs[place] = value
+        return SampledRows(chosen.tolist(), logprobs)
+
+    def _groups_of(self, rows: NDArray[np.int64]) -> RowGroups:
+        """Decode steps in a row have the same rows; only a change makes new groups."""
+        key = (self._table.version, rows.tobytes())
+        if self._groups is None or key != self._grouped:
+            self._groups = group_rows(self._table, rows, self._device)
+            self._grouped = key
+        return self._groups
+
+    def _load(self, logits: Tensor) -> Tensor:
+        """A float32 copy, padded to whole chunks: [num_rows, padded_vocab_size].
+
+        The buffer stays: fresh memory of this size costs a CPU more than all the arithmetic.
+        """
+        num_rows = logits.shape[0]
+        if num_rows > self._scores.shape[0]:
+            self._scores = torch.empty((num_rows, self._padded_vocab_size), device=self._device)
+        scores = self._scores[:num_rows]
+        scores[:, self._vocab_size :].fill_(-torch.inf)
+        scores[:, : self._vocab_size].copy_(logits)
+        return scores
+
+    def _adjust(self, scores: Tensor, groups: RowGroups, positions: NDArray[np.int64]) -> None:
+        if groups.biased is not None:
+            biased = groups.biased
+            scores[biased.places, biased.token_ids] += biased.values
+        if groups.stops is not None:
+            self._rule_out_stops(scores, groups.stops, positions)
+        if groups.penalized is not None:
+            self._penalty_counts.apply(groups.penalized, scores)
+
+    def _rule_out_stops(
+        self, scores: Tensor, stops: StopEntries, positions: NDArray[np.int64]
+    ) -> None:
+        too_early = positions[stops.places] < stops.min_tokens
+        if too_early.any():
+            places = torch.from_numpy(stops.places[too_early]).to(self._device)
+            token_ids = torch.from_numpy(stops.token_ids[too_early]).to(self._device)
+            scores[places, token_ids] = -torch.inf
+
+    def _choose(self, scores: Tensor, groups: RowGroups, positions: NDArray[np.int64]) -> Tensor:
+        if groups.random is None:
+            return argmax_rows(scores)
+        if groups.random.index is None:
+            return self._choose_randomly(scores, groups.random, positions)
+        chosen = torch.empty(len(positions), dtype=torch.int64, device=self._device)
+        chosen[groups.random.index] = self._choose_randomly(
+            scores[groups.random.index], groups.random, positions
+        )
+        if groups.greedy is not None:
+            chosen[groups.greedy] = argmax_rows(scores[groups.greedy])
+        return chosen
+
+    def _choose_randomly(
+        self, scores: Tensor, random: RandomRows, positions: NDArray[np.int64]
+    ) -> Tensor:
+        """Overwrites `scores`, which hold the random rows alone."""
+        scores.sub_(scores.amax(-1, keepdim=True)).div_(random.temperature)
+        weights = scores.exp_()
+        if random.filtered is not None:
+            filtered = random.filtered
+            selected = weights if filtered.index is None else weights[filtered.index]
+            filter_weights(
+                selected,
+                top_k=filtered.top_k,
+                top_p=filtered.top_p,
+                min_p=filtered.min_p,
+                num_candidates=filtered.num_candidates,
+            )
+            if filtered.index is not None:
+                weights[filtered.index] = selected
+        drawn = uniforms(random.keys, positions[random.places])
+        return choose_rows(weights, torch.from_numpy(drawn).to(self._device))
+
+
+def _uses_penalties(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )
