@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from engine.phase import Phase, PhaseEvent, advance
 from protocol.block_hash import BlockHash
 from protocol.ids import RequestKey
 from protocol.request import Request
@@ -9,8 +10,8 @@ from protocol.request import Request
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request's tokens and blocks. There are no phases: a step lets `num_computed_tokens`
-    catch up with `num_tokens`, and whoever has caught up samples.
+    """One request's tokens and blocks. A step lets `num_computed_tokens` catch up with
+    `num_tokens`, and whoever has caught up samples; `phase` says only who holds the blocks why.
 
     `block_ids` cover at least the computed tokens; `block_hashes` name the full blocks among
     `token_ids` known so far. `row` is the sequence's place in the runner's persistent batch
@@ -29,6 +30,7 @@ class Sequence:
     num_preemptions: int = 0
     row: int | None = None
     first_scheduled_s: float | None = None
+    phase: Phase = Phase.NEW
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.token_ids)
@@ -48,3 +50,12 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Who comes first: lower priority number, then earlier arrival."""
+        return (self.request.priority, self.arrival_s)
+
+    def advance(self, event: PhaseEvent) -> None:
+        """Raises PhaseError if `event` can't happen now."""
+        self.phase = advance(self.phase, event)

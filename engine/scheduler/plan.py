@@ -1,11 +1,12 @@
-"""A scheduler's decision as plain data: what one step runs."""
+"""A scheduler's decision as plain data: what one step runs, and what came of it."""
 
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
+from protocol.request import FinishReason
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """`num_new_tokens` tokens of `sequence`, starting at its `num_computed_tokens`.
 
@@ -27,3 +28,17 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_new_tokens for item in self.scheduled)
+
+
+@dataclass(slots=True)
+class SequenceUpdate:
+    """Tokens that a step appended to a sequence, up to the one that ended it.
+
+    `stop_token_id` is the one of the request's `stop_token_ids` that ended it; None after an
+    end-of-sequence token, as vLLM's `stop_reason`. Either is the last of `new_token_ids`.
+    """
+
+    sequence: Sequence
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
