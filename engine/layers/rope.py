@@ -3,7 +3,8 @@
 Frequencies that depend on a sequence's length (dynamic NTK, LongRoPE) get two tables, one behind
 the other: rows `[0, max_len)` are for sequences up to the trained length, rows
 `[max_len, 2 * max_len)` for longer ones. A sequence uses one of them from its first token to its
-last, so its cached keys never mix two sets of frequencies; `rope_row_offset` says which.
+last, so its cached keys never mix two sets of frequencies; `ModelConfig.rope_row_offset` says
+which.
 """
 
 import math

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.models.fingerprint import fingerprint_model
 from engine.models.rope_config import RopeConfig, read_rope_config
+from protocol.block_hash import BlockHash, root_hash
 from protocol.errors import StartupError
 
 # What transformers assumes where a config.json leaves these out.
@@ -57,6 +58,23 @@ class ModelConfig:
                 "tokens; lower it, or set rope scaling in the model's config.json."
             )
         return replace(self, max_model_len=max_model_len)
+
+    def uses_long_rope(self, max_seq_len: int) -> bool:
+        """Whether a sequence that can reach `max_seq_len` tokens takes the long frequencies.
+
+        It does from its first token on, so that its keys never mix two sets of frequencies.
+        """
+        switch_len = self.rope.switch_len
+        return switch_len is not None and max_seq_len > switch_len
+
+    def rope_row_offset(self, max_seq_len: int) -> int:
+        """What to add to the positions of such a sequence to index the model's cos/sin table."""
+        return self.max_model_len if self.uses_long_rope(max_seq_len) else 0
+
+    def root_hash(self, max_seq_len: int, *, cache_salt: str | None = None) -> BlockHash:
+        """The parent hash of such a sequence's first block: long and short keys never match."""
+        variant = "/long" if self.uses_long_rope(max_seq_len) else ""
+        return root_hash(self.fingerprint + variant, cache_salt=cache_salt)
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
