@@ -1,0 +1,142 @@
+"""One model replica, as services and `LLM` drive it: all calls on one thread, the engine thread."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
+from engine.model_info import ModelInfo
+from engine.models.causal_lm import CausalLM
+from engine.models.config import ModelConfig, read_model_config
+from engine.models.registry import load_model
+from engine.profiling import gpu_free_bytes, warm_up
+from engine.runner import ModelRunner
+from engine.sampler.sampled import SampledToken
+from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.plan import StepPlan
+from engine.sequence import Sequence
+from engine.weights.dtype import resolve_dtype
+from engine.weights.model_dir import model_name, resolve_model
+from protocol.block_hash import BlockHash
+from protocol.errors import StartupError
+from protocol.layout import KVLayout
+
+
+class Engine:
+    """Model, KV pool and the books over its blocks. Made by `load`.
+
+    `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+    """
+
+    model: ModelInfo
+    kv_pool: Tensor
+    pool: BlockPool
+
+    def __init__(self, config: EngineConfig, name: str, model: CausalLM) -> None:
+        """Sizes and allocates the pool, and warms the model up."""
+        self._config = config
+        self._model_config = model.config
+        layout = _layout(model, config.block_size)
+        max_model_len = model.config.max_model_len
+        if model.device.type == "cuda":
+            free_bytes = gpu_free_bytes(model, layout, config)
+        else:
+            free_bytes = cpu_free_bytes(config, layout, max_model_len=max_model_len)
+        num_blocks = num_kv_blocks(config, layout, free_bytes=free_bytes)
+        self.kv_pool = allocate_kv_pool(layout, num_blocks, dtype=model.dtype, device=model.device)
+        self.pool = BlockPool(
+            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.model = ModelInfo(
+            name=name,
+            architecture=model.config.architecture,
+            fingerprint=model.config.fingerprint,
+            layout=layout,
+            max_model_len=min(max_model_len, num_blocks * config.block_size),
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.config.eos_token_ids,
+        )
+        self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed)
+        self._thread: int | None = None
+        self._num_threads = torch.get_num_threads()
+        warm_up(self._runner, self.kv_pool)
+
+    @classmethod
+    def load(cls, config: EngineConfig, *, progress: bool) -> "Engine":
+        """Finds and loads the model. Raises StartupError that says what is wrong or too small."""
+        device = _resolve_device(config.device)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        model_dir = resolve_model(config.model, progress=progress)
+        model_config = read_model_config(model_dir).limited_to(config.max_model_len)
+        model = load_model(
+            model_config,
+            model_dir,
+            dtype=resolve_dtype(config.dtype, device, checkpoint_dtype=model_config.dtype),
+            device=device,
+            load_format=config.load_format,
+            progress=progress,
+        )
+        return cls(config, model_name(config.model), model)
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        """What a scheduler over this engine's pool is made with."""
+        return SchedulerConfig(
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_model_len=self.model.max_model_len,
+            eos_token_ids=frozenset(self.model.eos_token_ids),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that have run and not been released; 0 when idle, or something leaks."""
+        return self._runner.num_rows
+
+    def root_hash(self, cache_salt: str | None, *, max_seq_len: int = 0) -> BlockHash:
+        """The parent of a sequence's first block.
+
+        `max_seq_len` is the length that the sequence can reach; it matters for models alone whose
+        rope frequencies depend on it.
+        """
+        return self._model_config.root_hash(max_seq_len, cache_salt=cache_salt)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """Runs a step: one token for each scheduled sequence that samples, in order.
+
+        Advances nothing. Sequences in `plan.preempted` are released.
+        """
+        if self._thread != threading.get_ident():
+            # OpenMP counts threads per calling thread; a new one starts with the default.
+            self._thread = threading.get_ident()
+            torch.set_num_threads(self._num_threads)
+        return self._runner.execute(plan)
+
+    def release(self, sequence: Sequence) -> None:
+        """Call it when a sequence finished or was aborted, and when prefill is through with it;
+        nothing happens if it never ran or was released."""
+        self._runner.release(sequence)
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch finds no CUDA device here.")
+    return torch.device(name)
+
+
+def _layout(model: CausalLM, block_size: int) -> KVLayout:
+    config: ModelConfig = model.config
+    return KVLayout(
+        model_fingerprint=config.fingerprint,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

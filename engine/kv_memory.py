@@ -1,0 +1,92 @@
+"""How many KV blocks there are, and the memory they live in."""
+
+import mmap
+
+import psutil
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from protocol.errors import StartupError
+from protocol.layout import KVLayout
+
+# A CPU worker shares its machine: by default it takes a quarter of what is available, and no more
+# than some long sequences or many short ones need. Pages cost memory only once they are used.
+_CPU_SHARE = 0.25
+_CPU_LONG_SEQS = 4
+_CPU_TOKENS_PER_SEQ = 128
+_GIB = 2**30
+
+
+def num_kv_blocks(config: EngineConfig, layout: KVLayout, *, free_bytes: int) -> int:
+    """How many blocks to allocate.
+
+    `free_bytes` is the memory that may go to KV blocks: what is available on a CPU, what
+    profiling left of a GPU's share. Raises StartupError if the result can't hold the sequences
+    that were asked for.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        kv_bytes, origin = config.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    else:
+        kv_bytes, origin = free_bytes, "the memory left for it"
+    num_blocks = kv_bytes // layout.block_bytes
+    needed = -(-(config.max_model_len or 1) // layout.block_size)
+    if num_blocks < needed:
+        raise StartupError(
+            f"A KV cache for a sequence of {config.max_model_len or 1} tokens needs "
+            f"{_gib(needed * layout.block_bytes)}, but {origin} is {_gib(kv_bytes)}; "
+            f"lower --max-model-len (to {num_blocks * layout.block_size} at most) "
+            "or give it more."
+        )
+    return num_blocks
+
+
+def cpu_free_bytes(config: EngineConfig, layout: KVLayout, *, max_model_len: int) -> int:
+    """The default size of a CPU worker's pool."""
+    num_tokens = max(_CPU_LONG_SEQS * max_model_len, _CPU_TOKENS_PER_SEQ * config.max_num_seqs)
+    wanted = num_tokens * layout.token_bytes
+    return min(wanted, int(_CPU_SHARE * psutil.virtual_memory().available))
+
+
+def allocate_kv_pool(
+    layout: KVLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous.
+
+    On a CPU it's page-aligned, as transports that register memory want it, and zero pages until
+    used. Raises StartupError if there isn't as much memory.
+    """
+    shape = (
+        num_blocks,
+        layout.num_layers,
+        2,
+        layout.num_kv_heads,
+        layout.block_size,
+        layout.head_dim,
+    )
+    num_bytes = num_blocks * layout.block_bytes
+    if device.type != "cpu":
+        try:
+            return torch.empty(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(num_blocks, num_bytes, "the GPU") from error
+    if num_bytes > psutil.virtual_memory().total:
+        raise _no_memory(num_blocks, num_bytes, _gib(psutil.virtual_memory().total))
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise _no_memory(num_blocks, num_bytes, "this machine") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _no_memory(num_blocks: int, num_bytes: int, where: str) -> StartupError:
+    return StartupError(
+        f"{num_blocks} KV blocks need {_gib(num_bytes)}, more than {where} has; lower "
+        "--kv-cache-memory-bytes or --num-gpu-blocks-override."
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
