@@ -60,7 +60,9 @@ def _inverse_frequencies(rope: RopeConfig, seq_len: int) -> tuple[Tensor, float]
         case LongRopeScaling():
             is_long = seq_len > scaling.original_max_len
             divisors = torch.tensor(scaling.long_factors if is_long else scaling.short_factors)
-            return plain / divisors, _longrope_attention_factor(scaling)
+            # Multiplied before the division, as everyone does: at position 5000 the last bit shows.
+            frequencies = 1.0 / (divisors * _wavelengths(rope.theta, rope.rotary_dim))
+            return frequencies, _longrope_attention_factor(scaling)
 
 
 def _wavelengths(theta: float, rotary_dim: int) -> Tensor:

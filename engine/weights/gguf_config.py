@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from protocol.errors import StartupError
 
@@ -76,6 +77,13 @@ _ARCHITECTURES = {
 }
 
 
+class Metadata(dict[str, Any]):
+    """A GGUF file's metadata; reading what it lacks with `[]` raises StartupError."""
+
+    def __missing__(self, key: str) -> Any:  # noqa: ANN401
+        raise StartupError(f"The GGUF file's metadata lacks {key!r}.")
+
+
 def read_architecture(metadata: Mapping[str, Any]) -> GgufArchitecture:
     """Raises StartupError for one that isn't served."""
     key = metadata["general.architecture"]
@@ -91,13 +99,10 @@ def hf_config(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, gguf.ReaderTensor],
 ) -> dict[str, Any]:
-    """config.json's content; raises StartupError if the metadata lacks a size."""
+    """config.json's content; raises StartupError for what isn't supported."""
 
     def read(name: str) -> Any:  # noqa: ANN401  (metadata values are of any type)
-        try:
-            return metadata[f"{architecture.key}.{name}"]
-        except KeyError as error:
-            raise StartupError(f"The GGUF file's metadata lacks {error.args[0]!r}.") from error
+        return metadata[f"{architecture.key}.{name}"]
 
     num_heads = read("attention.head_count")
     hidden_size = read("embedding_length")
@@ -105,7 +110,7 @@ def hf_config(
         "architectures": [architecture.hf_architecture],
         "model_type": architecture.hf_model_type,
         "dtype": "bfloat16",
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": hidden_size,
         "intermediate_size": read("feed_forward_length"),
         "num_hidden_layers": read("block_count"),
@@ -140,14 +145,8 @@ def _rope_scaling(
     tensors: Mapping[str, gguf.ReaderTensor],
 ) -> dict[str, Any] | None:
     if _ROPE_FREQS in tensors:
-        # The lowest frequency is divided by the full factor.
-        return {
-            "rope_type": "llama3",
-            "factor": float(tensors[_ROPE_FREQS].data.max()),
-            "low_freq_factor": _LLAMA3_LOW,
-            "high_freq_factor": _LLAMA3_HIGH,
-            "original_max_position_embeddings": _LLAMA3_ORIGINAL_LEN,
-        }
+        theta = metadata.get(f"{architecture.key}.rope.freq_base", 10_000.0)
+        return _llama3_scaling(tensors[_ROPE_FREQS].data, theta)
     prefix = f"{architecture.key}.rope.scaling"
     match metadata.get(f"{prefix}.type", "none"):
         case "none":
@@ -162,3 +161,21 @@ def _rope_scaling(
             }
         case other:
             raise StartupError(f"The GGUF file asks for rope scaling {other!r}.")
+
+
+def _llama3_scaling(divisors: NDArray[np.float32], theta: float) -> dict[str, Any]:
+    """The llama3 scaling that yields a file's RoPE divisors; the lowest frequency has it all."""
+    factor = float(divisors.max())
+    periods = _LLAMA3_ORIGINAL_LEN / (
+        2 * np.pi * theta ** (np.arange(divisors.size) / divisors.size)
+    )
+    kept = np.clip((periods - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW), 0.0, 1.0)
+    if not np.allclose(divisors, 1.0 / ((1 - kept) / factor + kept), rtol=1e-3):
+        raise StartupError("The GGUF file's RoPE divisors are not those of Llama 3's scaling.")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": _LLAMA3_ORIGINAL_LEN,
+    }

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from engine.weights.gguf_config import GgufArchitecture, hf_config, read_architecture
+from engine.weights.gguf_config import GgufArchitecture, Metadata, hf_config, read_architecture
 from engine.weights.gguf_tokenizer import write_tokenizer
 from protocol.errors import StartupError
 
@@ -24,7 +24,7 @@ def import_gguf(path: Path, target: Path, *, progress: bool) -> None:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError) as error:
         raise StartupError(f"{path} is not a readable GGUF file: {error}.") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata = Metadata((name, field.contents()) for name, field in reader.fields.items())
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     architecture = read_architecture(metadata)
     config = hf_config(architecture, metadata, tensors)
@@ -58,7 +58,14 @@ def _dequantized(
     bar: "tqdm[Any]",
 ) -> Iterator[NDArray[np.float32]]:
     for name, tensor in weights.items():
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise StartupError(
+                f"The GGUF file's tensor {tensor.name!r} is of type {tensor.tensor_type.name}, "
+                "which can't be imported."
+            ) from error
+        values = values.astype(np.float32, copy=False)
         num_heads = architecture.permuted_heads(name, config)
         yield values if num_heads is None else _unpermute(values, num_heads)
         bar.update(int(tensor.n_bytes))

