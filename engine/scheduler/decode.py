@@ -113,8 +113,8 @@ class DecodeScheduler:
     def try_reserve(self, sequence: Sequence) -> Reservation | None:
         """Room for the KV of all its present tokens; None if it has to wait: ask again each step.
 
-        A refused sequence keeps its place: until the next step, local prompts that rank behind
-        it aren't admitted either; and it's refused while a local one before it waits for blocks.
+        A refused sequence keeps its place: in the next step, local prompts that rank behind it
+        don't join the running ones either; and it's refused while one before it waits for blocks.
         Raises InvalidRequestError if it's here already or can't ever run.
         """
         self._check(sequence)
@@ -177,7 +177,8 @@ class DecodeScheduler:
             self._budget - len(scheduled),
             max_admissions=0 if preempted or self._arrived else num_free_places,
             num_spare_blocks=self._num_spare_blocks,
-            admit_before=self._refused_rank,
+            # An idle engine gains nothing by keeping a place for a transfer without room.
+            admit_before=self._refused_rank if self.num_running else None,
         )
         self._refused_rank = None
         return StepPlan(scheduled, preempted)

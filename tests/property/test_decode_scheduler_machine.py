@@ -1,0 +1,293 @@
+"""Random requests, transfers, cancellations and aborts over a small pool with simulated KV memory.
+
+Every token's "KV" is a hash of all tokens up to it. Steps read what they attend to and write what
+they compute, senders write to reserved blocks until they confirm that they stopped: so a block
+that is shared, evicted, reassigned or reused wrongly shows as a wrong value. Tokens follow from
+the KV, so a preempted sequence has to continue as if nothing had happened.
+"""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.block_pool import BlockPool
+from engine.phase import Phase, PhaseError
+from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.decode import DecodeScheduler
+from engine.scheduler.reservations import Reservation
+from engine.sequence import Sequence
+from protocol.block_hash import root_hash
+from protocol.errors import ContextLengthError
+from protocol.ids import RequestKey
+from protocol.request import Request
+from protocol.sampling import SamplingParams
+
+BLOCK_SIZE = 2
+NUM_BLOCKS = 10
+MAX_MODEL_LEN = 18
+MAX_NUM_SEQS = 4
+MAX_BATCHED_TOKENS = 6
+EOS = 3
+
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=15)
+
+
+def kv_values(root: bytes, token_ids: list[int]) -> list[int]:
+    """The "KV" of each token: a hash of everything up to it."""
+    values: list[int] = []
+    value = int.from_bytes(root)
+    for token_id in token_ids:
+        value = hash((value, token_id))
+        values.append(value)
+    return values
+
+
+def next_token(value: int) -> int:
+    return random.Random(value).choice([0, 0, 1, 1, 2, EOS])
+
+
+def generate(sequence: Sequence) -> list[int]:
+    """What the request's tokens are when nothing disturbs it."""
+    token_ids = list(sequence.request.token_ids)
+    sampling = sequence.request.sampling
+    while True:
+        token_ids.append(next_token(kv_values(sequence.root, token_ids)[-1]))
+        num_output = len(token_ids) - sequence.request.num_prompt_tokens
+        stops = token_ids[-1] == EOS and num_output >= sampling.min_tokens
+        if stops or num_output >= sampling.max_tokens or len(token_ids) >= MAX_MODEL_LEN:
+            return token_ids
+
+
+@dataclass(eq=False)
+class Transfer:
+    reservation: Reservation
+    stopping: bool = False
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
+        self.scheduler = DecodeScheduler(
+            self.pool,
+            SchedulerConfig(
+                max_num_seqs=MAX_NUM_SEQS,
+                max_num_batched_tokens=MAX_BATCHED_TOKENS,
+                max_model_len=MAX_MODEL_LEN,
+                eos_token_ids=frozenset({EOS}),
+            ),
+            clock=lambda: 0.0,
+        )
+        self.memory: dict[tuple[int, int], int] = {}
+        self.live: dict[RequestKey, Sequence] = {}
+        self.transfers: list[Transfer] = []
+        self.refused: Sequence | None = None
+        self.num_requests = 0
+        self.now_s = 0
+
+    def new_sequence(self, prompt, max_tokens, min_tokens, priority, salt, num_output=0):
+        self.num_requests += 1
+        self.now_s += 1
+        request = Request(
+            key=RequestKey(f"r{self.num_requests}", 0),
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt) - min(num_output, len(prompt) - 1),
+            sampling=SamplingParams(
+                max_tokens=max_tokens + num_output, min_tokens=min(min_tokens, max_tokens)
+            ),
+            priority=priority,
+        )
+        return Sequence(request, root_hash("m", cache_salt=salt), float(self.now_s // 2))
+
+    sequences = st.fixed_dictionaries(
+        {
+            "prompt": prompts,
+            "max_tokens": st.integers(1, 8),
+            "min_tokens": st.integers(0, 3),
+            "priority": st.integers(0, 1),
+            "salt": st.sampled_from([None, "tenant"]),
+            "num_output": st.integers(0, 2),
+        }
+    )
+
+    @rule(kwargs=sequences)
+    def add(self, kwargs):
+        sequence = self.new_sequence(**kwargs)
+        self.scheduler.add(sequence)
+        self.live[sequence.key] = sequence
+
+    @rule()
+    def add_too_long(self):
+        sequence = self.new_sequence([0] * MAX_MODEL_LEN, 1, 0, 0, None)
+        with pytest.raises(ContextLengthError):
+            self.scheduler.add(sequence)
+
+    @rule(kwargs=sequences)
+    def reserve(self, kwargs):
+        sequence = self.refused or self.new_sequence(**kwargs)
+        available = self.pool.num_available_blocks
+        reservation = self.scheduler.try_reserve(sequence)
+        if reservation is None:
+            self.refused = sequence
+            assert self.pool.num_available_blocks == available
+            return
+        self.refused = None
+        assert reservation.block_ids
+        self.live[sequence.key] = sequence
+        self.transfers.append(Transfer(reservation))
+
+    @precondition(lambda self: self.transfers)
+    @rule(data=st.data())
+    def write_late(self, data):
+        """A sender writes anything; only its own, still reserved blocks may show it."""
+        transfer = data.draw(st.sampled_from(self.transfers))
+        for block in transfer.reservation.block_ids:
+            for offset in range(BLOCK_SIZE):
+                self.memory[block, offset] = -1
+
+    @precondition(lambda self: any(not t.stopping for t in self.transfers))
+    @rule(data=st.data())
+    def arrive(self, data):
+        running = [t for t in self.transfers if not t.stopping]
+        transfer = data.draw(st.sampled_from(running))
+        reservation, sequence = transfer.reservation, transfer.reservation.sequence
+        self.transfers.remove(transfer)
+        values = kv_values(sequence.root, sequence.token_ids)
+        self.write(
+            sequence, values, reservation.num_cached_blocks * BLOCK_SIZE, reservation.num_tokens
+        )
+        sequence.token_ids.append(next_token(values[-1]))
+        if sequence.token_ids == generate(sequence):  # ended by its first token
+            assert self.scheduler.abort(sequence.key) is sequence
+            self.scheduler.confirm_stopped(reservation)
+            del self.live[sequence.key]
+            return
+        self.scheduler.admit(sequence)
+        with pytest.raises(PhaseError):
+            self.scheduler.cancel_reservation(reservation)
+
+    @precondition(lambda self: any(not t.stopping for t in self.transfers))
+    @rule(data=st.data(), by_abort=st.booleans())
+    def cancel(self, data, by_abort):
+        transfer = data.draw(st.sampled_from([t for t in self.transfers if not t.stopping]))
+        key = transfer.reservation.sequence.key
+        if by_abort:
+            assert self.scheduler.abort(key) is transfer.reservation.sequence
+        else:
+            self.scheduler.cancel_reservation(transfer.reservation)
+        assert transfer.reservation.sequence.phase is Phase.STOPPING
+        transfer.stopping = True
+        del self.live[key]
+
+    @precondition(lambda self: any(t.stopping for t in self.transfers))
+    @rule(data=st.data())
+    def stop(self, data):
+        transfer = data.draw(st.sampled_from([t for t in self.transfers if t.stopping]))
+        self.scheduler.confirm_stopped(transfer.reservation)
+        self.transfers.remove(transfer)
+        with pytest.raises(PhaseError):
+            self.scheduler.confirm_stopped(transfer.reservation)
+
+    @precondition(lambda self: any(s.phase is not Phase.RESERVED for s in self.live.values()))
+    @rule(data=st.data())
+    def abort(self, data):
+        keys = [key for key, s in self.live.items() if s.phase is not Phase.RESERVED]
+        key = data.draw(st.sampled_from(keys))
+        assert self.scheduler.abort(key) is self.live.pop(key)
+        assert self.scheduler.abort(key) is None
+
+    @rule()
+    def reset_cache(self):
+        self.pool.reset_cache()
+
+    @rule()
+    def step(self):
+        self.run_step(aborted_meanwhile=None)
+
+    @rule(data=st.data())
+    def step_with_abort(self, data):
+        self.run_step(aborted_meanwhile=data)
+
+    def run_step(self, aborted_meanwhile) -> bool:
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= MAX_BATCHED_TOKENS
+        assert self.scheduler.num_running <= MAX_NUM_SEQS
+        scheduled = [item.sequence for item in plan.scheduled]
+        assert len(set(scheduled)) == len(scheduled)
+        assert set(scheduled).isdisjoint(plan.preempted)
+        sampled = []
+        for item in plan.scheduled:
+            sequence = item.sequence
+            assert 1 <= item.num_new_tokens <= sequence.num_uncomputed_tokens
+            assert item.samples == (item.num_new_tokens == sequence.num_uncomputed_tokens)
+            start = sequence.num_computed_tokens
+            values = kv_values(sequence.root, sequence.token_ids)
+            self.write(sequence, values, start, start + item.num_new_tokens)
+            if item.samples:
+                self.check_memory(sequence, values, sequence.num_tokens)
+                sampled.append([next_token(values[-1])])
+        if aborted_meanwhile is not None and scheduled:
+            victim = aborted_meanwhile.draw(st.sampled_from(scheduled))
+            assert self.scheduler.abort(victim.key) is victim
+            del self.live[victim.key]
+        for update in self.scheduler.commit(plan, sampled):
+            sequence = update.sequence
+            expected = generate(sequence)
+            assert expected[: sequence.num_tokens] == sequence.token_ids
+            assert (update.finish_reason is not None) == (sequence.token_ids == expected)
+            if update.finish_reason is not None:
+                assert self.live.pop(sequence.key) is sequence
+                assert not sequence.block_ids
+        return bool(scheduled)
+
+    def write(self, sequence, values, start, stop) -> None:
+        for position in range(start, stop):
+            block = sequence.block_ids[position // BLOCK_SIZE]
+            self.memory[block, position % BLOCK_SIZE] = values[position]
+
+    def check_memory(self, sequence, values, stop) -> None:
+        for position in range(stop):
+            block = sequence.block_ids[position // BLOCK_SIZE]
+            assert self.memory[block, position % BLOCK_SIZE] == values[position]
+
+    @invariant()
+    def blocks_add_up(self):
+        self.pool.check_integrity()
+        in_quarantine = [b for t in self.transfers if t.stopping for b in t.reservation.block_ids]
+        assert self.pool.counts.quarantined == len(in_quarantine)
+        held: dict[int, int] = {}
+        for sequence in self.live.values():
+            for block in sequence.block_ids:
+                held[block] = held.get(block, 0) + 1
+        for block in range(NUM_BLOCKS):
+            assert self.pool.num_references(block) == held.get(block, 0)
+
+    @invariant()
+    def counts_tell_the_truth(self):
+        assert self.scheduler.num_reserved == sum(not t.stopping for t in self.transfers)
+        assert self.scheduler.num_stopping == sum(t.stopping for t in self.transfers)
+        assert len(self.live) == (
+            self.scheduler.num_waiting + self.scheduler.num_running + self.scheduler.num_reserved
+        )
+
+    def teardown(self):
+        for transfer in self.transfers:
+            if not transfer.stopping:
+                self.scheduler.cancel_reservation(transfer.reservation)
+                del self.live[transfer.reservation.sequence.key]
+            self.scheduler.confirm_stopped(transfer.reservation)
+        self.transfers.clear()
+        # With nobody else's blocks in the way, every step makes progress until all are done.
+        while self.live:
+            assert self.run_step(aborted_meanwhile=None)
+        self.blocks_add_up()
+        assert self.pool.counts.free + self.pool.counts.cached == NUM_BLOCKS
+        assert self.scheduler.queued_tokens == 0
+
+
+TestDecodeScheduler = DecodeMachine.TestCase
+TestDecodeScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
