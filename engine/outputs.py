@@ -1,0 +1,52 @@
+"""What `LLM` takes and returns; vLLM's names."""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from protocol.request import FinishReason
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is tokens already."""
+
+    prompt_token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's log-probability, its rank (1 is the likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of a request's `n` outputs.
+
+    `stop_reason` is the stop string or stop token id that ended it, None after an
+    end-of-sequence token. `logprobs` has, for each token, the likeliest tokens and itself.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None
+    cumulative_logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A prompt and its outputs; `prompt` is None if it came as tokens.
+
+    `num_cached_tokens` of the prompt were found in the prefix cache, counted for the first output.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int

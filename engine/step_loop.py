@@ -1,0 +1,54 @@
+"""Continuous batching on one thread: schedule → execute → commit, until nothing is left."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.engine import Engine
+from engine.scheduler.decode import DecodeScheduler
+from engine.scheduler.plan import SequenceUpdate
+from engine.sequence import Sequence
+from protocol.ids import RequestKey
+from protocol.request import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A sequence's new token, `update.new_token_ids`, and its logprobs if asked for."""
+
+    update: SequenceUpdate
+    logprobs: TokenLogprobs | None
+
+
+class StepLoop:
+    """An engine with a scheduler that prefills and decodes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.scheduler = DecodeScheduler(engine.pool, engine.scheduler_config)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.num_running > 0 or self.scheduler.num_waiting > 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Raises InvalidRequestError if it can never run here."""
+        self.scheduler.add(sequence)
+
+    def abort(self, key: RequestKey) -> None:
+        """Frees a sequence that isn't wanted any more; unknown keys are ignored."""
+        sequence = self.scheduler.abort(key)
+        if sequence is not None:
+            self.engine.release(sequence)
+
+    def step(self) -> Iterator[StepResult]:
+        """One step's new tokens. Finished sequences have freed their blocks and rows."""
+        plan = self.scheduler.schedule()
+        assert plan.scheduled or plan.preempted, "there is work, but no step can do any of it"
+        sampled = self.engine.execute(plan)
+        updates = self.scheduler.commit(plan, [[token.token_id] for token in sampled])
+        # One thread: nothing was aborted between schedule and commit, so each sample has its
+        # update, in the same order.
+        for update, token in zip(updates, sampled, strict=True):
+            if update.finish_reason is not None:
+                self.engine.release(update.sequence)
+            yield StepResult(update, token.logprobs)
