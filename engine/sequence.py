@@ -15,7 +15,8 @@ class Sequence:
 
     `block_ids` cover at least the computed tokens; `block_hashes` name the full blocks among
     `token_ids` known so far. `row` is the sequence's place in the runner's persistent batch
-    while it's running.
+    while it's running. `first_scheduled_s` is for the service's timings; who drives the scheduler
+    sets it.
     """
 
     request: Request

@@ -17,7 +17,6 @@ becomes first some day: preemption can't go round in circles. Nobody is admitted
 preempts, nor if it would leave less than a watermark of blocks to the running ones.
 """
 
-import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from engine.scheduler.admission import Admission, PrefixStats
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import ScheduledSequence, SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
-from engine.scheduler.prompts import Clock, PromptQueue
+from engine.scheduler.prompts import PromptQueue
 from engine.scheduler.queue import RankedQueue, running_rank
 from engine.scheduler.reservations import Reservation, Reservations
 from engine.sequence import Sequence
@@ -51,9 +50,7 @@ class DecodeStats:
 class DecodeScheduler:
     """Continuous batching of running sequences and local prompts."""
 
-    def __init__(
-        self, pool: BlockPool, config: SchedulerConfig, *, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
         self._pool = pool
         self._budget = config.max_num_batched_tokens
         # Each running sequence takes at least a token of every step.
@@ -62,13 +59,12 @@ class DecodeScheduler:
         self._watermark = max(1, int(pool.num_blocks * WATERMARK))
         self._admission = Admission(pool, config)
         self._stop_rules = StopRules(config.eos_token_ids, self._admission.max_model_len)
-        self._prompts = PromptQueue(pool, self._admission, clock)
+        self._prompts = PromptQueue(pool, self._admission)
         self._decoding = RankedQueue(running_rank)
         self._arrived = RankedQueue(running_rank)
         self._reservations = Reservations(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
-        self._clock = clock
         self.stats = DecodeStats()
 
     @property
@@ -229,8 +225,6 @@ class DecodeScheduler:
             self._arrived.remove(sequence)
             sequence.advance(PhaseEvent.JOIN)
             self._decoding.insert(sequence)
-            if sequence.first_scheduled_s is None:
-                sequence.first_scheduled_s = self._clock()
 
     def _schedule_decoding(self, preempted: list[Sequence]) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []

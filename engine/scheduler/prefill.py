@@ -12,7 +12,6 @@ Life of a sequence here:
 Who reads blocks past the sequence's end (an aborted sequence's writes in flight) pins them.
 """
 
-import time
 from collections.abc import Sequence as Tokens
 
 from engine.block_pool import BlockPool
@@ -21,7 +20,7 @@ from engine.scheduler.admission import Admission, PrefixStats
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
-from engine.scheduler.prompts import Clock, PromptQueue
+from engine.scheduler.prompts import PromptQueue
 from engine.sequence import Sequence
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
@@ -30,14 +29,12 @@ from protocol.ids import RequestKey
 class PrefillScheduler:
     """Continuous batching of prompt chunks."""
 
-    def __init__(
-        self, pool: BlockPool, config: SchedulerConfig, *, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
         self._pool = pool
         self._config = config
         self._admission = Admission(pool, config)
         self._stop_rules = StopRules(config.eos_token_ids, self._admission.max_model_len)
-        self._prompts = PromptQueue(pool, self._admission, clock)
+        self._prompts = PromptQueue(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
 
     @property

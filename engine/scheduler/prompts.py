@@ -14,7 +14,6 @@ Policy, in this order:
    another prompt, it starts when that is cached instead of computing it a second time.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -25,8 +24,6 @@ from engine.scheduler.plan import ScheduledSequence
 from engine.scheduler.queue import RankedQueue, running_rank, waiting_rank
 from engine.sequence import Sequence
 from protocol.block_hash import BlockHash
-
-Clock = Callable[[], float]
 
 # Below this many tokens in common, a step's delay costs more than computing them twice.
 MIN_TOKENS_WORTH_WAITING = 256
@@ -69,14 +66,11 @@ class _StepTokens:
 class PromptQueue:
     """Waiting and half-computed prompts of one worker (see the policy above)."""
 
-    def __init__(
-        self, pool: BlockPool, admission: Admission, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, pool: BlockPool, admission: Admission) -> None:
         self.waiting = RankedQueue(waiting_rank)
         self.active = RankedQueue(running_rank)
         self._pool = pool
         self._admission = admission
-        self._clock = clock
         self._waiting_for_blocks: Sequence | None = None
 
     @property
@@ -182,8 +176,6 @@ class PromptQueue:
         self.waiting.remove(sequence)
         self.active.insert(sequence)
         sequence.advance(PhaseEvent.START)
-        if sequence.first_scheduled_s is None:
-            sequence.first_scheduled_s = self._clock()
         return True
 
     def _is_worth_waiting(self, sequence: Sequence) -> bool:

@@ -80,7 +80,6 @@ class DecodeMachine(RuleBasedStateMachine):
                 max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=frozenset({EOS}),
             ),
-            clock=lambda: 0.0,
         )
         self.memory: dict[tuple[int, int], int] = {}
         self.live: dict[RequestKey, Sequence] = {}

@@ -46,7 +46,6 @@ class PrefillMachine(RuleBasedStateMachine):
                 max_num_batched_tokens=MAX_BATCHED_TOKENS,
                 max_model_len=1000,
             ),
-            clock=lambda: 0.0,
         )
         self.memory: dict[tuple[int, int], int] = {}
         self.computing: list[Sequence] = []
