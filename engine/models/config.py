@@ -13,7 +13,9 @@ from protocol.errors import StartupError
 
 # What transformers assumes where a config.json leaves these out.
 _ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "Qwen3ForCausalLM": {"head_dim": 128},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
 
 
@@ -60,12 +62,13 @@ class ModelConfig:
         return replace(self, max_model_len=max_model_len)
 
     def uses_long_rope(self, max_seq_len: int) -> bool:
-        """Whether a sequence that can reach `max_seq_len` tokens takes the long frequencies.
+        """Whether a sequence that wants to reach `max_seq_len` tokens takes the long frequencies.
 
         It does from its first token on, so that its keys never mix two sets of frequencies.
+        `max_model_len` ends it anyway, so more than that counts as that.
         """
         switch_len = self.rope.switch_len
-        return switch_len is not None and max_seq_len > switch_len
+        return switch_len is not None and min(max_seq_len, self.max_model_len) > switch_len
 
     def rope_row_offset(self, max_seq_len: int) -> int:
         """What to add to the positions of such a sequence to index the model's cos/sin table."""

@@ -5,6 +5,7 @@ outlives that, so a model is never in memory twice.
 """
 
 import json
+import logging
 import os
 import sys
 import zlib
@@ -18,6 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from protocol.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+# Old checkpoints carry rope's frequencies; some with tied embeddings carry the table twice.
+_NOT_WEIGHTS = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
 class WeightSource(Protocol):
@@ -51,6 +57,7 @@ class SafetensorsWeights:
             file = _open(path, device)
             self._files[path.name] = file
             self._file_of.update(dict.fromkeys(file.keys(), path))
+        self._untaken = {name for name in self._file_of if not name.endswith(_NOT_WEIGHTS)}
         self._bar = tqdm(
             total=sum(path.stat().st_size for path in paths),
             desc="Loading weights",
@@ -70,6 +77,14 @@ class SafetensorsWeights:
     ) -> None:
         self._bar.close()
         self._files.clear()
+        if error is None and self._untaken:
+            some = ", ".join(sorted(self._untaken)[:3])
+            logger.warning(
+                "%d tensors in %s belong to no layer of this architecture, for example %s.",
+                len(self._untaken),
+                self._model_dir,
+                some,
+            )
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         path = self._file_of.get(name)
@@ -81,6 +96,7 @@ class SafetensorsWeights:
                 f"Tensor {name!r} in {path} has shape {tuple(tensor.shape)}, "
                 f"config.json wants {shape}."
             )
+        self._untaken.discard(name)
         self._bar.update(tensor.nbytes)
         return tensor.to(self.dtype)
 

@@ -115,6 +115,9 @@ def test_long_and_short_sequences_differ_only_where_rope_does(tmp_path: Path) ->
     assert dynamic.root_hash(1) == dynamic.root_hash(64)
     assert dynamic.root_hash(64) != dynamic.root_hash(65)
     assert dynamic.root_hash(65, cache_salt="a") != dynamic.root_hash(65)
+    limited = dynamic.limited_to(64)
+    assert limited.rope_row_offset(100) == 0
+    assert limited.root_hash(100) == limited.root_hash(1)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,20 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
             weights.take("b", (2,))
 
 
+def test_tensors_that_nobody_took_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("a", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
+    with open_weights(tmp_path) as weights:
+        weights.take("a", (2,))
+    assert not caplog.records
+    with open_weights(tmp_path):
+        pass
+    assert "1 tensors in" in caplog.text
+    assert "for example a." in caplog.text
+
+
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match=r"lacks its weights \(\*\.safetensors\)"):
         open_weights(tmp_path)
