@@ -1,0 +1,351 @@
+"""Control channels over real sockets; peers that die are real processes."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from protocol.errors import ProtocolMismatchError, StartupError, WorkerLostError
+from protocol.ids import RequestKey, WorkerRef
+from protocol.messages import PROTOCOL_VERSION, AbortRequest, Hello
+from services.runtime.channel import ControlChannel
+from services.runtime.peers import (
+    ChannelEvent,
+    ChannelTimings,
+    Identity,
+    LostReason,
+    Peer,
+    PeerDown,
+    PeerState,
+    PeerUp,
+    Received,
+)
+from services.runtime.wire import GOODBYE_PAYLOAD
+
+# Far above what anything here needs; only a bug waits so long.
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Recorder:
+    """A handler that keeps what it is told and lets tests wait for it."""
+
+    events: list[ChannelEvent] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __call__(self, event: ChannelEvent) -> None:
+        self.events.append(event)
+        self.changed.set()
+
+    async def wait_for(self, wanted: Callable[[ChannelEvent], bool]) -> ChannelEvent:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                for event in self.events:
+                    if wanted(event):
+                        return event
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def up(self) -> Peer:
+        return (await self.wait_for(lambda event: isinstance(event, PeerUp))).peer
+
+    async def down(self) -> PeerDown:
+        event = await self.wait_for(lambda event: isinstance(event, PeerDown))
+        assert isinstance(event, PeerDown)
+        return event
+
+    @property
+    def messages(self) -> list[object]:
+        return [event.message for event in self.events if isinstance(event, Received)]
+
+
+@dataclass
+class End:
+    channel: ControlChannel
+    events: Recorder
+
+
+class Stack:
+    """Channels that are closed at the end of the test."""
+
+    def __init__(self) -> None:
+        self.ends: list[End] = []
+
+    def end(self, peer_id: str, incarnation: int = 1, **timings: float) -> End:
+        recorder = Recorder()
+        channel = ControlChannel(
+            Identity(peer_id, incarnation), recorder, timings=ChannelTimings(**timings)
+        )
+        self.ends.append(End(channel, recorder))
+        return self.ends[-1]
+
+    def worker(self, peer_id: str = "decode-0", incarnation: int = 7, **timings: float):
+        end = self.end(peer_id, incarnation, **timings)
+        address = end.channel.listen("tcp://127.0.0.1:0")
+        return end, WorkerRef(peer_id, incarnation, address)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[Stack]:
+    stack = Stack()
+    yield stack
+    for end in stack.ends:
+        await end.channel.close()
+
+
+@pytest.fixture
+def dealer() -> Iterator[zmq.Socket[bytes]]:
+    """A peer made by hand, that greets when told to and otherwise says nothing."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        yield socket
+
+
+def greet(dealer: zmq.Socket[bytes], ref: WorkerRef) -> None:
+    dealer.connect(ref.control_address)
+    dealer.send(msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, "router-x", 1)))
+
+
+def abort(number: int) -> AbortRequest:
+    return AbortRequest(RequestKey(f"request-{number}", 0))
+
+
+async def test_messages_go_both_ways_in_order(stack: Stack) -> None:
+    worker, ref = stack.worker()
+    router = stack.end("router-a")
+    peer = router.channel.connect(ref)
+    sent = [abort(number) for number in range(2000)]
+    for message in sent:
+        assert peer.send(message)
+    await worker.events.wait_for(lambda event: event == Received(event.peer, sent[-1]))
+    assert worker.events.messages == sent
+
+    back = worker.channel.peer("router-a")
+    assert back is not None
+    for message in sent:
+        back.send(message)
+    await router.events.wait_for(lambda event: event == Received(peer, sent[-1]))
+    assert router.events.messages == sent
+    assert isinstance(router.events.events[0], PeerUp)
+    assert isinstance(worker.events.events[0], PeerUp)
+
+
+async def test_connect_gives_one_connection_an_incarnation(stack: Stack) -> None:
+    _, ref = stack.worker()
+    router = stack.end("router-a")
+    peer = await router.channel.connected(ref)
+    assert router.channel.connect(ref) is peer
+    assert router.channel.peers == [peer]
+    assert peer.state is PeerState.ALIVE
+
+
+async def test_a_worker_may_start_after_its_router(stack: Stack, tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/control"
+    router = stack.end("router-a", connect_timeout_s=PATIENCE_S)
+    peer = router.channel.connect(WorkerRef("decode-0", 7, address))
+    peer.send(abort(0))
+    worker = stack.end("decode-0", 7)
+    worker.channel.listen(address)
+    await worker.events.wait_for(lambda event: isinstance(event, Received))
+
+
+async def test_goodbye_comes_behind_the_last_message(stack: Stack) -> None:
+    worker, ref = stack.worker()
+    router = stack.end("router-a")
+    peer = await router.channel.connected(ref)
+    await worker.events.up()
+    back = worker.channel.peer("router-a")
+    assert back is not None
+    for number in range(1000):
+        back.send(abort(number))
+    await worker.channel.close()
+    down = await router.events.down()
+    assert down.reason is LostReason.GOODBYE
+    assert len(router.events.messages) == 1000
+    assert not peer.send(abort(0))
+
+
+async def test_both_sides_name_a_protocol_mismatch(
+    stack: Stack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, ref = stack.worker()
+    router = stack.end("router-a")
+    monkeypatch.setattr("services.runtime.control_client.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    with pytest.raises(ProtocolMismatchError, match=r"decode-0 .*version 1, this process 2"):
+        await router.channel.connected(ref)
+    assert (await router.events.down()).reason is LostReason.OTHER_PROTOCOL
+    assert "refused router-a: it speaks protocol version 2, this process 1" in caplog.text
+    assert worker.events.events == []
+
+
+async def test_another_incarnation_at_the_address_is_not_spoken_to(stack: Stack) -> None:
+    worker, ref = stack.worker(incarnation=8)
+    router = stack.end("router-a")
+    stale = WorkerRef(ref.worker_id, 7, ref.control_address)
+    peer = router.channel.connect(stale)
+    peer.send(abort(0))
+    assert (await router.events.down()).reason is LostReason.OTHER_INCARNATION
+    fresh = await router.channel.connected(ref)
+    fresh.send(abort(1))
+    await worker.events.wait_for(lambda event: isinstance(event, Received))
+    assert worker.events.messages == [abort(1)]
+
+
+async def test_nobody_at_the_address(stack: Stack, tmp_path: Path) -> None:
+    router = stack.end("router-a", connect_timeout_s=0.3)
+    with pytest.raises(WorkerLostError, match="unreachable"):
+        await router.channel.connected(WorkerRef("decode-0", 1, f"ipc://{tmp_path}/nobody"))
+    assert router.channel.peers == []
+
+
+async def test_an_address_in_use_is_a_startup_error(stack: Stack) -> None:
+    _, ref = stack.worker()
+    with pytest.raises(StartupError, match="cannot listen on tcp://"):
+        stack.end("decode-1").channel.listen(ref.control_address)
+
+
+async def test_a_new_connection_supersedes_the_old_one(stack: Stack) -> None:
+    worker, ref = stack.worker()
+    old = stack.end("router-a", incarnation=1)
+    await old.channel.connected(ref)
+    new = stack.end("router-a", incarnation=2)
+    await new.channel.connected(ref)
+    down = await worker.events.down()
+    assert (down.reason, down.peer.incarnation) == (LostReason.SUPERSEDED, 1)
+    assert [type(event) for event in worker.events.events] == [PeerUp, PeerDown, PeerUp]
+    assert (await old.events.down()).reason is LostReason.GOODBYE
+    current = worker.channel.peer("router-a")
+    assert current is not None
+    assert current.incarnation == 2
+
+
+async def test_unreadable_messages_end_the_connection(
+    stack: Stack, dealer: zmq.Socket[bytes]
+) -> None:
+    worker, ref = stack.worker()
+    greet(dealer, ref)
+    await worker.events.up()
+    dealer.send(b"\xc1 no msgpack")
+    assert (await worker.events.down()).reason is LostReason.UNREADABLE
+
+
+async def test_a_peer_that_takes_no_messages_is_lost(
+    stack: Stack, dealer: zmq.Socket[bytes]
+) -> None:
+    worker, ref = stack.worker(send_queue_messages=64)
+    dealer.setsockopt(zmq.RCVHWM, 1)
+    greet(dealer, ref)
+    peer = await worker.events.up()
+    large = AbortRequest(RequestKey("x" * 1_000_000, 0))
+    num_sent = 0
+    while peer.send(large):
+        num_sent += 1
+        assert num_sent < 1000, "the queue has no bound"
+        await asyncio.sleep(0)
+    assert (await worker.events.down()).reason is LostReason.OVERFLOW
+
+
+async def test_a_silent_peer_is_suspect_before_it_is_lost(
+    stack: Stack, dealer: zmq.Socket[bytes]
+) -> None:
+    worker, ref = stack.worker(heartbeat_interval_s=0.02, suspect_after_s=0.1, lost_after_s=0.5)
+    greet(dealer, ref)
+    peer = await worker.events.up()
+    async with asyncio.timeout(PATIENCE_S):
+        while peer.state is not PeerState.SUSPECT:  # noqa: ASYNC110  (a state, not an event)
+            await asyncio.sleep(0.01)
+        # A word heals it; a second Hello is only that.
+        dealer.send(msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, "router-x", 1)))
+        while peer.state is not PeerState.ALIVE:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    down = await worker.events.down()
+    assert down.reason is LostReason.SILENT
+    received = [b""]
+    while received[-1] != GOODBYE_PAYLOAD:
+        assert dealer.poll(1000 * PATIENCE_S), "it isn't told that it was given up"
+        received.append(dealer.recv())
+
+
+PEER_PROCESS = """
+import asyncio, sys
+from protocol.ids import WorkerRef
+from services.runtime.channel import ControlChannel
+from services.runtime.peers import Identity
+
+async def main():
+    channel = ControlChannel(Identity(sys.argv[1], 7), lambda event: None)
+    if sys.argv[2] == "listen":
+        print(channel.listen("tcp://127.0.0.1:0"), flush=True)
+    else:
+        await channel.connected(WorkerRef("decode-0", 7, sys.argv[2]))
+        print("connected", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def start_peer() -> AsyncIterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PEER_PROCESS, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+async def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return (await asyncio.to_thread(process.stdout.readline)).strip()
+
+
+# The heartbeat limits are out of reach here, so only the closed connection can tell.
+NO_TIMEOUTS = {"lost_after_s": 1000.0, "transport_timeout_s": 1000.0}
+
+
+async def test_kill_9_of_a_worker_is_a_disconnect(stack: Stack, start_peer) -> None:
+    process = start_peer("decode-0", "listen")
+    ref = WorkerRef("decode-0", 7, await first_line(process))
+    router = stack.end("router-a", **NO_TIMEOUTS)
+    await router.channel.connected(ref)
+    process.send_signal(signal.SIGKILL)
+    assert (await router.events.down()).reason is LostReason.DISCONNECTED
+
+
+async def test_kill_9_of_a_router_is_a_disconnect(stack: Stack, start_peer) -> None:
+    worker, ref = stack.worker(**NO_TIMEOUTS)
+    process = start_peer("router-a", ref.control_address)
+    assert await first_line(process) == "connected"
+    await worker.events.up()
+    process.send_signal(signal.SIGKILL)
+    assert (await worker.events.down()).reason is LostReason.DISCONNECTED
+
+
+async def test_a_stopped_process_is_lost_by_the_transport(stack: Stack, start_peer) -> None:
+    process = start_peer("decode-0", "listen")
+    ref = WorkerRef("decode-0", 7, await first_line(process))
+    router = stack.end("router-a", lost_after_s=1000.0, transport_timeout_s=0.5)
+    await router.channel.connected(ref)
+    process.send_signal(signal.SIGSTOP)
+    assert (await router.events.down()).reason is LostReason.DISCONNECTED
