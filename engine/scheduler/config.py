@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """`max_model_len` bounds prompt and output together, in tokens."""
+    """`max_model_len` bounds prompt and output together, in tokens. `short_prompts_pass` lets
+    short prompts share a step with a long one before them (policy: prompts.py)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     eos_token_ids: frozenset[int] = frozenset()
+    short_prompts_pass: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):

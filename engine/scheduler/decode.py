@@ -59,7 +59,9 @@ class DecodeScheduler:
         self._watermark = max(1, int(pool.num_blocks * WATERMARK))
         self._admission = Admission(pool, config)
         self._stop_rules = StopRules(config.eos_token_ids, self._admission.max_model_len)
-        self._prompts = PromptQueue(pool, self._admission)
+        self._prompts = PromptQueue(
+            pool, self._admission, short_prompts_pass=config.short_prompts_pass
+        )
         self._decoding = RankedQueue(running_rank)
         self._arrived = RankedQueue(running_rank)
         self._reservations = Reservations(pool, self._admission)
@@ -229,17 +231,13 @@ class DecodeScheduler:
     def _schedule_decoding(self, preempted: list[Sequence]) -> list[ScheduledSequence]:
         scheduled: list[ScheduledSequence] = []
         block_size = self._pool.block_size
-        decoding = self._decoding
-        i = 0
-        # Preemption takes from the end of the ranks, so it never removes what stands before i.
-        while i < len(decoding):
-            sequence = decoding[i]
+        # Preemption takes from the end of the ranks, so it never hits what is scheduled already.
+        for sequence in tuple(self._decoding):
+            if preempted and sequence.phase is not Phase.DECODING:
+                continue
             has_room = len(sequence.block_ids) * block_size >= len(sequence.token_ids)
             if has_room or self._grow(sequence, preempted):
                 scheduled.append(ScheduledSequence(sequence, 1, samples=True))
-                i += 1
-            elif sequence.phase is Phase.DECODING:
-                i += 1
         return scheduled
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:

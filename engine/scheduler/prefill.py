@@ -34,7 +34,9 @@ class PrefillScheduler:
         self._config = config
         self._admission = Admission(pool, config)
         self._stop_rules = StopRules(config.eos_token_ids, self._admission.max_model_len)
-        self._prompts = PromptQueue(pool, self._admission)
+        self._prompts = PromptQueue(
+            pool, self._admission, short_prompts_pass=config.short_prompts_pass
+        )
         self._sequences: dict[RequestKey, Sequence] = {}
 
     @property

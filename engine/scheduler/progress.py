@@ -70,10 +70,11 @@ class StopRules:
         """
         request = sequence.request
         sampling = request.sampling
+        num_prompt_tokens = request.num_prompt_tokens
+        min_tokens = num_prompt_tokens + sampling.min_tokens
         max_tokens = self._max_model_len
         if sampling.max_tokens is not None:
-            max_tokens = min(max_tokens, request.num_prompt_tokens + sampling.max_tokens)
-        min_tokens = request.num_prompt_tokens + sampling.min_tokens
+            max_tokens = min(max_tokens, num_prompt_tokens + sampling.max_tokens)
         known = sequence.token_ids
         for i, token_id in enumerate(token_ids, start=1):
             known.append(token_id)

@@ -66,11 +66,12 @@ class _StepTokens:
 class PromptQueue:
     """Waiting and half-computed prompts of one worker (see the policy above)."""
 
-    def __init__(self, pool: BlockPool, admission: Admission) -> None:
+    def __init__(self, pool: BlockPool, admission: Admission, *, short_prompts_pass: bool) -> None:
         self.waiting = RankedQueue(waiting_rank)
         self.active = RankedQueue(running_rank)
         self._pool = pool
         self._admission = admission
+        self._short_prompts_pass = short_prompts_pass
         self._waiting_for_blocks: Sequence | None = None
 
     @property
@@ -116,7 +117,8 @@ class PromptQueue:
         """
         gate = _Gate(max_admissions, num_spare_blocks, admit_before)
         step = _StepTokens(budget, self._pool.block_size)
-        self._serve_short_prompts(step, gate)
+        if self._short_prompts_pass:
+            self._serve_short_prompts(step, gate)
         for sequence in self.active:
             if step.left == 0:
                 break
