@@ -18,6 +18,7 @@ class SettingInfo:
     minimum: float | None = None
     maximum: float | None = None
     metavar: str | None = None
+    secret: bool = False
 
 
 def setting(
@@ -28,9 +29,13 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     metavar: str | None = None,
+    secret: bool = False,
 ) -> Any:  # noqa: ANN401
-    """A dataclass field that carries its help text and its bounds."""
-    info = SettingInfo(help, choices, minimum, maximum, metavar)
+    """A dataclass field that carries its help text and its bounds.
+
+    A secret's value never appears in an argument list or a message.
+    """
+    info = SettingInfo(help, choices, minimum, maximum, metavar, secret)
     return dataclasses.field(default=default, metadata={"setting": info})
 
 

@@ -1,0 +1,31 @@
+"""Every command and the configuration classes that it takes."""
+
+from cli.resolve import Command, Group
+from cli.stack_config import StackConfig
+from engine.config import EngineConfig
+from services.router.config import RouterConfig
+from services.runtime.config import WorkerConfig
+
+_ENGINE = Group(EngineConfig, "Model and engine")
+_WORKER = Group(WorkerConfig, "Worker")
+
+# The supervisor gives each process of its stack the settings that are left out here.
+PER_WORKER = frozenset({"worker_id", "host", "control_port", "metrics_port"})
+PER_ROUTER = frozenset({"fd"})
+
+SERVE = Command(
+    "serve",
+    "Serve a model on this machine: Redis, routers, prefill and decode workers.",
+    (
+        Group(StackConfig, "Stack"),
+        Group(RouterConfig, "Router", PER_ROUTER),
+        _ENGINE,
+        Group(WorkerConfig, "Workers", PER_WORKER),
+    ),
+    positional="model",
+)
+ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),))
+PREFILL = Command("prefill", "Run one prefill worker.", (_ENGINE, _WORKER), positional="model")
+DECODE = Command("decode", "Run one decode worker.", (_ENGINE, _WORKER), positional="model")
+
+WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE)

@@ -1,0 +1,152 @@
+"""An option: one declared setting as flag, environment variable and file key."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast, get_args, get_origin, get_type_hints
+
+from protocol.errors import StartupError
+from protocol.settings import SettingInfo, setting_info
+
+OptionValue: TypeAlias = bool | int | float | str | tuple[str, ...] | None
+
+VARIABLE_PREFIX = "TANDEM_"
+
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of words without commas",
+}
+_TRUE_TEXTS = ("1", "true", "yes", "on")
+_FALSE_TEXTS = ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a field of a configuration class accepts, and its names outside."""
+
+    name: str
+    kind: type
+    nullable: bool
+    default: OptionValue
+    info: SettingInfo
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.key}"
+
+    @property
+    def variable(self) -> str:
+        return VARIABLE_PREFIX + self.name.upper()
+
+    def parse(self, text: str, *, source: str) -> OptionValue:
+        """The value that `text` stands for; StartupError names `source` and what it must be."""
+        value: OptionValue = text
+        if self.kind is bool:
+            lowered = text.strip().lower()
+            if lowered not in _TRUE_TEXTS + _FALSE_TEXTS:
+                raise self._refusal(text, source)
+            value = lowered in _TRUE_TEXTS
+        elif self.kind is tuple:
+            value = tuple(part.strip() for part in text.split(",") if part.strip())
+        elif self.kind in (int, float):
+            try:
+                value = self.kind(text)
+            except ValueError:
+                raise self._refusal(text, source) from None
+        return self.check(value, source=source)
+
+    def check(self, value: object, *, source: str) -> OptionValue:
+        """`value` in the field's own type, or StartupError if it has another or is out of range."""
+        if value is None and self.nullable:
+            return None
+        if isinstance(value, list):
+            value = tuple(value)
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
+            raise self._refusal(value, source)
+        if isinstance(value, tuple) and not all(
+            # A variable holds such a list with commas between.
+            isinstance(part, str) and part and "," not in part
+            for part in value
+        ):
+            raise self._refusal(value, source)
+        info = self.info
+        if info.choices and value not in info.choices:
+            raise self._refusal(value, source)
+        if isinstance(value, (int, float)) and (
+            math.isnan(value)
+            or (info.minimum is not None and value < info.minimum)
+            or (info.maximum is not None and value > info.maximum)
+        ):
+            raise self._refusal(value, source)
+        return cast("OptionValue", value)
+
+    def arguments(self, value: OptionValue) -> list[str]:
+        """The words on a command line that give this option `value`, which differs from None."""
+        match value:
+            case None:
+                return []
+            case bool():
+                return [self.flag if value else f"--no-{self.key}"]
+            case tuple():
+                return [self.flag, *value]
+            case _:
+                # One word, so that a value that begins with a dash isn't taken for a flag.
+                return [f"{self.flag}={value}"]
+
+    def variable_value(self, value: OptionValue) -> str:
+        """What the environment variable holds for `value`."""
+        return ",".join(value) if isinstance(value, tuple) else str(value)
+
+    @property
+    def wanted(self) -> str:
+        """What a value must be, in words."""
+        info = self.info
+        if info.choices:
+            return "one of " + ", ".join(info.choices)
+        wanted = _TYPE_NAMES[self.kind]
+        if info.minimum is not None and info.maximum is not None:
+            return f"{wanted} from {info.minimum:g} to {info.maximum:g}"
+        if info.minimum is not None:
+            return f"{wanted}, {info.minimum:g} or more"
+        if info.maximum is not None:
+            return f"{wanted}, {info.maximum:g} or less"
+        return wanted
+
+    def _refusal(self, value: object, source: str) -> StartupError:
+        got = "something else" if self.info.secret else repr(value)
+        return StartupError(f"{source} must be {self.wanted}, not {got}.")
+
+
+def options_of(config_class: type, *, omit: Iterable[str] = ()) -> list[Option]:
+    """The options that a configuration class declares, less the fields in `omit`."""
+    hints = get_type_hints(config_class)
+    omitted = frozenset(omit)
+    return [
+        _option(field, hints[field.name])
+        for field in dataclasses.fields(config_class)
+        if field.name not in omitted
+    ]
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Option:  # noqa: ANN401  (a type hint)
+    nullable = False
+    if isinstance(hint, types.UnionType):
+        members = [member for member in get_args(hint) if member is not types.NoneType]
+        nullable = len(members) < len(get_args(hint))
+        assert len(members) == 1, f"setting {field.name} has more than one type"
+        hint = members[0]
+    kind = get_origin(hint) or hint
+    assert kind in _TYPE_NAMES, f"setting {field.name} has type {hint}"
+    default = cast("OptionValue", field.default)
+    return Option(field.name, kind, nullable, default, setting_info(field))

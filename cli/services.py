@@ -1,0 +1,58 @@
+"""`tandem router`, `tandem prefill` and `tandem decode`: one service in this process."""
+
+import os
+from collections.abc import Sequence
+
+from cli.declarations import DECODE, PREFILL, ROUTER
+from cli.resolve import Settings, resolve
+from cli.threads import openmp_environment, usable_cores
+from engine.config import EngineConfig
+from protocol.errors import StartupError
+from services.router.config import RouterConfig
+from services.runtime.config import WorkerConfig
+
+
+def run_router(argv: Sequence[str]) -> int:
+    """Serves the HTTP API until the process is told to stop."""
+    config = resolve(ROUTER, argv).config(RouterConfig)
+    _require_redis(config.redis_url)
+    from services.router.service import run_router as serve
+
+    return serve(config)
+
+
+def run_prefill(argv: Sequence[str]) -> int:
+    """Runs a prefill worker until the process is told to stop."""
+    engine, worker = _worker_configs(resolve(PREFILL, argv))
+    from services.prefill.service import run_prefill as serve
+
+    return serve(engine, worker)
+
+
+def run_decode(argv: Sequence[str]) -> int:
+    """Runs a decode worker until the process is told to stop."""
+    engine, worker = _worker_configs(resolve(DECODE, argv))
+    from services.decode.service import run_decode as serve
+
+    return serve(engine, worker)
+
+
+def _worker_configs(settings: Settings) -> tuple[EngineConfig, WorkerConfig]:
+    engine, worker = settings.config(EngineConfig), settings.config(WorkerConfig)
+    _require_redis(worker.redis_url)
+    # libgomp reads its environment once, when torch is imported, so this comes before that.
+    cores = usable_cores()
+    os.environ.update(
+        openmp_environment(
+            num_threads=engine.num_threads or cores,
+            num_workers=1,
+            num_cores=cores,
+            environ=os.environ,
+        )
+    )
+    return engine, worker
+
+
+def _require_redis(url: str | None) -> None:
+    if url is None:
+        raise StartupError("Name the stack's Redis with --redis-url or TANDEM_REDIS_URL.")

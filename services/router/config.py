@@ -1,0 +1,50 @@
+"""Settings of a router process, frozen after start."""
+
+from dataclasses import dataclass
+
+from protocol.settings import setting
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Where the HTTP API listens, what it calls the model, whom it lets in and what it logs."""
+
+    host: str = setting("127.0.0.1", help="address that the HTTP API binds")
+    port: int = setting(8000, minimum=0, maximum=65535, help="port of the HTTP API; 0 takes any")
+    fd: int | None = setting(
+        None,
+        minimum=0,
+        help="number of an inherited, bound socket to serve on instead of host and port",
+    )
+    redis_url: str | None = setting(
+        None,
+        metavar="URL",
+        help="Redis of the stack, redis://host:port/db or unix:///path; "
+        "'tandem serve' starts one of its own without it",
+    )
+    model: str | None = setting(
+        None,
+        help="local HF directory, hub id, or nothing for the built-in SmolLM2-135M-Instruct",
+    )
+    served_model_name: tuple[str, ...] = setting(
+        (), metavar="NAME", help="names of the model in the API; default: what MODEL is called"
+    )
+    api_key: tuple[str, ...] = setting(
+        (), metavar="KEY", secret=True, help="keys of which clients must send one as bearer token"
+    )
+    api_key_file: str | None = setting(
+        None, metavar="FILE", help="file with such keys, one a line; nobody sees them in a listing"
+    )
+    max_body_bytes: int = setting(
+        32 * 2**20, minimum=1024, help="longest request body that is read"
+    )
+    disable_log_requests: bool = setting(False, help="no line for each finished request")
+    drain_timeout_s: float = setting(
+        30.0, minimum=0.0, help="seconds that running requests get to end when the process stops"
+    )
+    log_format: str = setting(
+        "text", choices=("text", "json"), help="log lines for people or for machines"
+    )
+    log_level: str = setting(
+        "info", choices=("debug", "info", "warning", "error"), help="least severity that is logged"
+    )
