@@ -1,0 +1,144 @@
+"""Greedy output of the built-in model equals transformers', however steps and blocks fall.
+
+In float32: in bfloat16 near ties of first tokens abound, and then rounding decides.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from engine import LLM, RequestOutput, SamplingParams, TokensPrompt
+from engine.weights.model_dir import resolve_model
+
+LENGTHS = (5, 8, 13, 16, 17, 31, 32, 33, 48, 77, 100, 129, 250, 500, 1000, 3000)
+MAX_TOKENS = 16
+GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+WORDS = [
+    *("the", "river", "city", "of", "old", "light", "under", "a", "green", "hill", "where"),
+    *("people", "walk", "and", "sing", "about", "stars", "machines", "numbers", "history"),
+    *("water", "bread", "music", "winter", "gold", "seven", "roads", "that", "never", "end"),
+    *("because", "someone", "once", "wrote", "every", "answer", "in", "small", "books", "near"),
+    *("quiet", "harbours", "said", "Anna", ",", ".", "then"),
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir() -> Path:
+    return resolve_model(None, progress=False)
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> LLM:
+    return LLM(str(model_dir), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[list[int]]:
+    """Token ids; no two prompts share their first block."""
+    made: list[list[int]] = []
+    for length in LENGTHS:
+        words = random.Random(length).choices(WORDS, k=length)
+        made.append(llm.tokenizer.encode(" ".join(words))[:length])
+    assert [len(prompt) for prompt in made] == list(LENGTHS)
+    return made
+
+
+class Reference:
+    """transformers' greedy continuations, each computed once."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32
+        ).eval()
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def __call__(self, prompt: list[int]) -> list[int]:
+        key = tuple(prompt)
+        if key not in self._known:
+            ids = torch.tensor([prompt])
+            output = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=MAX_TOKENS,
+                pad_token_id=0,
+            )
+            self._known[key] = output[0, len(prompt) :].tolist()
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir: Path) -> Reference:
+    return Reference(model_dir)
+
+
+def tokens_prompts(prompts: list[list[int]]) -> list[TokensPrompt]:
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def run(llm: LLM, prompts: list[list[int]], sampling: SamplingParams) -> list[RequestOutput]:
+    outputs = llm.generate(tokens_prompts(prompts), sampling, use_tqdm=False)
+    assert llm.engine.num_rows == 0
+    assert llm.engine.pool.counts.referenced == 0
+    llm.engine.pool.check_integrity()
+    return outputs
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("place", range(len(LENGTHS)), ids=lambda place: f"{LENGTHS[place]}")
+def test_alone(llm: LLM, prompts: list[list[int]], reference: Reference, place: int) -> None:
+    llm.engine.pool.reset_cache()
+    outputs = run(llm, [prompts[place]], GREEDY)
+    assert outputs[0].num_cached_tokens == 0
+    assert token_ids(outputs) == [reference(prompts[place])]
+
+
+def test_32_at_once(llm: LLM, prompts: list[list[int]], reference: Reference) -> None:
+    """Each of 16 prompts and the same without its first token: 32 that share nothing."""
+    llm.engine.pool.reset_cache()
+    short = [prompt[:400] for prompt in prompts]
+    batch = [*short, *(prompt[1:] for prompt in short)]
+    assert token_ids(run(llm, batch, GREEDY)) == [reference(prompt) for prompt in batch]
+
+
+def test_shared_prefix_asked_twice(
+    llm: LLM, prompts: list[list[int]], reference: Reference
+) -> None:
+    llm.engine.pool.reset_cache()
+    prefix, *endings = prompts[-2], prompts[3], prompts[5], prompts[8]
+    batch = [prefix + ending for ending in endings]
+    expected = [reference(prompt) for prompt in batch]
+    for prompt, wanted in zip(batch, expected, strict=True):
+        assert token_ids(run(llm, [prompt], GREEDY)) == [wanted]
+    again = run(llm, batch, GREEDY)
+    assert token_ids(again) == expected
+    for output in again:
+        assert output.num_cached_tokens >= len(prefix) // 16 * 16
+
+
+def test_chunked_prefill_and_preemption(
+    model_dir: Path, prompts: list[list[int]], reference: Reference
+) -> None:
+    """Prompts in chunks of at most 48 tokens, beside running sequences, in a pool that holds
+    their prompts but not their outputs."""
+    batch = [prompt for prompt in prompts if len(prompt) < 200]
+    sampled = SamplingParams(temperature=0.9, top_p=0.95, seed=3, max_tokens=40, ignore_eos=True)
+    roomy = LLM(str(model_dir), dtype="float32", num_gpu_blocks_override=200)
+    seeded = token_ids(run(roomy, batch, sampled))
+    tight = LLM(
+        str(model_dir),
+        dtype="float32",
+        num_gpu_blocks_override=sum(-(-len(prompt) // 16) for prompt in batch) + 3,
+        max_num_batched_tokens=48,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+    )
+    assert token_ids(run(tight, batch, GREEDY)) == [reference(prompt) for prompt in batch]
+    assert token_ids(run(tight, batch, sampled)) == seeded
+    assert tight._loop.scheduler.stats.num_preemptions > 0
