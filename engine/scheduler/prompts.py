@@ -40,21 +40,24 @@ class _StepTokens:
         self._given: dict[Sequence, int] = {}
 
     def give(self, sequence: Sequence, limit: int) -> int:
-        """Up to `limit` more tokens; returns how many.
+        """Up to `limit` more tokens; returns how much of `limit` is used up.
 
         A chunk that doesn't end the prompt ends with a block if it can, because whole blocks
-        travel and are cached.
+        travel and are cached. The few tokens that this leaves are nobody's: they would only
+        admit the next prompt for a sliver of it, before it can find more in the cache.
         """
         given = self._given.get(sequence, 0)
         start = sequence.num_computed_tokens + given
-        end = min(start + min(limit, self.left), sequence.num_tokens)
-        if end < sequence.num_tokens:
+        limit = min(limit, self.left)
+        end = min(start + limit, sequence.num_tokens)
+        is_cut = end < sequence.num_tokens
+        if is_cut:
             aligned = end - end % self._block_size
             end = aligned if aligned > start else end
         if end > start:
             self._given[sequence] = end - sequence.num_computed_tokens
-            self.left -= end - start
-        return end - start
+            self.left = 0 if is_cut and limit == self.left else self.left - (end - start)
+        return limit if is_cut else end - start
 
     def scheduled(self) -> list[ScheduledSequence]:
         return [
