@@ -133,7 +133,8 @@ class DecodeScheduler:
         """A reserved sequence whose KV is here and whose first token is appended to `token_ids`.
 
         It holds blocks, so it's never refused, and waits for a free place in the batch at most.
-        Raises PhaseError if it isn't reserved (cancelled, or admitted before).
+        Raises PhaseError if it isn't reserved (cancelled, or admitted before), ValueError if no
+        token follows those that were reserved.
         """
         self._reservations.receive(sequence)
         self._arrived.insert(sequence)

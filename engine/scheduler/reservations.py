@@ -10,7 +10,7 @@
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
-from engine.phase import Phase, PhaseEvent
+from engine.phase import PhaseError, PhaseEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.progress import advance_computed
 from engine.sequence import Sequence
@@ -61,8 +61,13 @@ class Reservations:
         return reservation
 
     def receive(self, sequence: Sequence) -> None:
-        """All its blocks are written; its tokens now go on behind the reserved ones."""
-        reservation = self._reserved[sequence]
+        """All its blocks are written; its tokens now go on behind the reserved ones.
+
+        Raises PhaseError if it isn't reserved, ValueError if no token follows the reserved ones.
+        """
+        reservation = self._reserved.get(sequence)
+        if reservation is None:
+            raise PhaseError(f"{sequence.key} arrives, but is {sequence.phase.name.lower()}")
         if sequence.num_tokens <= reservation.num_tokens:
             raise ValueError(f"{sequence.key} arrives without its first sampled token")
         sequence.advance(PhaseEvent.ARRIVE)
@@ -88,6 +93,3 @@ class Reservations:
         reservation.sequence.advance(PhaseEvent.STOP)
         self._num_stopping -= 1
         self._pool.release_quarantine(reservation.block_ids)
-
-    def is_reserved(self, sequence: Sequence) -> bool:
-        return sequence.phase is Phase.RESERVED
