@@ -1,14 +1,32 @@
 """The gated activation of Llama-like feed-forward layers."""
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
+
+from kernels.native.arguments import SiluAndMulArgs
+from kernels.native.library import Operation, native_kernel
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """Return `silu(gate) * up` for `gate_up` [num_tokens, 2 * intermediate], gate half first."""
-    if gate_up.shape[-1] % 2:
+    num_tokens, size = gate_up.shape
+    if size % 2:
         raise ValueError(f"gate_up has an odd last dimension: {tuple(gate_up.shape)}")
-    return silu_and_mul_reference(gate_up)
+    kernel = native_kernel(Operation.SILU_AND_MUL, gate_up)
+    if kernel is None or not gate_up.is_contiguous():
+        return silu_and_mul_reference(gate_up)
+    out = torch.empty((num_tokens, size // 2), dtype=gate_up.dtype)
+    args = SiluAndMulArgs(
+        gate_up=gate_up.data_ptr(),
+        out=out.data_ptr(),
+        rows=num_tokens,
+        n=size // 2,
+        num_threads=torch.get_num_threads(),
+    )
+    kernel(byref(args))
+    return out
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:

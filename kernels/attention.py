@@ -1,9 +1,13 @@
 """Causal attention over the paged KV pool, for prefill chunks and decode rows in one batch."""
 
+from ctypes import byref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.native.arguments import PagedAttentionArgs
+from kernels.native.library import Operation, native_kernel
 
 # A group of gathered decode contexts stays under this many elements, about 128 MiB in bfloat16.
 _MAX_GATHERED_ELEMENTS = 1 << 26
@@ -48,9 +52,39 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     if kv_pool.shape[5] != head_dim or num_heads % kv_pool.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
-    return paged_attention_reference(
-        q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+    kernel = native_kernel(Operation.PAGED_ATTENTION, q)
+    if kernel is None or q.dtype is not kv_pool.dtype:
+        return paged_attention_reference(
+            q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+        )
+    token_stride, head_stride, element_stride = q.stride()
+    if head_stride != head_dim or element_stride != 1 or not kv_pool.is_contiguous():
+        raise ValueError("attention needs adjacent heads and a contiguous pool")
+    out = torch.empty(q.shape, dtype=q.dtype)
+    args = PagedAttentionArgs(
+        q=q.data_ptr(),
+        out=out.data_ptr(),
+        pool=kv_pool[0, layer].data_ptr(),
+        query_starts=batch.query_starts.data_ptr(),
+        kv_lens=batch.kv_lens.data_ptr(),
+        block_tables=batch.block_tables.data_ptr(),
+        num_seqs=batch.num_seqs,
+        max_blocks=batch.block_tables.stride(0),
+        num_heads=num_heads,
+        num_kv_heads=kv_pool.shape[3],
+        head_dim=head_dim,
+        block_size=kv_pool.shape[4],
+        q_stride=token_stride,
+        block_stride=kv_pool.stride(0),
+        window=sliding_window or batch.max_kv_len,
+        max_kv_len=batch.max_kv_len,
+        num_threads=torch.get_num_threads(),
+        scale=scale,
+        softcap=softcap or 0.0,
     )
+    if not kernel(byref(args)):
+        raise MemoryError("no memory for attention's workspace")
+    return out
 
 
 def paged_attention_reference(
@@ -117,7 +151,7 @@ def _attend(
     num_seqs, num_queries, num_heads, head_dim = queries.shape
     num_kv_heads, block_size = layer_pool.shape[2:4]
     num_blocks = -(-max_kv_len // block_size)
-    # [num_seqs, blocks, 2, kv_heads, block_size, head_dim] to two [num_seqs, kv_heads, kv, head_dim]
+    # [num_seqs, blocks, 2, kv_heads, block_size, head_dim] to k and v by head, tokens in a row
     gathered = layer_pool[block_tables[:, :num_blocks]].permute(2, 0, 3, 1, 4, 5)
     k, v = gathered.flatten(3, 4)[..., :max_kv_len, :]
     kv_positions = torch.arange(max_kv_len, device=queries.device)

@@ -1,7 +1,12 @@
 """RMS normalisation, alone and fused with the residual addition before it."""
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
+
+from kernels.native.arguments import AddRmsNormArgs, RmsNormArgs
+from kernels.native.library import Operation, native_kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -11,7 +16,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     arithmetic is float32 and rounds once, to `x`'s dtype.
     """
     _check(x, weight)
-    return rms_norm_reference(x, weight, eps)
+    kernel = native_kernel(Operation.RMS_NORM, x)
+    dim, size = x.dim(), weight.shape[0]
+    if kernel is None or weight.dtype is not x.dtype or dim > 3 or x.stride(-1) != 1:
+        return rms_norm_reference(x, weight, eps)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    # Read as [outer, inner, size], so that heads in a fused qkv tensor need no copy.
+    args = RmsNormArgs(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        outer=x.shape[0] if dim > 1 else 1,
+        inner=x.shape[1] if dim > 2 else 1,
+        n=size,
+        outer_stride=x.stride(0) if dim > 1 else 0,
+        inner_stride=x.stride(1) if dim > 2 else 0,
+        num_threads=torch.get_num_threads(),
+        eps=eps,
+    )
+    kernel(byref(args))
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +46,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
-    return add_rms_norm_reference(x, residual, weight, eps)
+    kernel = native_kernel(Operation.ADD_RMS_NORM, x)
+    if (
+        kernel is None
+        or not (x.dtype is residual.dtype is weight.dtype)
+        or not (x.is_contiguous() and residual.is_contiguous())
+    ):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    size = weight.shape[0]
+    args = AddRmsNormArgs(
+        x=x.data_ptr(),
+        residual=residual.data_ptr(),
+        weight=weight.data_ptr(),
+        rows=x.numel() // size,
+        n=size,
+        num_threads=torch.get_num_threads(),
+        eps=eps,
+    )
+    kernel(byref(args))
+    return x, residual
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

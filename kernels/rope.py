@@ -1,9 +1,13 @@
 """Rotary position embedding, fused with storing keys and values in the paged pool."""
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.native.arguments import RopeArgs
+from kernels.native.library import NativeKernel, Operation, native_kernel
 
 
 def rope_and_store_kv(
@@ -29,7 +33,50 @@ def rope_and_store_kv(
         raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
     if cos_sin.shape[1] > q.shape[2]:
         raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
-    rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
+    kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
+    if kernel is None or not (q.dtype is k.dtype is v.dtype is kv_pool.dtype):
+        rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
+    else:
+        _rope_and_store_kv_native(kernel, q, k, v, cos_sin, batch, kv_pool, layer)
+
+
+def _rope_and_store_kv_native(
+    kernel: NativeKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: AttentionBatch,
+    kv_pool: Tensor,
+    layer: int,
+) -> None:
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = kv_pool.shape[3:5]
+    heads_are_adjacent = all(x.stride()[1:] == (head_dim, 1) for x in (q, k, v))
+    if not (heads_are_adjacent and kv_pool.is_contiguous() and cos_sin.is_contiguous()):
+        raise ValueError("rope needs adjacent heads, and a contiguous pool and table")
+    args = RopeArgs(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        pool=kv_pool[0, layer].data_ptr(),
+        cos_sin=cos_sin.data_ptr(),
+        positions=batch.positions.data_ptr(),
+        slots=batch.slots.data_ptr(),
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        half=cos_sin.shape[1] // 2,
+        block_size=block_size,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+        cos_sin_stride=cos_sin.stride(0),
+        block_stride=kv_pool.stride(0),
+        num_threads=torch.get_num_threads(),
+    )
+    kernel(byref(args))
 
 
 def rope_and_store_kv_reference(
