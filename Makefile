@@ -4,6 +4,7 @@
 #   make test ARGS="-k scheduler"   run the tests
 #   make check                      lint, types and import rules
 #   make format                     let ruff repair what it can
+#   make docs                       write docs/configuration.md anew
 #   make clean                      remove the environment and all caches of this folder
 #
 # Variables:
@@ -39,7 +40,7 @@ KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TORCH_PIP_A
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test check format clean setup
+.PHONY: help serve test check format docs clean setup
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -61,6 +62,9 @@ check: $(DEV_STAMP)
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DEV_STAMP)
+	$(BIN)/python -m cli.config_docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -39,7 +39,9 @@ class Child:
         self.spec = spec
         self.pid = process.pid
         self._process = process
-        self._last_line = ""
+        self._reason = ""
+        self._last_stdout = ""
+        self._last_stderr = ""
         self._ended = asyncio.Event()
 
     @classmethod
@@ -63,8 +65,8 @@ class Child:
 
     @property
     def last_words(self) -> str:
-        """The last line that it wrote: a service's reason for ending."""
-        return self._last_line.removeprefix(_REASON_PREFIX)
+        """Its reason for ending, if it gave one, else the last line of stderr, else of stdout."""
+        return self._reason or self._last_stderr or self._last_stdout
 
     async def wait(self) -> int:
         """Forwards output until the process has ended; its exit status, or minus its signal."""
@@ -109,8 +111,9 @@ class Child:
     def _write(self, sink: BinaryIO, lines: Sequence[bytes]) -> None:
         prefix = self.spec.label.encode()
         for line in lines:
-            if line.strip():
-                self._last_line = line.decode(errors="replace").strip()
+            self._remember(
+                line.decode(errors="replace").strip(), is_stderr=sink is sys.stderr.buffer
+            )
             # The supervisor says the reason for an end itself.
             if self.spec.quiet or line.startswith(_REASON_PREFIX.encode()):
                 continue
@@ -121,6 +124,14 @@ class Child:
                 # Whoever read our output has gone. Serving goes on, and the child's pipe must
                 # still be emptied, or the child would block on it.
                 return
+
+    def _remember(self, line: str, *, is_stderr: bool) -> None:
+        if line.startswith(_REASON_PREFIX):
+            self._reason = line.removeprefix(_REASON_PREFIX)
+        elif line and is_stderr:
+            self._last_stderr = line
+        elif line:
+            self._last_stdout = line
 
 
 def die_with_parent(parent_pid: int) -> Callable[[], None]:

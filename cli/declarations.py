@@ -7,7 +7,7 @@ from services.router.config import RouterConfig
 from services.runtime.config import WorkerConfig
 
 _ENGINE = Group(EngineConfig, "Model and engine")
-_WORKER = Group(WorkerConfig, "Worker")
+_WORKER = Group(WorkerConfig, "Workers")
 
 # The supervisor gives each process of its stack the settings that are left out here.
 PER_WORKER = frozenset({"worker_id", "host", "control_port", "metrics_port"})
@@ -24,7 +24,7 @@ SERVE = Command(
     ),
     positional="model",
 )
-ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),))
+ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),), positional="model")
 PREFILL = Command("prefill", "Run one prefill worker.", (_ENGINE, _WORKER), positional="model")
 DECODE = Command("decode", "Run one decode worker.", (_ENGINE, _WORKER), positional="model")
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from cli.redis_server import answers
-from cli.worker_directory import WorkerDirectory
+from cli.registered_workers import RegisteredWorkers
 
 _TIMEOUT_S = 2.0
 
@@ -15,16 +15,16 @@ def redis_probe(url: str) -> Probe:
     """Ready when it answers."""
 
     async def is_ready(_pid: int) -> bool:
-        return await answers(url, timeout_s=_TIMEOUT_S)
+        return await answers(url)
 
     return is_ready
 
 
-def worker_probe(directory: WorkerDirectory, worker_id: str) -> Probe:
+def worker_probe(workers: RegisteredWorkers, worker_id: str) -> Probe:
     """Ready when the process `pid` has registered as `worker_id`."""
 
     async def is_ready(pid: int) -> bool:
-        record = await directory.worker(worker_id)
+        record = await workers.record(worker_id)
         return record is not None and record.pid == pid
 
     return is_ready

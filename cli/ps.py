@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import psutil
 
+from cli.registered_workers import RegisteredWorkers
 from cli.runtime_dir import StackProcess, StackRecord, local_stacks
-from cli.worker_directory import WorkerDirectory
+from services.runtime.redis_client import open_redis
 
 _COLUMNS = ("NAME", "ROLE", "PID", "STATE", "MEMORY", "ADDRESS", "LOAD")
 
@@ -36,11 +37,12 @@ async def _describe_all(records: Sequence[StackRecord]) -> list[dict[str, Any]]:
 
 
 async def _describe(record: StackRecord) -> dict[str, Any]:
-    workers = WorkerDirectory(record.redis_url)
+    redis = open_redis(record.redis_url)
+    workers = RegisteredWorkers(redis)
     try:
         processes = [await _describe_process(process, workers) for process in record.processes]
     finally:
-        await workers.aclose()
+        await redis.aclose()
     return {
         "supervisor_pid": record.supervisor_pid,
         "started_unix_s": record.started_unix_s,
@@ -50,7 +52,7 @@ async def _describe(record: StackRecord) -> dict[str, Any]:
     }
 
 
-async def _describe_process(process: StackProcess, workers: WorkerDirectory) -> dict[str, Any]:
+async def _describe_process(process: StackProcess, workers: RegisteredWorkers) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": process.name,
         "role": process.role,
@@ -63,7 +65,7 @@ async def _describe_process(process: StackProcess, workers: WorkerDirectory) -> 
     }
     if process.worker_id is None:
         return described
-    record = await workers.worker(process.worker_id)
+    record = await workers.record(process.worker_id)
     if record is not None and record.pid == process.pid:
         load = await workers.load(process.worker_id)
         described["addresses"] = {

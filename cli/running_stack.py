@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 from cli.announce import Announcer, Row
+from cli.registered_workers import RegisteredWorkers
 from cli.runtime_dir import RuntimeDir, StackProcess, StackRecord
 from cli.stack import Endpoints
 from cli.supervisor import Service, Supervised, Supervisor
-from cli.worker_directory import WorkerDirectory
 
 
 class RunningStack:
@@ -22,7 +22,7 @@ class RunningStack:
         *,
         model: str,
         endpoints: Endpoints,
-        workers: WorkerDirectory,
+        workers: RegisteredWorkers,
         worker_ids: Mapping[str, str],
         runtime: RuntimeDir,
         announcer: Announcer,
@@ -78,7 +78,7 @@ class RunningStack:
                 continue
             record = None
             if worker_id := self._worker_ids.get(one.name):
-                record = await self._workers.worker(worker_id)
+                record = await self._workers.record(worker_id)
             address = record.ref.control_address if record else self._address(one) or ""
             rows.append(Row(one.name, one.pid, address, record))
         return rows

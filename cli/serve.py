@@ -17,19 +17,18 @@ from cli.announce import Announcer
 from cli.declarations import SERVE
 from cli.listen import bind_listeners, bound_port, reachable_host
 from cli.redis_server import answers, find_redis_server, redis_socket_url
+from cli.registered_workers import RegisteredWorkers
 from cli.resolve import Settings, resolve
 from cli.running_stack import RunningStack
 from cli.runtime_dir import RuntimeDir, runtime_dir
 from cli.stack import Endpoints, redis_service, router_services, worker_names, worker_services
 from cli.stack_config import StackConfig
 from cli.supervisor import Service
-from cli.worker_directory import WorkerDirectory
 from engine.config import EngineConfig
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from services.router.config import RouterConfig
-
-_REDIS_TIMEOUT_S = 5.0
+from services.runtime.redis_client import open_redis
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,9 +53,10 @@ async def _serve(
     services: list[Service] = []
     if router.redis_url is None:
         services.append(redis_service(find_redis_server(), runtime.redis_socket, redis_url))
-    elif not await answers(router.redis_url, timeout_s=_REDIS_TIMEOUT_S):
+    elif not await answers(router.redis_url):
         raise StartupError(f"There is no Redis at {router.redis_url}.")
-    workers = WorkerDirectory(redis_url)
+    redis = open_redis(redis_url)
+    workers = RegisteredWorkers(redis)
     names = worker_names(settings.config(StackConfig))
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
     services += worker_services(settings, endpoints, workers, worker_ids)
@@ -74,7 +74,7 @@ async def _serve(
     try:
         await stack.run(start_timeout_s=settings.config(StackConfig).start_timeout_s)
     finally:
-        await workers.aclose()
+        await redis.aclose()
 
 
 def _worker_id(name: str, *, own_redis: bool) -> str:

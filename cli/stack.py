@@ -12,11 +12,11 @@ from cli.declarations import DECODE, PREFILL, ROUTER
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
 from cli.redis_server import redis_arguments
+from cli.registered_workers import RegisteredWorkers
 from cli.resolve import Command, Settings
 from cli.stack_config import StackConfig
 from cli.supervisor import Service
 from cli.threads import openmp_environment, threads_per_worker, usable_cores
-from cli.worker_directory import WorkerDirectory
 from engine.config import EngineConfig
 
 # Routers end first, because they still need workers for what runs; Redis ends last.
@@ -57,7 +57,7 @@ def router_services(
 def worker_services(
     settings: Settings,
     endpoints: Endpoints,
-    directory: WorkerDirectory,
+    workers: RegisteredWorkers,
     worker_ids: Mapping[str, str],
 ) -> Iterator[Service]:
     """The workers; `worker_ids` gives their process names' ids in Redis, see `worker_names`."""
@@ -76,7 +76,7 @@ def worker_services(
             "num_threads": num_threads,
         }
         spec = _spec(settings, command, name, fixed, threads_environ)
-        probe = worker_probe(directory, worker_id)
+        probe = worker_probe(workers, worker_id)
         drain_timeout_s = _number(settings.values["drain_timeout_s"])
         yield Service(spec, command.name, _WORKER_TIER, probe, drain_timeout_s + _STOP_MARGIN_S)
 

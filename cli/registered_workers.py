@@ -1,0 +1,34 @@
+"""Reads from Redis what the workers of a stack say about themselves."""
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from protocol.ids import WorkerId
+from protocol.records import WorkerLoad, WorkerRecord
+from services.runtime.redis_keys import RedisKeys
+
+
+class RegisteredWorkers:
+    """A reader of workers' records and loads; an absent Redis is as good as an empty one."""
+
+    def __init__(self, redis: Redis, *, keys: RedisKeys | None = None) -> None:
+        self._redis = redis
+        self._keys = keys or RedisKeys()
+
+    async def record(self, worker_id: WorkerId) -> WorkerRecord | None:
+        """The record of the worker's present incarnation."""
+        data = await self._get(self._keys.worker(worker_id))
+        return None if data is None else msgspec.json.decode(data, type=WorkerRecord)
+
+    async def load(self, worker_id: WorkerId) -> WorkerLoad | None:
+        """What the worker last said about its load."""
+        data = await self._get(self._keys.load(worker_id))
+        return None if data is None else msgspec.json.decode(data, type=WorkerLoad)
+
+    async def _get(self, key: str) -> bytes | None:
+        try:
+            value = await self._redis.get(key)
+        except (RedisError, OSError):
+            return None
+        return value if isinstance(value, bytes) else None

@@ -1,0 +1,23 @@
+import pytest
+
+from cli.threads import openmp_environment, threads_per_worker
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_workers", "num_threads"),
+    [(2, 1, 2), (2, 2, 2), (2, 3, 2), (2, 4, 1), (16, 4, 8), (1, 9, 1)],
+)
+def test_cores_are_shared_once_more_than_two_workers_want_them(num_cores, num_workers, num_threads):
+    assert threads_per_worker(num_cores, num_workers) == num_threads
+
+
+def test_threads_wait_asleep_when_others_need_the_core():
+    crowded = openmp_environment(num_threads=2, num_workers=2, num_cores=2, environ={})
+    alone = openmp_environment(num_threads=2, num_workers=1, num_cores=2, environ={})
+    assert crowded["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert alone["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_the_operator_has_the_last_word():
+    environ = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "1"}
+    assert openmp_environment(num_threads=2, num_workers=2, num_cores=2, environ=environ) == {}
