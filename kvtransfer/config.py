@@ -1,0 +1,28 @@
+"""Settings of a transfer agent."""
+
+from dataclasses import dataclass
+
+from kvtransfer.plan import MessageLimits
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """Defaults are measured on shared memory; see benchmarks/transfer."""
+
+    max_message_bytes: int = 16 << 20
+    window_bytes: int = 32 << 20
+    """Bytes that one connection has under way at most; bounds how long a peer's loop is busy."""
+    gather_below_bytes: int = 48 << 10
+    """Runs shorter than this are copied together, longer ones go as they are."""
+    gathered_message_bytes: int = 1 << 20
+    stall_timeout_s: float = 10.0
+    """A write that makes no progress for so long fails; a dead peer is noticed long before."""
+    verify_checksums: bool = False
+    """For debugging: CRC-32 of each message, made by the sender, verified by the receiver."""
+
+    def limits(self, block_bytes: int) -> MessageLimits:
+        return MessageLimits(
+            direct=max(1, self.max_message_bytes // block_bytes),
+            gather_below=max(1, -(-self.gather_below_bytes // block_bytes)),
+            gathered=max(1, self.gathered_message_bytes // block_bytes),
+        )

@@ -1,0 +1,147 @@
+"""One peer: writes to it, messages from it, and the speed of the way between."""
+
+from collections.abc import Sequence
+
+from kvtransfer.config import TransferConfig
+from kvtransfer.counters import DirectionCounters, PeerCounters
+from kvtransfer.inbox import Inbox
+from kvtransfer.outgoing import WriteSender, WriteTarget
+from kvtransfer.probe import PathProbe, PathReport, judge_path
+from kvtransfer.receiver import WriteReceiver
+from kvtransfer.region import KVRegion
+from kvtransfer.tags import MessageKind, Tag, pack_tag
+from kvtransfer.transport import Arrival, Lane, OnDone
+from kvtransfer.wire import (
+    AgentMessage,
+    AgentMetadata,
+    ProbeDone,
+    ProbeStart,
+    WriteDone,
+    WritePart,
+    WriteRefused,
+    encode,
+)
+from protocol.errors import TransferCancelledError
+from protocol.ids import Incarnation, TicketId
+
+
+class Connection:
+    """Made by `TransferAgent.connect`; both directions between two agents."""
+
+    def __init__(
+        self,
+        *,
+        ours: AgentMetadata,
+        theirs: AgentMetadata,
+        lane: Lane,
+        region: KVRegion,
+        config: TransferConfig,
+        receiver: WriteReceiver,
+    ) -> None:
+        self.worker_id = theirs.worker_id
+        self.incarnation = theirs.incarnation
+        self.counters = PeerCounters(DirectionCounters(), DirectionCounters())
+        self._ours = ours
+        self._theirs = theirs
+        self._lane = lane
+        self._receiver = receiver
+        self._is_open = True
+        self._sender = WriteSender(
+            region,
+            config,
+            self.counters.sent,
+            send_control=self.reply,
+            send_data=self._send_data,
+        )
+        self._probe = PathProbe(
+            send_control=self.reply,
+            send_data=self._send_data,
+            allocate_sequence=lambda: self._sender.allocate_sequences(1),
+        )
+        self._inbox = Inbox(on_control=self._on_control, on_data=self._on_data)
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
+    async def write(
+        self,
+        *,
+        ticket_id: TicketId,
+        attempt: int,
+        receiver_incarnation: Incarnation,
+        src_blocks: Sequence[int],
+        dst_blocks: Sequence[int],
+        write_seq: int,
+    ) -> None:
+        """Copies our blocks `src_blocks[i]` to the peer's `dst_blocks[i]`.
+
+        Returns when all bytes are in place there, the peer's `on_write` was called with
+        `write_seq`, and the source blocks may be reused. `write_seq` names the write within its
+        ticket; a number can't be used twice.
+
+        Raises TransferError if the peer's fence refuses (unknown ticket, stale attempt or
+        incarnation, foreign block: nothing was written then) or the transport fails,
+        TransferCancelledError if `cancel` or `drop_peer` ended it, TransferTimeoutError if nothing
+        moved for `stall_timeout_s`. After an error, await `cancel(ticket_id)` before reusing the
+        source blocks.
+        """
+        target = WriteTarget(ticket_id, attempt, receiver_incarnation, write_seq)
+        await self._sender.write(target, src_blocks, dst_blocks)
+
+    async def cancel(self, ticket_id: TicketId) -> None:
+        """Fails this ticket's writes; returns when the peer reads none of their blocks any more."""
+        await self._sender.cancel(ticket_id)
+
+    async def measure(self) -> PathReport:
+        """Sends a few 16 MiB messages into the peer's scratch memory, for about 60 ms.
+
+        Raises TransferTimeoutError if the peer doesn't answer.
+        """
+        gb_per_s = await self._probe.measure_gb_per_s()
+        self.counters.sent.observe_rate(gb_per_s)
+        return judge_path(self._ours.transport, gb_per_s, self._ours.host, self._theirs.host)
+
+    def on_arrival(self, arrival: Arrival) -> None:
+        """Takes a message that bears the peer's namespace."""
+        self._inbox.push(arrival)
+
+    def reply(self, message: AgentMessage) -> None:
+        """Puts a control message on the lane."""
+        if self._is_open:
+            tag = pack_tag(Tag(self._ours.tag_namespace, MessageKind.CONTROL, 0))
+            self._lane.send(memoryview(encode(message)), tag, _ignore)
+
+    def drop(self, reason: str) -> list[TicketId]:
+        """See TransferAgent.drop_peer."""
+        if not self._is_open:
+            return []
+        self._is_open = False
+        self._sender.close(TransferCancelledError(reason))
+        self._probe.close(reason)
+        self._inbox.close()
+        self._lane.close()
+        return self._receiver.drop(self)
+
+    def _send_data(self, buffer: memoryview, sequence: int, on_done: OnDone) -> None:
+        tag = pack_tag(Tag(self._ours.tag_namespace, MessageKind.DATA, sequence))
+        self._lane.send(buffer, tag, on_done)
+
+    def _on_data(self, sequence: int, arrival: Arrival) -> None:
+        if not self._probe.take(sequence, arrival):
+            self._receiver.on_data(self, sequence, arrival)
+
+    def _on_control(self, message: AgentMessage) -> None:
+        match message:
+            case WritePart():
+                self._receiver.on_part(self, message)
+            case WriteDone() | WriteRefused():
+                self._sender.on_outcome(message)
+            case ProbeStart():
+                self._probe.on_start(message)
+            case ProbeDone():
+                self._probe.on_done(message)
+
+
+def _ignore(_: str | None) -> None:
+    """A control message that can't be sent means a dead peer, and others notice that."""

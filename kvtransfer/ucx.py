@@ -1,0 +1,227 @@
+"""Transport over UCX: RDMA, shared memory or TCP, whichever the two processes share.
+
+Three settings make one host fast *and* safe; each was found by killing a peer in mid-transfer:
+
+- Endpoints always have error handling. Without it UCX aborts the whole process when it reads from
+  a dead one ("process_vm_readv … No such process").
+- UCX keeps its shared-memory transports out of such endpoints unless they claim to support it
+  (`*_ERROR_HANDLING`, `CMA_MEMORY_INVALIDATE`), and falls silently to TCP. The claim is true for
+  what we do: nothing but this process's own progress ever writes into its memory, because
+- rendezvous is by *get*: the receiver reads the sender's memory. A sender that is dead, stopped
+  or cut off can't write late into a block that has a new owner.
+
+A message is looked at before it's received (`tag_probe`), so a receive is only ever posted for a
+message that has arrived, and there are no open receives to cancel.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# UCXX sets a variable that UCX builds without CUDA transports then warn about on stdout.
+os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+
+from ucxx import libucxx
+from ucxx._lib.arr import Array
+
+from kvtransfer.transport import Lane, OnArrival, OnDone
+from protocol.errors import TransferError
+
+HOST_MEMORY_SETTINGS: Mapping[str, str] = {
+    "POSIX_ERROR_HANDLING": "y",
+    "SYSV_ERROR_HANDLING": "y",
+    "CMA_MEMORY_INVALIDATE": "y",
+    "RNDV_SCHEME": "get_zcopy",
+    "RNDV_FRAG_MEM_TYPE": "host",
+}
+
+PROGRESS_BUDGET_S = 0.001
+"""Longest time that progress keeps the event loop from others."""
+
+PROGRESS_GUARD_S = 0.05
+"""While operations are open, progress is made this often even if UCX's descriptor stays silent."""
+
+_ANY_TAG = libucxx.UCXXTag(0)
+_NO_BITS = libucxx.UCXXTagMask(0)
+
+
+@dataclass(eq=False, slots=True)
+class _Operation:
+    """A posted request. UCX holds only the pointer, so the buffer's owner is kept here."""
+
+    request: libucxx.UCXRequest
+    array: Array
+    on_done: OnDone
+    lane: "_UcxLane | None"
+
+
+class UcxTransport:
+    """One UCX worker, driven by the event loop through UCX's wake-up descriptor."""
+
+    name = "ucx"
+
+    def __init__(self, settings: Mapping[str, str] = HOST_MEMORY_SETTINGS) -> None:
+        features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+        try:
+            worker = libucxx.UCXWorker(libucxx.UCXContext(dict(settings), features))
+            worker.init_blocking_progress_mode()
+        except libucxx.UCXError as error:
+            raise TransferError(f"UCX did not start: {error}") from error
+        self.address: bytes = worker.address.tobytes()
+        # None once closed: the worker's descriptors and memory live as long as a reference to it.
+        self._worker: libucxx.UCXWorker | None = worker
+        self._driver: _Driver | None = None
+
+    def start(self, on_arrival: OnArrival) -> None:
+        assert self._worker is not None, "closed transports stay closed"
+        self._driver = _Driver(self._worker, on_arrival)
+
+    def connect(self, address: bytes) -> Lane:
+        assert self._worker is not None, "the transport is closed"
+        assert self._driver is not None, "start() comes first"
+        try:
+            endpoint = libucxx.UCXEndpoint.create_from_worker_address(
+                self._worker,
+                libucxx.UCXAddress.create_from_buffer(address),
+                endpoint_error_handling=True,
+            )
+        except libucxx.UCXError as error:
+            raise TransferError(f"UCX can't reach the peer: {error}") from error
+        return _UcxLane(endpoint, self._driver)
+
+    async def close(self) -> None:
+        if self._driver is not None:
+            self._driver.stop()
+        self._driver = None
+        self._worker = None
+
+
+class _Driver:
+    """Makes progress when UCX's descriptor is readable or something was posted."""
+
+    def __init__(self, worker: libucxx.UCXWorker, on_arrival: OnArrival) -> None:
+        self.worker = worker
+        self._on_arrival = on_arrival
+        self._operations: list[_Operation] = []
+        self._loop = asyncio.get_running_loop()
+        self._kick: asyncio.Handle | None = None
+        self._guard: asyncio.TimerHandle | None = None
+        self._descriptor: int = worker.epoll_file_descriptor
+        self._loop.add_reader(self._descriptor, self.kick)
+        self.kick()
+
+    def kick(self) -> None:
+        """Has progress made at the loop's next turn."""
+        if self._kick is None:
+            self._kick = self._loop.call_soon(self._advance)
+
+    def post(self, operation: _Operation) -> None:
+        self._operations.append(operation)
+        self.kick()
+
+    def end_lane(self, lane: "_UcxLane") -> None:
+        """Ends the lane's open sends with an error; UCX never completes those to a dead peer."""
+        ended = [operation for operation in self._operations if operation.lane is lane]
+        self._operations = [
+            operation for operation in self._operations if operation.lane is not lane
+        ]
+        for operation in ended:
+            operation.on_done("the lane was closed")
+
+    def stop(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        for handle in (self._kick, self._guard):
+            if handle is not None:
+                handle.cancel()
+        # What is still open are receives; their memory outlives this process's UCX worker.
+        self._operations.clear()
+
+    def _advance(self) -> None:
+        self._kick = None
+        deadline = time.perf_counter() + PROGRESS_BUDGET_S
+        while True:
+            # One step at a time: `progress()` goes on as long as any peer keeps it busy.
+            advanced = self.worker.progress_once()
+            advanced |= self._complete()
+            advanced |= self._take_arrivals()
+            if not advanced:
+                break
+            if time.perf_counter() > deadline:
+                self.kick()
+                return
+        if not self.worker.arm():
+            self.kick()
+        elif self._operations and self._guard is None:
+            self._guard = self._loop.call_later(PROGRESS_GUARD_S, self._on_guard)
+
+    def _on_guard(self) -> None:
+        self._guard = None
+        self.kick()
+
+    def _complete(self) -> bool:
+        completed = [operation for operation in self._operations if operation.request.completed]
+        if not completed:
+            return False
+        self._operations = [
+            operation for operation in self._operations if not operation.request.completed
+        ]
+        for operation in completed:
+            operation.on_done(_error_of(operation.request))
+        return True
+
+    def _take_arrivals(self) -> bool:
+        any_taken = False
+        while (probe := self.worker.tag_probe(_ANY_TAG, _NO_BITS, remove=True)).matched:
+            any_taken = True
+            self._on_arrival(_UcxArrival(probe, self))
+        return any_taken
+
+
+class _UcxLane:
+    def __init__(self, endpoint: libucxx.UCXEndpoint, driver: _Driver) -> None:
+        self._endpoint: libucxx.UCXEndpoint | None = endpoint
+        self._driver = driver
+
+    def send(self, buffer: memoryview, tag: int, on_done: OnDone) -> None:
+        if self._endpoint is None:
+            on_done("the lane was closed")
+            return
+        array = Array(buffer)
+        request = self._endpoint.tag_send(array, libucxx.UCXXTag(tag))
+        self._driver.post(_Operation(request, array, on_done, self))
+
+    def close(self) -> None:
+        if self._endpoint is None:
+            return
+        # With error handling this is a forced close: it neither flushes nor waits for the peer.
+        self._endpoint.close_blocking(0, 1)
+        self._endpoint = None
+        self._driver.end_lane(self)
+
+
+class _UcxArrival:
+    def __init__(self, probe: libucxx.TagProbeResult, driver: _Driver) -> None:
+        self._probe = probe
+        self._driver = driver
+        self.tag: int = probe.sender_tag.value
+        self.num_bytes: int = probe.length
+
+    def receive_into(self, buffer: memoryview, on_done: OnDone) -> None:
+        # UCX writes as many bytes as the message has, whatever the buffer's size.
+        assert buffer.nbytes == self.num_bytes
+        array = Array(buffer)
+        request = self._driver.worker.tag_recv_with_handle(array, self._probe)
+        self._driver.post(_Operation(request, array, on_done, None))
+
+    def discard(self) -> None:
+        self.receive_into(memoryview(bytearray(self.num_bytes)), lambda _: None)
+
+
+def _error_of(request: libucxx.UCXRequest) -> str | None:
+    try:
+        request.check_error()
+    except libucxx.UCXError as error:
+        return str(error) or type(error).__name__
+    return None

@@ -1,0 +1,121 @@
+"""What agents say to each other: metadata over the control plane, the rest on the transport.
+
+A write is announced in parts. Each `WritePart` goes ahead of the data messages that it describes,
+on the same ordered lane. The receiver answers the whole write once, by `WriteDone` or
+`WriteRefused`.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from kvtransfer.region import Run
+from protocol.errors import TransferError
+from protocol.ids import Incarnation, TicketId, WorkerId
+
+AGENT_PROTOCOL_VERSION = 1
+
+MAX_CONTROL_BYTES = 8000
+"""Control messages stay below what every transport sends eagerly, so they never wait for memory."""
+
+
+class HostIdentity(msgspec.Struct, frozen=True):
+    """Tells whether two processes can share memory; namespaces are those of Linux."""
+
+    boot_id: str
+    hostname: str
+    pid_namespace: str
+    ipc_namespace: str
+    shm_device: str
+
+
+class AgentMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a peer needs to connect."""
+
+    protocol_version: int
+    transport: str
+    worker_id: WorkerId
+    incarnation: Incarnation
+    block_bytes: int
+    tag_namespace: int
+    address: bytes
+    host: HostIdentity
+
+
+class DataMessage(msgspec.Struct, frozen=True, array_like=True):
+    """One data message: its bytes go to `dst_runs` one behind the other."""
+
+    dst_runs: list[Run]
+    crc32: int | None = None
+
+
+class WritePart(msgspec.Struct, frozen=True, array_like=True, tag="part"):
+    """Announces data messages `first_sequence`, `first_sequence + 1`, … of a write."""
+
+    write_id: int
+    ticket_id: TicketId
+    attempt: int
+    receiver_incarnation: Incarnation
+    write_seq: int
+    first_sequence: int
+    messages: list[DataMessage]
+    is_last: bool
+
+
+class WriteDone(msgspec.Struct, frozen=True, array_like=True, tag="done"):
+    """All bytes of the write are in place and its owner was notified."""
+
+    write_id: int
+
+
+class WriteRefused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """The fence, or a failed receive, stopped the write; its ticket can't be completed by it."""
+
+    write_id: int
+    reason: str
+
+
+class ProbeStart(msgspec.Struct, frozen=True, array_like=True, tag="probe"):
+    """Announces one data message that the receiver takes into scratch memory."""
+
+    probe_id: int
+    sequence: int
+    is_last: bool
+
+
+class ProbeDone(msgspec.Struct, frozen=True, array_like=True, tag="probed"):
+    probe_id: int
+
+
+AgentMessage: TypeAlias = WritePart | WriteDone | WriteRefused | ProbeStart | ProbeDone
+
+_encoder = msgspec.msgpack.Encoder()
+_message_decoder = msgspec.msgpack.Decoder[AgentMessage](AgentMessage)
+_metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
+
+
+def encode(message: AgentMessage | AgentMetadata) -> bytearray:
+    """A writable buffer, because transports want one."""
+    return bytearray(_encoder.encode(message))
+
+
+def decode_message(data: bytes | bytearray) -> AgentMessage:
+    """Raises TransferError on anything but a well-formed message."""
+    try:
+        return _message_decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"Unreadable transfer message: {error}") from error
+
+
+def decode_metadata(data: bytes) -> AgentMetadata:
+    """Raises TransferError on anything but well-formed metadata of our protocol version."""
+    try:
+        metadata = _metadata_decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"Unreadable transfer agent metadata: {error}") from error
+    if metadata.protocol_version != AGENT_PROTOCOL_VERSION:
+        raise TransferError(
+            f"Worker {metadata.worker_id} speaks transfer protocol {metadata.protocol_version}, "
+            f"this worker {AGENT_PROTOCOL_VERSION}."
+        )
+    return metadata
