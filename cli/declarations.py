@@ -3,6 +3,7 @@
 from cli.resolve import Command, Group
 from cli.stack_config import StackConfig
 from engine.config import EngineConfig
+from loadtest.config import BenchConfig
 from services.router.config import RouterConfig
 from services.runtime.config import WorkerConfig
 
@@ -28,4 +29,6 @@ ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),), 
 PREFILL = Command("prefill", "Run one prefill worker.", (_ENGINE, _WORKER), positional="model")
 DECODE = Command("decode", "Run one decode worker.", (_ENGINE, _WORKER), positional="model")
 
-WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE)
+BENCH = Command("bench", "Load an OpenAI-compatible server.", (Group(BenchConfig, "Load test"),))
+
+WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, BENCH)

@@ -35,7 +35,7 @@ SUBCOMMANDS = {
     "prefill": Subcommand("cli.services", "run_prefill", "run one prefill worker"),
     "decode": Subcommand("cli.services", "run_decode", "run one decode worker"),
     "ps": Subcommand("cli.ps", "run", "list the processes of local stacks"),
-    "bench": Subcommand("loadtest.command", "run", "load an OpenAI-compatible server"),
+    "bench": Subcommand("cli.bench", "run", "load an OpenAI-compatible server"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Loads any OpenAI-compatible server and reports what its users would see."""

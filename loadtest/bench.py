@@ -1,0 +1,124 @@
+"""A whole run: find the model, write the prompts, warm up, load, report."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from tqdm import tqdm
+
+from loadtest.client import LoadClient
+from loadtest.config import BenchConfig
+from loadtest.http_connection import HttpClient, HttpError
+from loadtest.prompt_text import PromptWriter
+from loadtest.report import format_summary, write_requests, write_summary
+from loadtest.results import RequestResult, Summary, summarize
+from loadtest.runner import run_load
+from loadtest.traces import read_trace
+from loadtest.workload import (
+    PlannedRequest,
+    synthetic_requests,
+    trace_requests,
+    warmup_requests,
+)
+from protocol.errors import StartupError
+
+_DEFAULT_CONCURRENCY = 8
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+def run_bench(config: BenchConfig) -> int:
+    """Runs, prints and writes what `config` says; 1 if a request failed."""
+    summary = asyncio.run(bench(config))
+    return 1 if summary.errors else 0
+
+
+async def bench(config: BenchConfig) -> Summary:
+    """Runs and reports. Raises StartupError if the server can't be loaded at all."""
+    async with HttpClient(config.base_url, api_key=config.api_key) as http:
+        model = await _find_model(http, config)
+        requests, warmup = _plan(config, _writer(config, model))
+        client = LoadClient(http, config, config.model or model.id)
+        concurrency = config.max_concurrency
+        if concurrency is None and requests[0].offset_s is None:
+            concurrency = _DEFAULT_CONCURRENCY
+        for index, request in enumerate(warmup):
+            now_s = time.perf_counter()
+            result = await client.send(request, index=index, start_s=now_s, due_s=now_s)
+            if result.error is not None:
+                raise StartupError(f"The first request failed: {result.error}.")
+        with tqdm(total=len(requests), unit="req", disable=None, file=sys.stderr) as bar:
+            results, duration_s = await run_load(
+                client, requests, max_concurrency=concurrency, on_result=_progress(bar)
+            )
+    summary = summarize(results, duration_s)
+    sys.stdout.write(format_summary(summary) + "\n")
+    if config.result_file is not None:
+        write_summary(Path(config.result_file), summary, config, config.model or model.id)
+    if config.requests_file is not None:
+        write_requests(Path(config.requests_file), results)
+    return summary
+
+
+def _plan(
+    config: BenchConfig, writer: PromptWriter
+) -> tuple[list[PlannedRequest], list[PlannedRequest]]:
+    """The requests to measure, and those to send before."""
+    if config.trace is not None:
+        requests = trace_requests(config, read_trace(Path(config.trace)), writer)
+    else:
+        requests = synthetic_requests(config, writer)
+    return requests, warmup_requests(config, writer)
+
+
+async def _find_model(http: HttpClient, config: BenchConfig) -> _Model:
+    try:
+        status, body = await http.fetch("GET", "/v1/models")
+    except HttpError as error:
+        raise StartupError(f"{config.base_url} doesn't answer: {error}.") from error
+    if status != 200:
+        raise StartupError(f"{config.base_url}/v1/models answers with status {status}.")
+    try:
+        models = msgspec.json.decode(body, type=_Models).data
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{config.base_url} is no OpenAI-compatible server.") from error
+    wanted = [model for model in models if config.model in (None, model.id)]
+    if not wanted:
+        names = ", ".join(model.id for model in models)
+        raise StartupError(f"{config.base_url} doesn't serve {config.model}, but {names}.")
+    return wanted[0]
+
+
+def _writer(config: BenchConfig, model: _Model) -> PromptWriter:
+    if config.tokenizer is not None:
+        return PromptWriter.for_tokenizer(Path(config.tokenizer))
+    if model.root is not None and (Path(model.root) / "tokenizer.json").is_file():
+        return PromptWriter.for_tokenizer(Path(model.root))
+    return PromptWriter.for_any_model()
+
+
+def _progress(bar: "tqdm[NoReturn]") -> Callable[[RequestResult], None]:
+    """Advances the bar and shows the rate of output tokens and the number of failures."""
+    num_tokens = num_errors = 0
+
+    def advance(result: RequestResult) -> None:
+        nonlocal num_tokens, num_errors
+        num_tokens += result.output_tokens
+        num_errors += result.error is not None
+        elapsed_s = max(1e-9, float(bar.format_dict["elapsed"]))
+        failed = f", {num_errors} failed" if num_errors else ""
+        bar.set_postfix_str(f"{num_tokens / elapsed_s:,.0f} tok/s{failed}", refresh=False)
+        bar.update()
+
+    return advance
