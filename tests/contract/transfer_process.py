@@ -1,0 +1,196 @@
+"""A worker process that only transfers: its agent obeys commands from the test.
+
+Sender and receiver fill or check their pools by the same formula, so the test needn't see bytes.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from kvtransfer import Connection, KVRegion, TransferAgent, TransferConfig, WriteReceived
+from kvtransfer.ucx import UcxTransport
+from protocol.errors import TransferError
+
+NUM_BLOCKS = 64
+BLOCK_BYTES = 1 << 20
+CONFIG = TransferConfig(max_message_bytes=4 << 20, window_bytes=16 << 20)
+START_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 20
+
+
+class TransferWorker:
+    """The child's side."""
+
+    def __init__(self, worker_id: str, incarnation: int) -> None:
+        self._pool = bytearray(NUM_BLOCKS * BLOCK_BYTES)
+        self._agent = TransferAgent(
+            UcxTransport(),
+            KVRegion(memoryview(self._pool), num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES),
+            worker_id=worker_id,
+            incarnation=incarnation,
+            on_write=self._on_write,
+            config=CONFIG,
+        )
+        self._agent.start()
+        self._connections: dict[int, Connection] = {}
+        self._num_received = 0
+        self._die_after: int | None = None
+        self._writing: asyncio.Task[str] | None = None
+
+    def _on_write(self, _: WriteReceived) -> None:
+        self._num_received += 1
+        if self._num_received == self._die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def metadata(self) -> bytes:
+        return self._agent.metadata()
+
+    async def connect(self, incarnation: int, metadata: bytes) -> None:
+        self._connections[incarnation] = await self._agent.connect(metadata)
+
+    async def fill(self, seed: int) -> None:
+        for block_id in range(NUM_BLOCKS):
+            start = block_id * BLOCK_BYTES
+            self._pool[start : start + BLOCK_BYTES] = bytes([(seed + block_id) % 251]) * BLOCK_BYTES
+
+    async def holds(self, seed: int, block_ids: list[int]) -> bool:
+        return all(
+            self._pool[b * BLOCK_BYTES : (b + 1) * BLOCK_BYTES]
+            == bytes([(seed + b) % 251]) * BLOCK_BYTES
+            for b in block_ids
+        )
+
+    async def expect(self, ticket_id: int, sender_incarnation: int, block_ids: list[int]) -> None:
+        self._agent.expect(
+            ticket_id, attempt=0, sender_incarnation=sender_incarnation, block_ids=block_ids
+        )
+
+    async def die_after(self, num_writes: int) -> None:
+        self._die_after = num_writes
+
+    async def num_received(self) -> int:
+        return self._num_received
+
+    async def write(
+        self, incarnation: int, ticket_id: int, write_seq: int, block_ids: list[int]
+    ) -> str:
+        try:
+            await self._connections[incarnation].write(
+                ticket_id=ticket_id,
+                attempt=0,
+                receiver_incarnation=incarnation,
+                src_blocks=block_ids,
+                dst_blocks=block_ids,
+                write_seq=write_seq,
+            )
+        except TransferError as error:
+            return type(error).__name__
+        return "written"
+
+    async def start_writing(self, incarnation: int, ticket_id: int) -> None:
+        """Writes the whole pool again and again."""
+
+        async def forever() -> str:
+            for write_seq in range(1_000_000):
+                outcome = await self.write(
+                    incarnation, ticket_id, write_seq, list(range(NUM_BLOCKS))
+                )
+                if outcome != "written":
+                    return outcome
+            return "never stopped"
+
+        self._writing = asyncio.create_task(forever())
+
+    async def end_of_writing(self) -> str:
+        assert self._writing is not None
+        return await self._writing
+
+    async def drop(self, worker_id: str, incarnation: int) -> list[int]:
+        return self._agent.drop_peer(worker_id, incarnation)
+
+    async def close_ticket(self, ticket_id: int) -> None:
+        await self._agent.close_ticket(ticket_id)
+
+    async def report(self, incarnation: int) -> tuple[bool, bool]:
+        report = await self._connections[incarnation].measure()
+        return report.same_host, report.is_slow_fallback
+
+    async def close(self) -> None:
+        await self._agent.close()
+
+
+def _main(pipe: Pipe, worker_id: str, incarnation: int) -> None:
+    asyncio.run(_obey(pipe, worker_id, incarnation))
+
+
+async def _obey(pipe: Pipe, worker_id: str, incarnation: int) -> None:
+    worker = TransferWorker(worker_id, incarnation)
+    readable = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pipe.fileno(), readable.set)
+    method = None
+    while method != "close":
+        await readable.wait()
+        while method != "close" and pipe.poll():
+            method, arguments = pipe.recv()
+            pipe.send(await getattr(worker, method)(*arguments))
+        readable.clear()
+
+
+@dataclass
+class TransferProcess:
+    """The test's side: `call("write", …)` runs the worker's method of that name."""
+
+    worker_id: str
+    incarnation: int
+    process: BaseProcess
+    pipe: Pipe
+
+    @classmethod
+    def start(cls, worker_id: str, incarnation: int) -> "TransferProcess":
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(
+            target=_main, args=(theirs, worker_id, incarnation), daemon=True, name=worker_id
+        )
+        process.start()
+        theirs.close()
+        return cls(worker_id, incarnation, process, ours)
+
+    def call(self, method: str, *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        self.begin(method, *arguments)
+        return self.answer(timeout_s=timeout_s)
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        self.pipe.send((method, arguments))
+
+    def answer(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
+        assert self.pipe.poll(timeout_s), f"{self.worker_id} did not answer"
+        return self.pipe.recv()
+
+    def connect_to(self, other: "TransferProcess") -> None:
+        """Both ways; the other side connects first."""
+        other.call("connect", self.incarnation, self.call("metadata", timeout_s=START_TIMEOUT_S))
+        self.call("connect", other.incarnation, other.call("metadata", timeout_s=START_TIMEOUT_S))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def stop(self) -> None:
+        """Ends it in the orderly way, or not, if it doesn't answer."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGCONT)
+            self.begin("close")
+            self.process.join(ANSWER_TIMEOUT_S)
+        if self.process.is_alive():
+            self.kill()
+        self.pipe.close()
+
+
+Starter = Callable[[str], TransferProcess]
