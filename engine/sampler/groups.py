@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampler.filters import FEW_CANDIDATES, MAX_CANDIDATES
 from engine.sampler.penalties import PenaltyRows
 from engine.sampler.rows import NO_LOGPROBS, NO_PENALTY_SLOT, SamplingTable
 
@@ -32,7 +31,7 @@ class FilteredRows:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor | None
-    num_candidates: int
+    max_top_k: int | None  # None if a row has no top-k
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +96,7 @@ def _random_rows(
         index=_index(is_random, device),
         places=is_random.nonzero()[0],
         keys=records["key"],
-        temperature=_column(records["temperature"], device),
+        temperature=_to_device(records["temperature"], device).unsqueeze(-1),
         filtered=_filtered_rows(records, device),
     )
 
@@ -109,29 +108,26 @@ def _filtered_rows(records: NDArray[Any], device: torch.device) -> FilteredRows 
     index = _index(is_filtered, device)
     records = records[is_filtered]
     top_k = records["top_k"]
-    # A small k bounds a nucleus too; without one, a nucleus may need many candidates.
-    few_suffice = ((top_k > 0) | (records["top_p"] >= 1.0)) & (top_k <= FEW_CANDIDATES)
     return FilteredRows(
         index=index,
         top_k=_to_device(top_k, device),
         top_p=_to_device(records["top_p"], device),
         min_p=_to_device(records["min_p"], device) if records["min_p"].any() else None,
-        num_candidates=FEW_CANDIDATES if few_suffice.all() else MAX_CANDIDATES,
+        max_top_k=int(top_k.max()) if top_k.all() else None,
     )
 
 
 def _penalized_rows(records: NDArray[Any], device: torch.device) -> PenaltyRows | None:
-    is_penalized = records["penalty_slot"] != NO_PENALTY_SLOT
-    if not is_penalized.any():
+    places = (records["penalty_slot"] != NO_PENALTY_SLOT).nonzero()[0]
+    if not len(places):
         return None
-    index = _index(is_penalized, device)
-    records = records[is_penalized]
+    records = records[places]
     return PenaltyRows(
-        index=index,
+        places=_to_device(places, device),
         slots=_to_device(records["penalty_slot"], device),
-        repetition=_column(records["repetition_penalty"], device),
-        presence=_column(records["presence_penalty"], device),
-        frequency=_column(records["frequency_penalty"], device),
+        repetition=_to_device(records["repetition_penalty"], device),
+        presence=_to_device(records["presence_penalty"], device),
+        frequency=_to_device(records["frequency_penalty"], device),
     )
 
 
@@ -178,10 +174,6 @@ def _logprob_rows(records: NDArray[Any], device: torch.device) -> LogprobRows | 
 def _index(selected: NDArray[np.bool_], device: torch.device) -> Tensor | None:
     """Places of the selected rows, None if that's all of them."""
     return None if selected.all() else _to_device(selected.nonzero()[0], device)
-
-
-def _column(values: NDArray[Any], device: torch.device) -> Tensor:
-    return _to_device(values, device).unsqueeze(-1)
 
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:

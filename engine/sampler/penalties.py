@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sampling import penalize
+
 _FIRST_CAPACITY = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PenaltyRows:
-    """Rows of a step that use penalties. `index` int64 [n] are their places in the step, None
-    for all; `slots` int64 [n] their counts; the penalties are float32 [n, 1]."""
+    """Rows of a step that use penalties. `places` int64 [n] are their places in the step, `slots`
+    int64 [n] name their counts; the penalties are float32 [n]."""
 
-    index: Tensor | None
+    places: Tensor
     slots: Tensor
     repetition: Tensor
     presence: Tensor
@@ -48,22 +50,20 @@ class PenaltyCounts:
 
     def count(self, rows: PenaltyRows, token_ids: Tensor) -> None:
         """Adds a step's sampled `token_ids` (int64, one a row of the step) to the counts."""
-        chosen = token_ids if rows.index is None else token_ids[rows.index]
-        self._output_counts[rows.slots, chosen] += 1
+        self._output_counts[rows.slots, token_ids[rows.places]] += 1
 
     def apply(self, rows: PenaltyRows, scores: Tensor) -> None:
-        """Changes `scores` [num_rows, >= vocab_size] in place, with OpenAI's and, for repetition,
-        CTRL's (arXiv:1909.05858) formula, as vLLM does."""
-        selected = scores if rows.index is None else scores[rows.index]
-        logits = selected[:, : self._vocab_size]
-        counts = self._output_counts[rows.slots]
-        in_output = counts > 0
-        factor = torch.where(in_output | self._in_prompt[rows.slots], rows.repetition, 1.0)
-        logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
-        logits.addcmul_(rows.frequency, counts, value=-1.0)
-        logits.addcmul_(rows.presence, in_output, value=-1.0)
-        if rows.index is not None:
-            scores[rows.index] = selected
+        """Changes `scores` [num_rows, >= vocab_size] in place."""
+        penalize(
+            scores,
+            places=rows.places,
+            slots=rows.slots,
+            output_counts=self._output_counts,
+            in_prompt=self._in_prompt,
+            repetition=rows.repetition,
+            presence=rows.presence,
+            frequency=rows.frequency,
+        )
 
     def _grow(self) -> None:
         """Doubles the slots, so that a burst of such requests doesn't copy the counts each time."""

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.sampler.choice import CHUNK, argmax_rows, choose_rows
-from engine.sampler.filters import filter_weights
 from engine.sampler.groups import RandomRows, RowGroups, StopEntries, group_rows
 from engine.sampler.logprobs import token_logprobs
 from engine.sampler.penalties import PenaltyCounts
 from engine.sampler.randomness import uniforms
 from engine.sampler.rows import NO_PENALTY_SLOT, SamplingTable
 from engine.sequence import Sequence
+from kernels.sampling import filter_weights
 from protocol.request import TokenLogprobs
 from protocol.sampling import SamplingParams
 
@@ -158,14 +158,16 @@ class Sampler:
         if random.filtered is not None:
             filtered = random.filtered
             selected = weights if filtered.index is None else weights[filtered.index]
-            filter_weights(
+            selected = filter_weights(
                 selected,
                 top_k=filtered.top_k,
                 top_p=filtered.top_p,
                 min_p=filtered.min_p,
-                num_candidates=filtered.num_candidates,
+                max_top_k=filtered.max_top_k,
             )
-            if filtered.index is not None:
+            if filtered.index is None:
+                weights = selected
+            else:
                 weights[filtered.index] = selected
         drawn = uniforms(random.keys, positions[random.places])
         return choose_rows(weights, torch.from_numpy(drawn).to(self._device))

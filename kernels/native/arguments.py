@@ -81,3 +81,18 @@ class PagedAttentionArgs(Structure):
         "q_stride block_stride window max_kv_len num_threads",
         numbers="scale softcap",
     )
+
+
+class FilterWeightsArgs(Structure):
+    """sampling.c: struct filter_weights_args."""
+
+    _fields_: ClassVar = _fields(pointers="weights top_k top_p min_p", sizes="rows n num_threads")
+
+
+class PenalizeArgs(Structure):
+    """sampling.c: struct penalize_args."""
+
+    _fields_: ClassVar = _fields(
+        pointers="scores places slots output_counts in_prompt repetition presence frequency",
+        sizes="rows n score_stride num_threads",
+    )

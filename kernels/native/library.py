@@ -28,13 +28,26 @@ class Operation(Enum):
     LINEAR = "linear"
     PACK_WEIGHT = "pack_weight"
     PACKED_ROWS = "packed_rows"
+    FILTER_WEIGHTS = "filter_weights"
+    PENALIZE = "penalize"
 
 
 # A call that takes microseconds keeps Python's interpreter lock: handing it to another thread and
 # waiting to get it back costs more, up to the switch interval of 5 ms.
-_LONG = frozenset({Operation.PAGED_ATTENTION, Operation.LINEAR, Operation.PACK_WEIGHT})
+_LONG = frozenset(
+    {
+        Operation.PAGED_ATTENTION,
+        Operation.LINEAR,
+        Operation.PACK_WEIGHT,
+        Operation.FILTER_WEIGHTS,
+        Operation.PENALIZE,
+    }
+)
 _BFLOAT16_DOT = (Operation.LINEAR, Operation.PACK_WEIGHT, Operation.PACKED_ROWS)
-_ANY_CPU = tuple(operation for operation in Operation if operation not in _BFLOAT16_DOT)
+_FLOAT32 = (Operation.FILTER_WEIGHTS, Operation.PENALIZE)
+_ANY_CPU = tuple(
+    operation for operation in Operation if operation not in (*_BFLOAT16_DOT, *_FLOAT32)
+)
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -58,6 +71,8 @@ def _kernels() -> dict[tuple[Operation, torch.dtype], NativeKernel]:
         for dtype, suffix in _SUFFIXES.items():
             library = long if operation in _LONG else short
             table[operation, dtype] = library[f"tandem_{operation.value}_{suffix}"]
+    for operation in _FLOAT32:
+        table[operation, torch.float32] = long[f"tandem_{operation.value}_f32"]
     if short.tandem_has_bf16_dot():
         for operation in _BFLOAT16_DOT:
             library = long if operation in _LONG else short
