@@ -25,6 +25,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str | None = None
     priority: int = 0
 
+    @property
+    def max_num_tokens(self) -> int:
+        """Prompt and output together, at most."""
+        assert self.sampling.max_tokens is not None, "the router bounds it"
+        return self.num_prompt_tokens + self.sampling.max_tokens
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithms of the probability of one sampled token and of the likeliest ones.

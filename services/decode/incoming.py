@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from protocol.ids import RequestKey, RouterId, WorkerRef
+from protocol.ids import Incarnation, RequestKey, WorkerId
 from protocol.messages import PrefillDone
 from protocol.request import Request
 from protocol.ticket import TransferTicket
+from services.runtime.peers import Peer
 
 
 class Phase(Enum):
@@ -34,10 +35,9 @@ _TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
     (Phase.EXPECTED, Event.ROOM_ASKED): Phase.WAITING,
     (Phase.EXPECTED, Event.GIVEN_UP): Phase.GONE,
     (Phase.WAITING, Event.ROOM_GIVEN): Phase.RECEIVING,
-    (Phase.WAITING, Event.GIVEN_UP): Phase.STOPPING,
+    (Phase.WAITING, Event.GIVEN_UP): Phase.GONE,
     (Phase.RECEIVING, Event.ALL_RECEIVED): Phase.GONE,
     (Phase.RECEIVING, Event.GIVEN_UP): Phase.STOPPING,
-    (Phase.STOPPING, Event.GIVEN_UP): Phase.STOPPING,
     (Phase.STOPPING, Event.WRITES_STOPPED): Phase.GONE,
 }
 
@@ -56,22 +56,24 @@ def advance(phase: Phase, event: Event) -> Phase:
 
 @dataclass(slots=True)
 class Incoming:
-    """What decode knows of one expected request; `deadline_s` is on this process's clock."""
+    """What decode knows of one expected request.
+
+    `worker_id` and `incarnation` are the prefill worker's, `sender` its connection once it has
+    spoken; `deadline_s` is on this process's monotonic clock, None while no lease runs.
+    """
 
     key: RequestKey
-    prefill: WorkerRef
+    worker_id: WorkerId
+    incarnation: Incarnation
     phase: Phase
-    deadline_s: float | None = None
-    router: RouterId | None = None
     request: Request | None = None
+    sender: Peer | None = None
+    deadline_s: float | None = None
     ticket: TransferTicket | None = None
     num_writes_received: int = 0
     done: PrefillDone | None = None
+    sender_stopped: bool = False
+    receives_stopped: bool = False
 
     def advance(self, event: Event) -> None:
         self.phase = advance(self.phase, event)
-
-    @property
-    def is_complete(self) -> bool:
-        """Prefill has finished and every write it made has arrived."""
-        return self.done is not None and self.num_writes_received >= self.done.num_writes

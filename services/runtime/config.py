@@ -25,10 +25,10 @@ class WorkerConfig:
         help="Redis of the stack, redis://host:port/db or unix:///path; "
         "'tandem serve' starts one of its own without it",
     )
-    kv_transport: str = setting(
-        "ucx",
-        choices=("ucx", "local"),
-        help="how KV blocks travel between workers; 'local' is for several in one process",
+    ticket_ttl_s: float = setting(
+        10.0,
+        minimum=0.1,
+        help="seconds that a decode worker keeps reserved blocks for a silent prefill worker",
     )
     verify_kv_checksums: bool = setting(
         False, help="check every transferred block's checksum, to find faulty transports"

@@ -1,0 +1,284 @@
+"""Decode's continuous-batching loop; all of it runs on the engine thread.
+
+A turn: handle commands (new requests, transfers to make room for or to admit, aborts), give
+waiting transfers room, then schedule → execute → commit one step and publish its tokens.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import msgspec
+
+from engine.engine import Engine
+from engine.sampler.sampled import SampledToken
+from engine.scheduler.decode import DecodeScheduler
+from engine.scheduler.plan import SequenceUpdate, StepPlan
+from engine.scheduler.reservations import Reservation
+from engine.sequence import Sequence
+from protocol.errors import InvalidRequestError
+from protocol.ids import RequestKey
+from protocol.records import KVEvent, WorkerLoad
+from protocol.request import PhaseTimings, Request, SequenceOutput
+from services.runtime.load_meter import LoadMeter
+
+
+@dataclass(slots=True, frozen=True)
+class StartLocal:
+    request: Request
+
+
+@dataclass(slots=True, frozen=True)
+class MakeRoom:
+    """Reserve blocks for a transfer, now or as soon as there are enough."""
+
+    request: Request
+
+
+@dataclass(slots=True, frozen=True)
+class AdmitTransferred:
+    """The reserved blocks are filled: go on behind prefill's first token."""
+
+    key: RequestKey
+    first: SequenceOutput
+    timings: PhaseTimings
+
+
+@dataclass(slots=True, frozen=True)
+class DropTransfer:
+    """Give the reservation (or the wait for one) up; its blocks go into quarantine."""
+
+    key: RequestKey
+
+
+@dataclass(slots=True, frozen=True)
+class EndQuarantine:
+    """Nothing can write into these blocks any more."""
+
+    key: RequestKey
+
+
+@dataclass(slots=True, frozen=True)
+class Abort:
+    key: RequestKey
+
+
+@dataclass(slots=True, frozen=True)
+class ResetPrefixCache:
+    pass
+
+
+Command: TypeAlias = (
+    StartLocal
+    | MakeRoom
+    | AdmitTransferred
+    | DropTransfer
+    | EndQuarantine
+    | Abort
+    | ResetPrefixCache
+)
+
+
+@dataclass(slots=True, frozen=True)
+class RoomMade:
+    """Blocks are reserved: prompt block `num_cached_blocks + i` belongs into `block_ids[i]`."""
+
+    key: RequestKey
+    num_cached_blocks: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True, frozen=True)
+class Refused:
+    """The request can't run here, whatever becomes free."""
+
+    key: RequestKey
+    message: str
+
+
+@dataclass(slots=True)
+class TurnReport:
+    """Everything one turn of the loop has to tell the event loop."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list[SequenceOutput])
+    rooms: list[RoomMade] = field(default_factory=list[RoomMade])
+    refused: list[Refused] = field(default_factory=list[Refused])
+    kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    num_preempted: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_queried_tokens: int = 0  # in the prefix cache, since the start; so are the hits
+    num_hit_tokens: int = 0
+
+
+class DecodeLoop:
+    """The decode worker's `EngineWork`."""
+
+    def __init__(
+        self, engine: Engine, scheduler: DecodeScheduler, *, publish: Callable[[TurnReport], None]
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._publish = publish
+        self._meter = LoadMeter()
+        self._awaiting_room: list[Sequence] = []
+        self._reservations: dict[RequestKey, Reservation] = {}
+        self._stopping: dict[RequestKey, Reservation] = {}
+        self._transferred: dict[RequestKey, PhaseTimings] = {}
+        self._fresh: dict[RequestKey, Sequence] = {}  # no token has left this worker yet
+        self._report = TurnReport()
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case StartLocal(request):
+                self._start_local(request)
+            case MakeRoom(request):
+                self._awaiting_room.append(self._sequence(request))
+                self._awaiting_room.sort(key=lambda sequence: sequence.rank)
+            case AdmitTransferred():
+                self._admit(command)
+            case DropTransfer(key):
+                self._drop(key)
+            case EndQuarantine(key):
+                reservation = self._stopping.pop(key, None)
+                if reservation is not None:
+                    self._scheduler.confirm_stopped(reservation)
+            case Abort(key):
+                self._abort(key)
+            case ResetPrefixCache():
+                self._engine.pool.reset_cache()
+
+    def step(self) -> bool:
+        self._give_room()
+        plan = self._scheduler.schedule()
+        for sequence in plan.preempted:
+            self._engine.release(sequence)
+        self._report.num_preempted += len(plan.preempted)
+        if not plan.scheduled:
+            return False
+        started_s = time.monotonic()
+        self._note_start(plan, started_s)
+        num_decoding = sum(item.num_new_tokens == 1 and item.samples for item in plan.scheduled)
+        num_prefill_tokens = plan.num_tokens - num_decoding
+        sampled = self._engine.execute(plan)
+        updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
+        now_s = time.monotonic()
+        self._meter.observe_step(
+            now_s - started_s, num_prefill_tokens=num_prefill_tokens, num_decoding=num_decoding
+        )
+        tokens = {token.sequence.key: token for token in sampled}
+        for update in updates:
+            self._deliver(update, tokens[update.sequence.key], now_s)
+        self._report.num_prompt_tokens += num_prefill_tokens
+        self._report.num_generated_tokens += len(updates)
+        self._flush()
+        return True
+
+    def idle(self) -> None:
+        self._engine.pool.check_integrity()
+        self._flush()
+
+    def _sequence(self, request: Request) -> Sequence:
+        root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)
+        return Sequence(request, root, arrival_s=time.monotonic())
+
+    def _start_local(self, request: Request) -> None:
+        sequence = self._sequence(request)
+        try:
+            self._scheduler.add(sequence)
+        except InvalidRequestError as error:
+            self._report.refused.append(Refused(request.key, error.message))
+        else:
+            self._fresh[request.key] = sequence
+
+    def _give_room(self) -> None:
+        """Reserves in rank order up to the first that has to wait, so that none is overtaken."""
+        while self._awaiting_room:
+            sequence = self._awaiting_room[0]
+            try:
+                reservation = self._scheduler.try_reserve(sequence)
+            except InvalidRequestError as error:
+                self._report.refused.append(Refused(sequence.key, error.message))
+            else:
+                if reservation is None:
+                    break
+                self._reservations[sequence.key] = reservation
+                self._report.rooms.append(
+                    RoomMade(
+                        sequence.key, reservation.num_cached_blocks, list(reservation.block_ids)
+                    )
+                )
+            del self._awaiting_room[0]
+        if self._report.rooms or self._report.refused:
+            # Before the step: the sender is waiting for its ticket.
+            self._flush()
+
+    def _admit(self, command: AdmitTransferred) -> None:
+        sequence = self._reservations.pop(command.key).sequence
+        sequence.token_ids.extend(command.first.token_ids)
+        sequence.arrival_s = time.monotonic()
+        self._scheduler.admit(sequence)
+        self._transferred[sequence.key] = command.timings
+        self._fresh[sequence.key] = sequence
+
+    def _drop(self, key: RequestKey) -> None:
+        reservation = self._reservations.pop(key, None)
+        if reservation is not None:
+            self._scheduler.cancel_reservation(reservation)
+            self._stopping[key] = reservation
+        else:
+            self._awaiting_room = [s for s in self._awaiting_room if s.key != key]
+
+    def _abort(self, key: RequestKey) -> None:
+        self._fresh.pop(key, None)
+        self._transferred.pop(key, None)
+        sequence = self._scheduler.abort(key)
+        if sequence is not None:
+            self._engine.release(sequence)
+
+    def _note_start(self, plan: StepPlan, now_s: float) -> None:
+        for item in plan.scheduled:
+            sequence = item.sequence
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = now_s
+
+    def _deliver(self, update: SequenceUpdate, token: SampledToken, now_s: float) -> None:
+        sequence = update.sequence
+        timings, num_cached_tokens = None, None
+        if self._fresh.pop(sequence.key, None) is not None:
+            timings = self._first_timings(sequence, now_s)
+            num_cached_tokens = sequence.num_cached_tokens
+        if update.finish_reason is not None:
+            self._engine.release(sequence)
+        self._report.outputs.append(
+            SequenceOutput(
+                key=sequence.key,
+                position=sequence.num_output_tokens - len(update.new_token_ids),
+                token_ids=update.new_token_ids,
+                finish_reason=update.finish_reason,
+                stop_token_id=update.stop_token_id,
+                logprobs=None if token.logprobs is None else [token.logprobs],
+                num_cached_tokens=num_cached_tokens,
+                timings=timings,
+            )
+        )
+
+    def _first_timings(self, sequence: Sequence, now_s: float) -> PhaseTimings:
+        assert sequence.first_scheduled_s is not None, "it has just run"
+        queue_s = sequence.first_scheduled_s - sequence.arrival_s
+        run_s = now_s - sequence.first_scheduled_s
+        prefill = self._transferred.pop(sequence.key, None)
+        if prefill is None:
+            return PhaseTimings(prefill_queue_s=queue_s, prefill_s=run_s)
+        return msgspec.structs.replace(prefill, decode_queue_s=queue_s, first_step_s=run_s)
+
+    def _flush(self) -> None:
+        report, self._report = self._report, TurnReport()
+        report.kv_events = self._engine.pool.drain_events()
+        stats = self._scheduler.prefix_stats
+        report.num_queried_tokens = stats.num_queried_tokens
+        report.num_hit_tokens = stats.num_hit_tokens
+        report.load = self._meter.load(self._scheduler, self._engine.pool)
+        self._publish(report)

@@ -1,0 +1,193 @@
+"""Prefill's continuous-batching loop; all of it runs on the engine thread.
+
+A turn: handle commands (new prompts, aborts, releases), then schedule → execute → commit one
+step. The event loop learns which prompts start (before the step, so that it can ask decode for
+room while they compute) and how far each has come (after it, so that it can push full blocks).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from engine.engine import Engine
+from engine.sampler.sampled import SampledToken
+from engine.scheduler.plan import SequenceUpdate, StepPlan
+from engine.scheduler.prefill import PrefillScheduler
+from engine.sequence import Sequence
+from protocol.errors import InvalidRequestError
+from protocol.ids import RequestKey
+from protocol.records import KVEvent, WorkerLoad
+from protocol.request import PhaseTimings, Request, SequenceOutput
+from services.runtime.load_meter import LoadMeter
+
+
+@dataclass(slots=True, frozen=True)
+class StartPrefill:
+    request: Request
+
+
+@dataclass(slots=True, frozen=True)
+class Release:
+    """The prompt's blocks are sent (or needn't be); they stay as prefix cache."""
+
+    key: RequestKey
+
+
+@dataclass(slots=True, frozen=True)
+class Abort:
+    """Forget the request; nobody reads its blocks any more."""
+
+    key: RequestKey
+
+
+@dataclass(slots=True, frozen=True)
+class ResetPrefixCache:
+    pass
+
+
+Command: TypeAlias = StartPrefill | Release | Abort | ResetPrefixCache
+
+
+@dataclass(slots=True, frozen=True)
+class ChunkComputed:
+    """The prompt's first `num_computed_tokens` tokens are in the first of `block_ids`."""
+
+    key: RequestKey
+    num_computed_tokens: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True, frozen=True)
+class PromptDone:
+    """The first token is sampled, and all of the prompt's KV is in its blocks."""
+
+    first: SequenceOutput
+    timings: PhaseTimings
+
+
+@dataclass(slots=True, frozen=True)
+class PromptRefused:
+    """The prompt can never run here."""
+
+    key: RequestKey
+    message: str
+
+
+@dataclass(slots=True)
+class TurnReport:
+    """What one turn of the loop tells the event loop; of `chunks`, later ones replace earlier."""
+
+    chunks: list[ChunkComputed] = field(default_factory=list[ChunkComputed])
+    done: list[PromptDone] = field(default_factory=list[PromptDone])
+    refused: list[PromptRefused] = field(default_factory=list[PromptRefused])
+    kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    num_prompt_tokens: int = 0
+    num_queried_tokens: int = 0  # in the prefix cache, since the start; so are the hits
+    num_hit_tokens: int = 0
+
+
+class PrefillLoop:
+    """The prefill worker's `EngineWork`."""
+
+    def __init__(
+        self, engine: Engine, scheduler: PrefillScheduler, *, publish: Callable[[TurnReport], None]
+    ) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._publish = publish
+        self._meter = LoadMeter()
+        self._retained: dict[RequestKey, Sequence] = {}
+        self._report = TurnReport()
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case StartPrefill(request):
+                self._start(request)
+            case Release(key):
+                sequence = self._retained.pop(key, None)
+                if sequence is not None:
+                    self._scheduler.release(sequence)
+            case Abort(key):
+                self._retained.pop(key, None)
+                sequence = self._scheduler.abort(key)
+                if sequence is not None:
+                    self._engine.release(sequence)
+            case ResetPrefixCache():
+                self._engine.pool.reset_cache()
+
+    def step(self) -> bool:
+        plan = self._scheduler.schedule()
+        if not plan.scheduled:
+            return False
+        started_s = time.monotonic()
+        self._announce(plan, started_s)
+        sampled = self._engine.execute(plan)
+        updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
+        now_s = time.monotonic()
+        self._meter.observe_step(
+            now_s - started_s, num_prefill_tokens=plan.num_tokens, num_decoding=0
+        )
+        self._report.num_prompt_tokens += plan.num_tokens
+        self._report.chunks = [_chunk(item.sequence) for item in plan.scheduled]
+        tokens = {token.sequence.key: token for token in sampled}
+        for update in updates:
+            self._finish(update, tokens[update.sequence.key], now_s)
+        self._flush()
+        return True
+
+    def idle(self) -> None:
+        self._engine.pool.check_integrity()
+        self._flush()
+
+    def _start(self, request: Request) -> None:
+        root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)
+        try:
+            self._scheduler.add(Sequence(request, root, arrival_s=time.monotonic()))
+        except InvalidRequestError as error:
+            self._report.refused.append(PromptRefused(request.key, error.message))
+
+    def _announce(self, plan: StepPlan, now_s: float) -> None:
+        """Tells of prompts that start now, with the blocks that they found in the prefix cache."""
+        for item in plan.scheduled:
+            sequence = item.sequence
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = now_s
+                self._report.chunks.append(_chunk(sequence))
+        if self._report.chunks:
+            self._flush()
+
+    def _finish(self, update: SequenceUpdate, token: SampledToken, now_s: float) -> None:
+        sequence = update.sequence
+        assert sequence.first_scheduled_s is not None, "it has just run"
+        self._engine.release(sequence)
+        self._retained[sequence.key] = sequence
+        timings = PhaseTimings(
+            prefill_queue_s=sequence.first_scheduled_s - sequence.arrival_s,
+            prefill_s=now_s - sequence.first_scheduled_s,
+        )
+        first = SequenceOutput(
+            key=sequence.key,
+            position=sequence.num_output_tokens - 1,
+            token_ids=update.new_token_ids,
+            finish_reason=update.finish_reason,
+            stop_token_id=update.stop_token_id,
+            logprobs=None if token.logprobs is None else [token.logprobs],
+            num_cached_tokens=sequence.num_cached_tokens,
+            timings=timings,
+        )
+        self._report.done.append(PromptDone(first, timings))
+
+    def _flush(self) -> None:
+        report, self._report = self._report, TurnReport()
+        report.kv_events = self._engine.pool.drain_events()
+        stats = self._scheduler.prefix_stats
+        report.num_queried_tokens = stats.num_queried_tokens
+        report.num_hit_tokens = stats.num_hit_tokens
+        report.load = self._meter.load(self._scheduler, self._engine.pool)
+        self._publish(report)
+
+
+def _chunk(sequence: Sequence) -> ChunkComputed:
+    return ChunkComputed(sequence.key, sequence.num_computed_tokens, sequence.block_ids)
