@@ -1,0 +1,339 @@
+"""Sends requests to workers and delivers their tokens, each exactly once, whatever dies meanwhile.
+
+The life of a flight (one sequence on its way through the workers):
+
+1. `start`: the prompt's blocks are hashed and a route is chosen. Without one the flight waits.
+2. `RunPrefill` and `ExpectRequest`, or `RunLocal`, leave under attempt 1.
+3. Outputs come, from two workers and so in any order; they're put in order by their position.
+4. A worker of the route is lost, or gives the request up: attempt n+1 takes another route, with
+   the tokens delivered so far as part of its prompt. Older attempts' messages find no flight.
+5. It ends with its last token, with `abort`, or with an error after too many attempts or too
+   long a time without any worker.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from protocol.block_hash import BlockHash
+from protocol.errors import (
+    OverloadedError,
+    ServiceUnavailableError,
+    TandemError,
+    WorkerLostError,
+)
+from protocol.ids import RequestKey, WorkerId, WorkerRef
+from protocol.messages import (
+    AbortRequest,
+    ExpectRequest,
+    RequestFailed,
+    RunLocal,
+    RunPrefill,
+    StepOutputs,
+)
+from protocol.request import Request, SequenceOutput
+from services.router.http_errors import RequestRefusedError
+from services.runtime.peers import Peer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where one attempt runs; without `prefill`, decode prefills locally."""
+
+    decode: WorkerRef
+    prefill: WorkerRef | None
+    num_cached_tokens: int
+
+
+class RouteChooser(Protocol):
+    """Decides where requests go, and keeps account of what is where."""
+
+    def block_hashes(self, request: Request, known: Sequence[BlockHash]) -> list[BlockHash]:
+        """Hashes of the full blocks of `request.token_ids`; `known` are the first of them."""
+        ...
+
+    def choose(
+        self, request: Request, hashes: Sequence[BlockHash], *, avoid: frozenset[WorkerId]
+    ) -> Route | None:
+        """None if no worker can take it now; `avoid` are workers to take only if there's no other.
+
+        Raises OverloadedError if it shouldn't wait either.
+        """
+        ...
+
+    def prefilled(self, key: RequestKey) -> None:
+        """The attempt's first token is there."""
+        ...
+
+    def ended(self, key: RequestKey) -> None:
+        """The attempt is over."""
+        ...
+
+
+class OutputSink(Protocol):
+    """Who asked for a sequence. Called in the event loop, must not block."""
+
+    def deliver(self, output: SequenceOutput) -> None:
+        """The next tokens: positions without gap or repetition, the last with a finish reason."""
+        ...
+
+    def fail(self, error: TandemError) -> None:
+        """Nothing more comes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """`no_worker_s` bounds how long a flight is without any route, `give_up_s` the time from an
+    attempt's failure to the next one's first token."""
+
+    max_attempts: int = 4
+    poll_s: float = 0.05
+    no_worker_s: float = 3.0
+    give_up_s: float = 4.0
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One sequence under way. For reading only outside of this module."""
+
+    request: Request
+    sink: OutputSink
+    hashes: list[BlockHash]
+    attempt: int = 1
+    is_done: bool = False
+    route: Route | None = None
+    num_retries: int = 0
+    tokens: list[int] = field(default_factory=list[int])
+    decode: Peer | None = None
+    prefill: Peer | None = None
+    decode_spoke: bool = False
+    ahead: dict[int, SequenceOutput] = field(default_factory=dict[int, SequenceOutput])
+    avoid: set[WorkerId] = field(default_factory=set[WorkerId])
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def key(self) -> RequestKey:
+        return RequestKey(self.request.key.request_id, self.attempt)
+
+    def attempt_request(self) -> Request:
+        """The request as this attempt sends it."""
+        return msgspec.structs.replace(
+            self.request, key=self.key, token_ids=self.request.token_ids + self.tokens
+        )
+
+
+class Dispatcher:
+    """All flights of one router. Everything happens in the event loop's thread."""
+
+    def __init__(
+        self,
+        chooser: RouteChooser,
+        connect: Callable[[WorkerRef], Peer],
+        *,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        """`connect` gives the connection to a worker, without waiting for it."""
+        self._chooser = chooser
+        self._connect = connect
+        self._policy = policy or RetryPolicy()
+        self._loop = asyncio.get_running_loop()
+        self._flights: dict[RequestKey, Flight] = {}
+        self._homeless: dict[Flight, float] = {}
+
+    @property
+    def num_flights(self) -> int:
+        return len(self._flights) + len(self._homeless)
+
+    def start(
+        self, request: Request, sink: OutputSink, *, hashes: Sequence[BlockHash] = ()
+    ) -> Flight:
+        """Starts a request whose key names attempt 1; `hashes` of its blocks, as far as known.
+
+        The sink may be called before this returns to the event loop's next turn, but never
+        inside of this call. Raises OverloadedError.
+        """
+        assert request.key.attempt == 1
+        hashes = self._chooser.block_hashes(request, hashes)
+        flight = Flight(request, sink, hashes)
+        if not self._take_off(flight):
+            self._wait_for_route(flight, self._loop.time() + self._policy.no_worker_s)
+        return flight
+
+    def abort(self, flight: Flight) -> None:
+        """Ends the flight and frees what it holds on its workers. The sink isn't called again."""
+        if not flight.is_done:
+            self._abort_attempt(flight)
+            self._finish(flight)
+
+    def outputs_came(self, peer: Peer, message: StepOutputs) -> None:
+        flights = self._flights
+        for output in message.outputs:
+            flight = flights.get(output.key)
+            if flight is None:
+                continue  # aborted, or an older attempt's
+            if peer is flight.decode:
+                flight.decode_spoke = True
+            self._arrange(flight, output)
+
+    def request_failed(self, peer: Peer, message: RequestFailed) -> None:
+        flight = self._flights.get(message.key)
+        if flight is None:
+            return
+        if not message.retryable:
+            self._abort_attempt(flight)
+            self._fail(flight, RequestRefusedError(message.message))
+            return
+        self._try_again(flight, f"{peer.peer_id}: {message.message}", avoid=peer)
+
+    def peer_lost(self, peer: Peer) -> None:
+        for flight in list(self._flights.values()):
+            # What prefill owed is paid once decode has spoken behind the first token.
+            needs_prefill = not flight.decode_spoke or flight.ahead
+            if flight.decode is peer or (flight.prefill is peer and needs_prefill):
+                self._try_again(flight, f"worker {peer.peer_id} was lost", avoid=peer)
+
+    def close(self) -> None:
+        """Aborts everything."""
+        for flight in [*self._flights.values(), *self._homeless]:
+            self.abort(flight)
+
+    def _take_off(self, flight: Flight) -> bool:
+        """False if there's no route for it now. Raises OverloadedError."""
+        request = flight.attempt_request()
+        route = self._chooser.choose(request, flight.hashes, avoid=frozenset(flight.avoid))
+        if route is None:
+            return False
+        flight.route = route
+        flight.decode_spoke = False
+        flight.ahead.clear()
+        self._flights[request.key] = flight
+        flight.decode = self._connect(route.decode)
+        if route.prefill is None:
+            flight.prefill = None
+            flight.decode.send(RunLocal(request))
+        else:
+            flight.prefill = self._connect(route.prefill)
+            flight.prefill.send(RunPrefill(request, route.decode))
+            flight.decode.send(ExpectRequest(request, route.prefill))
+        return True
+
+    def _arrange(self, flight: Flight, output: SequenceOutput) -> None:
+        """Delivers `output` and what waited for it, or keeps it until its turn."""
+        pending: SequenceOutput | None = output
+        while pending is not None and not flight.is_done:
+            num_known = len(flight.tokens)
+            if pending.position > num_known:
+                flight.ahead[pending.position] = pending
+                return
+            if pending.position < num_known:
+                pending = _without_first(pending, num_known - pending.position)
+            if pending is not None:
+                self._deliver(flight, pending)
+            pending = flight.ahead.pop(len(flight.tokens), None)
+
+    def _deliver(self, flight: Flight, output: SequenceOutput) -> None:
+        if flight.timer is not None:
+            flight.timer.cancel()
+            flight.timer = None
+        if not flight.tokens:
+            self._chooser.prefilled(flight.key)
+        flight.tokens += output.token_ids
+        if output.finish_reason is not None:
+            self._finish(flight)
+        flight.sink.deliver(output)
+
+    def _try_again(self, flight: Flight, reason: str, *, avoid: Peer) -> None:
+        self._abort_attempt(flight)
+        self._forget_attempt(flight)
+        flight.avoid.add(avoid.peer_id)
+        if flight.attempt >= self._policy.max_attempts:
+            self._fail(
+                flight, WorkerLostError(f"The request failed {flight.attempt} times: {reason}.")
+            )
+            return
+        logger.warning(
+            "request %s, attempt %d failed (%s); trying again behind token %d",
+            flight.request.key.request_id,
+            flight.attempt,
+            reason,
+            len(flight.tokens),
+        )
+        flight.attempt += 1
+        flight.num_retries += 1
+        if flight.timer is None:
+            flight.timer = self._loop.call_later(self._policy.give_up_s, self._give_up, flight)
+        flight.hashes = self._chooser.block_hashes(flight.attempt_request(), flight.hashes)
+        self._wait_for_route(flight, self._loop.time() + self._policy.give_up_s)
+
+    def _give_up(self, flight: Flight) -> None:
+        self._abort_attempt(flight)
+        self._fail(flight, WorkerLostError("A worker was lost, and no other took over in time."))
+
+    def _wait_for_route(self, flight: Flight, deadline_s: float) -> None:
+        self._homeless[flight] = deadline_s
+        # Not at once: whoever reports a loss may go on to report the next one.
+        delay_s = 0.0 if flight.attempt > 1 else self._policy.poll_s
+        self._loop.call_later(delay_s, self._look_for_route, flight)
+
+    def _look_for_route(self, flight: Flight) -> None:
+        deadline_s = self._homeless.get(flight)
+        if deadline_s is None:
+            return
+        try:
+            if self._take_off(flight):
+                del self._homeless[flight]
+            elif self._loop.time() >= deadline_s:
+                self._fail(flight, _no_worker(flight))
+            else:
+                self._loop.call_later(self._policy.poll_s, self._look_for_route, flight)
+        except OverloadedError as error:
+            self._fail(flight, error)
+
+    def _abort_attempt(self, flight: Flight) -> None:
+        message = AbortRequest(flight.key)
+        for peer in (flight.prefill, flight.decode):
+            if peer is not None:
+                peer.send(message)
+
+    def _forget_attempt(self, flight: Flight) -> None:
+        if self._flights.pop(flight.key, None) is not None:
+            self._chooser.ended(flight.key)
+        flight.decode = flight.prefill = None
+
+    def _finish(self, flight: Flight) -> None:
+        flight.is_done = True
+        self._homeless.pop(flight, None)
+        self._forget_attempt(flight)
+        if flight.timer is not None:
+            flight.timer.cancel()
+            flight.timer = None
+
+    def _fail(self, flight: Flight, error: TandemError) -> None:
+        self._finish(flight)
+        flight.sink.fail(error)
+
+
+def _no_worker(flight: Flight) -> TandemError:
+    if flight.attempt > 1:
+        return WorkerLostError("A worker was lost, and there is no other.")
+    return ServiceUnavailableError("No worker is available.")
+
+
+def _without_first(output: SequenceOutput, num_known: int) -> SequenceOutput | None:
+    """The rest of an output whose first tokens were delivered already, None if nothing is new."""
+    if num_known >= len(output.token_ids):
+        return None
+    logprobs = None if output.logprobs is None else output.logprobs[num_known:]
+    return msgspec.structs.replace(
+        output,
+        position=output.position + num_known,
+        token_ids=output.token_ids[num_known:],
+        logprobs=logprobs,
+    )

@@ -1,0 +1,99 @@
+"""What a client is told when its request can't be served, in OpenAI's shape."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+from fastapi import Response
+
+from protocol.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServiceUnavailableError,
+    TandemError,
+    WorkerLostError,
+)
+
+
+class HttpError(TandemError):
+    """An error of HTTP itself: no such path, no key, too long a body."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = headers or {}
+
+
+class RequestTimeoutError(TandemError):
+    """The request wasn't finished within the time that the server gives one."""
+
+
+class RequestRefusedError(TandemError):
+    """The workers can't serve this request, now or later: it's too large for their memory."""
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """Status, headers and body of an answer that says no."""
+
+    status: int
+    detail: ErrorDetail
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode({"error": self.detail})
+
+    @property
+    def response(self) -> Response:
+        return Response(self.body, self.status, headers=self.headers, media_type="application/json")
+
+
+def error_reply(error: TandemError) -> ErrorReply:
+    """The answer to a request that ended with `error`."""
+    text = str(error)
+    match error:
+        case InvalidRequestError(message=message, field=param, code=code):
+            return ErrorReply(400, ErrorDetail(message, "invalid_request_error", param, code))
+        case ModelNotFoundError():
+            detail = ErrorDetail(text, "invalid_request_error", "model", "model_not_found")
+            return ErrorReply(404, detail)
+        case OverloadedError(retry_after_s=retry_after_s):
+            headers = {"Retry-After": str(max(1, round(retry_after_s)))}
+            return ErrorReply(
+                429, ErrorDetail(text, "rate_limit_error", None, "overloaded"), headers
+            )
+        case ServiceUnavailableError():
+            return ErrorReply(
+                503, ErrorDetail(text, "service_unavailable_error", None, "no_worker")
+            )
+        case WorkerLostError():
+            return ErrorReply(
+                503, ErrorDetail(text, "service_unavailable_error", None, "worker_lost")
+            )
+        case RequestRefusedError():
+            return ErrorReply(
+                400, ErrorDetail(text, "invalid_request_error", None, "request_refused")
+            )
+        case RequestTimeoutError():
+            return ErrorReply(504, ErrorDetail(text, "timeout_error", None, "timeout"))
+        case HttpError(status=status, code=code, headers=headers):
+            kind = "authentication_error" if status == 401 else "invalid_request_error"
+            return ErrorReply(status, ErrorDetail(text, kind, None, code), headers)
+        case _:
+            return INTERNAL_ERROR
+
+
+INTERNAL_ERROR = ErrorReply(
+    500, ErrorDetail("The server failed; its log says why.", "server_error", None, "internal_error")
+)

@@ -1,0 +1,145 @@
+"""The request bodies of the API: OpenAI's fields and vLLM's extensions.
+
+Fields that Tandem doesn't know are ignored, as OpenAI and vLLM do; those that it knows but can't
+honour are declared in `Unsupported`, so that they're refused where they would change the output.
+"""
+
+from typing import Any
+
+import msgspec
+
+Json = Any
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Unsupported(msgspec.Struct, kw_only=True):
+    """Known fields with no effect here; see `unsupported.py` for the values that are harmless."""
+
+    allowed_token_ids: Json = None
+    audio: Json = None
+    bad_words: Json = None
+    best_of: Json = None
+    chat_template: Json = None
+    function_call: Json = None
+    functions: Json = None
+    guided_choice: Json = None
+    guided_grammar: Json = None
+    guided_json: Json = None
+    guided_regex: Json = None
+    kv_transfer_params: Json = None
+    length_penalty: Json = None
+    logits_processors: Json = None
+    mm_processor_kwargs: Json = None
+    modalities: Json = None
+    prompt_embeds: Json = None
+    prompt_logprobs: Json = None
+    response_format: Json = None
+    structural_tag: Json = None
+    structured_outputs: Json = None
+    suffix: Json = None
+    thinking_token_budget: Json = None
+    tool_choice: Json = None
+    tools: Json = None
+    truncate_prompt_tokens: Json = None
+    use_beam_search: Json = None
+    web_search_options: Json = None
+
+
+class SamplingBody(Unsupported, kw_only=True):
+    """How tokens are chosen; None is the model's or the protocol's default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    user: str | None = None
+
+
+class CompletionBody(SamplingBody, kw_only=True):
+    """`prompt` is a text, several texts, token ids, or several lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class FunctionCall(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str | dict[str, Json] = ""
+
+
+class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
+    function: FunctionCall
+    id: str | None = None
+    type: str = "function"
+
+
+class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class TemplateBody(msgspec.Struct, kw_only=True):
+    """How a conversation becomes a prompt."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Json] | None = None
+    documents: list[dict[str, Json]] | None = None
+    reasoning_effort: str | None = None
+
+
+class ChatBody(SamplingBody, TemplateBody, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class TokenizeBody(TemplateBody, kw_only=True):
+    """Either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    tokens: list[int]
+    model: str | None = None

@@ -1,0 +1,182 @@
+"""From a body's prompt or messages to token ids."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from engine.tokenizer import Tokenizer
+from protocol.errors import ContextLengthError, InvalidRequestError
+from services.router.openai_bodies import CompletionBody, Message, TemplateBody
+from services.router.sampling import SamplingLimits, check_token_ids
+
+MAX_PROMPTS = 2048
+# A shorter text is encoded in less time than it takes to hand it to a thread.
+_INLINE_CHARS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is None where the client sent token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+class PromptEncoder:
+    """Makes prompts; long texts are encoded in `executor`, so that nobody else waits for them."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: SamplingLimits, executor: Executor) -> None:
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._executor = executor
+
+    async def completion_prompts(self, body: CompletionBody) -> list[Prompt]:
+        """At least one prompt, none of them empty. Raises InvalidRequestError."""
+        add_special_tokens = body.add_special_tokens is not False
+        return [
+            await self._completion_prompt(prompt, add_special_tokens=add_special_tokens)
+            for prompt in split_prompt(body.prompt)
+        ]
+
+    async def chat_prompt(
+        self, messages: Sequence[Message], options: TemplateBody, *, field: str = "messages"
+    ) -> Prompt:
+        """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
+        chat = template_messages(messages)
+        render = template_options(options)
+        add_special_tokens = options.add_special_tokens is True
+        num_chars = sum(len(message["content"]) for message in chat if message["content"])
+
+        def encode() -> Prompt:
+            text = self.tokenizer.render_chat(chat, **render)
+            return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
+
+        return self._not_empty(await self._run(encode, num_chars), field)
+
+    async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
+        """A text's tokens, maybe none."""
+
+        def encode() -> Prompt:
+            return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
+
+        return await self._run(encode, len(text))
+
+    async def _completion_prompt(
+        self, prompt: str | list[int], *, add_special_tokens: bool
+    ) -> Prompt:
+        if isinstance(prompt, str):
+            encoded = await self.text_prompt(
+                prompt, field="prompt", add_special_tokens=add_special_tokens
+            )
+        else:
+            check_token_ids(prompt, self.limits.vocab_size, field="prompt")
+            encoded = Prompt(None, prompt)
+        return self._not_empty(encoded, "prompt")
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        longest = self.limits.max_model_len * self.tokenizer.max_token_chars
+        if len(text) > longest:
+            # Not worth encoding: it takes longer the more hopeless it is.
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.limits.max_model_len} tokens; "
+                f"a text of {len(text)} characters has more.",
+                field=field,
+            )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    async def _run(self, encode: Callable[[], Prompt], num_chars: int) -> Prompt:
+        if num_chars <= _INLINE_CHARS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+
+    @staticmethod
+    def _not_empty(prompt: Prompt, field: str) -> Prompt:
+        if not prompt.token_ids:
+            raise InvalidRequestError(f"`{field}` must have at least one token.", field=field)
+        return prompt
+
+
+def split_prompt(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts in a completion's `prompt`. Raises InvalidRequestError for a mixed list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError("`prompt` must not be an empty list.", field="prompt")
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if len(token_ids) == len(prompt):
+        return [token_ids]
+    prompts = [item for item in prompt if not isinstance(item, int)]
+    if len({type(item) for item in prompt}) != 1:
+        raise InvalidRequestError(
+            "`prompt` must be a string, strings, token ids or lists of token ids, not a mixture.",
+            field="prompt",
+            code="invalid_type",
+        )
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"`prompt` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field="prompt"
+        )
+    return prompts
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Checked messages as the template sees them."""
+    if not messages:
+        raise InvalidRequestError("`messages` must not be empty.", field="messages")
+    for i, message in enumerate(messages):
+        _check_message(message, f"messages[{i}]")
+    return [msgspec.to_builtins(message) | {"content": _text(message)} for message in messages]
+
+
+def template_options(body: TemplateBody) -> dict[str, Any]:
+    """Options of `ChatTemplate.render`. Raises InvalidRequestError if two contradict."""
+    continues = body.continue_final_message is True
+    if continues and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "`continue_final_message` and `add_generation_prompt` exclude each other.",
+            field="continue_final_message",
+        )
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables["reasoning_effort"] = body.reasoning_effort
+    return {
+        "add_generation_prompt": body.add_generation_prompt is not False and not continues,
+        "continue_final_message": continues,
+        "documents": body.documents,
+        "variables": variables,
+    }
+
+
+def _check_message(message: Message, path: str) -> None:
+    if not message.role:
+        raise InvalidRequestError(f"`{path}.role` must not be empty.", field=f"{path}.role")
+    if message.content is None and message.role != "assistant":
+        raise InvalidRequestError(
+            f"`{path}.content` is required.",
+            field=f"{path}.content",
+            code="missing_required_parameter",
+        )
+    if isinstance(message.content, list):
+        for j, part in enumerate(message.content):
+            if part.type not in ("text", "input_text", "output_text"):
+                raise InvalidRequestError(
+                    f"`{path}.content[{j}]` has type {part.type[:40]!r}; "
+                    "this model takes text only.",
+                    field=f"{path}.content[{j}].type",
+                )
+            if part.text is None:
+                raise InvalidRequestError(
+                    f"`{path}.content[{j}].text` is required.",
+                    field=f"{path}.content[{j}].text",
+                    code="missing_required_parameter",
+                )
+
+
+def _text(message: Message) -> str | None:
+    if isinstance(message.content, list):
+        return "\n".join(part.text or "" for part in message.content)
+    return message.content

@@ -1,0 +1,38 @@
+"""Refuses what Tandem can't do, instead of answering as if it hadn't been asked."""
+
+from typing import Any
+
+from protocol.errors import InvalidRequestError
+from services.router.openai_bodies import Unsupported
+
+# Values besides null with which a field asks for what happens anyway.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "use_beam_search": (False,),
+}
+
+
+def refuse_unsupported(body: Unsupported) -> None:
+    """Raises InvalidRequestError that names the first field that asks for something missing."""
+    # A client that offers tools and forbids their use gets what it wants.
+    forbids_tools = body.tool_choice == "none"
+    for name in Unsupported.__struct_fields__:
+        value = getattr(body, name)
+        if value is None or value in _HARMLESS.get(name, ()):
+            continue
+        if name == "tools" and forbids_tools:
+            continue
+        raise InvalidRequestError(
+            f"`{name}` is not supported by this server.", field=name, code="unsupported_parameter"
+        )
