@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,37 +39,51 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one run brought; `model` is the name that was asked for."""
+
+    model: str
+    results: list[RequestResult]
+    summary: Summary
+
+
 def run_bench(config: BenchConfig) -> int:
     """Runs, prints and writes what `config` says; 1 if a request failed."""
-    summary = asyncio.run(bench(config))
-    return 1 if summary.errors else 0
+    measured = asyncio.run(measure(config))
+    sys.stdout.write(format_summary(measured.summary) + "\n")
+    if config.result_file is not None:
+        write_summary(Path(config.result_file), measured.summary, config, measured.model)
+    if config.requests_file is not None:
+        write_requests(Path(config.requests_file), measured.results)
+    return 1 if measured.summary.errors else 0
 
 
-async def bench(config: BenchConfig) -> Summary:
-    """Runs and reports. Raises StartupError if the server can't be loaded at all."""
+async def measure(config: BenchConfig) -> Measurement:
+    """Loads the server. Raises StartupError if that can't be done at all."""
     async with HttpClient(config.base_url, api_key=config.api_key) as http:
-        model = await _find_model(http, config)
-        requests, warmup = _plan(config, _writer(config, model))
-        client = LoadClient(http, config, config.model or model.id)
+        served = await _find_model(http, config)
+        requests, warmup = _plan(config, _writer(config, served))
+        model = config.model or served.id
+        client = LoadClient(http, config, model)
+        await _warm_up(client, warmup)
         concurrency = config.max_concurrency
         if concurrency is None and requests[0].offset_s is None:
             concurrency = _DEFAULT_CONCURRENCY
-        for index, request in enumerate(warmup):
-            now_s = time.perf_counter()
-            result = await client.send(request, index=index, start_s=now_s, due_s=now_s)
-            if result.error is not None:
-                raise StartupError(f"The first request failed: {result.error}.")
+        # On a terminal only: a log has no use for a bar.
         with tqdm(total=len(requests), unit="req", disable=None, file=sys.stderr) as bar:
             results, duration_s = await run_load(
                 client, requests, max_concurrency=concurrency, on_result=_progress(bar)
             )
-    summary = summarize(results, duration_s)
-    sys.stdout.write(format_summary(summary) + "\n")
-    if config.result_file is not None:
-        write_summary(Path(config.result_file), summary, config, config.model or model.id)
-    if config.requests_file is not None:
-        write_requests(Path(config.requests_file), results)
-    return summary
+    return Measurement(model, results, summarize(results, duration_s))
+
+
+async def _warm_up(client: LoadClient, requests: list[PlannedRequest]) -> None:
+    for index, request in enumerate(requests):
+        now_s = time.perf_counter()
+        result = await client.send(request, index=index, start_s=now_s, due_s=now_s)
+        if result.error is not None:
+            raise StartupError(f"The first request failed: {result.error}.")
 
 
 def _plan(

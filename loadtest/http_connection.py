@@ -115,6 +115,8 @@ class HttpClient:
             if exchange.transport is not None:
                 exchange.transport.close()
         self._idle.clear()
+        # Sockets are closed by the loop's next turn.
+        await asyncio.sleep(0)
 
     async def request(
         self,

@@ -36,7 +36,7 @@ class Answer(msgspec.Struct):
 
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
     @property
     def text(self) -> str:
