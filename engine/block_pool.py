@@ -116,7 +116,7 @@ class BlockPool:
         Raises BlockOwnershipError for a block that has no reference left.
         """
         references = self._num_references
-        # From the tail, so that leaves become the older ones and heads of prefixes live longest.
+        # From the tail: leaves become the older ones as they are, with no predecessor to move.
         for block_id in reversed(block_ids):
             count = references[block_id]
             if count < 1:

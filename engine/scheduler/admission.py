@@ -95,7 +95,6 @@ class Admission:
         """Takes its blocks and makes it a sequence to compute anew, from what stays cached."""
         self.return_blocks(sequence)
         sequence.num_computed_tokens = 0
-        sequence.num_registered_blocks = 0
         sequence.num_preemptions += 1
         if self._pool.enable_prefix_caching:
             hash_prompt(sequence, self._pool.block_size)

@@ -231,6 +231,18 @@ def test_events_tell_what_is_stored_and_removed_in_chain_order() -> None:
     assert pool.drain_events() == []
 
 
+def test_events_of_different_chains_stay_apart() -> None:
+    pool = BlockPool(4, 16)
+    cached(pool, 1, 2)
+    cached(pool, 3)
+    cached(pool, 1, 4)
+    assert pool.drain_events() == [
+        BlocksStored(ROOT, chain(1, 2)),
+        BlocksStored(ROOT, chain(3)),
+        BlocksStored(chain(1)[0], chain(1, 4)[1:]),
+    ]
+
+
 def test_reset_forgets_all_and_says_so_once() -> None:
     pool = BlockPool(4, 16)
     cached(pool, 1, 2)

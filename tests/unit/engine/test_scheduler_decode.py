@@ -186,10 +186,23 @@ def test_a_preempted_sequence_waits_in_front() -> None:
     scheduler.add(make_sequence("new", [3], arrival_s=0.5))
     plan = scheduler.schedule()
     assert names(plan.preempted) == ["late"]
-    assert scheduled(plan) == {"early": 1}, "nobody is admitted in a step that preempts"
+    assert scheduled(plan) == {"early": 1}
     commit(scheduler, plan)
     assert step(scheduler) == {"early": 1}, "new would fit, but waits behind late"
     assert list(step(scheduler)) == ["late", "new"]
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    scheduler, _ = make_scheduler(num_blocks=5)
+    scheduler.add(make_sequence("early", [1] * 7))
+    scheduler.add(make_sequence("late", [2] * 7, arrival_s=1.0))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(make_sequence("urgent", [3], priority=-1))
+    plan = scheduler.schedule()
+    assert (scheduled(plan), names(plan.preempted)) == ({"early": 1}, ["late"])
+    commit(scheduler, plan)
+    assert list(step(scheduler)) == ["early", "urgent"]
 
 
 def test_admission_leaves_the_watermark_to_running_sequences() -> None:

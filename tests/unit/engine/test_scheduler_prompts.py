@@ -212,6 +212,18 @@ def test_short_prompts_do_not_pass_one_that_waits_for_blocks() -> None:
     assert step(scheduler) == {"urgent": 256}
 
 
+def test_short_prompts_pass_again_once_it_has_its_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=60, enable_prefix_caching=False)
+    done = add(scheduler, "done", 160)
+    step(scheduler, release=False)
+    add(scheduler, "big", 900, arrival_s=1.0)
+    assert step(scheduler) == {}
+    scheduler.release(done)
+    assert step(scheduler) == {"big": 256}
+    add(scheduler, "small", 16, arrival_s=2.0)
+    assert step(scheduler) == {"small": 16, "big": 240}
+
+
 def test_aborting_the_one_that_waits_for_blocks_lets_others_in() -> None:
     scheduler = make_scheduler(num_blocks=20, enable_prefix_caching=False)
     add(scheduler, "first", 160)
@@ -251,6 +263,15 @@ def test_prompts_do_not_wait_when_it_does_not_pay(shared: int, own: int, salt: s
     add(scheduler, "a", shared + own, shared=shared)
     add(scheduler, "b", shared + own, shared=shared, arrival_s=1.0, salt=salt)
     assert list(step(scheduler)) == ["a", "b"]
+
+
+def test_nobody_waits_for_a_prefix_that_will_not_be_cached() -> None:
+    scheduler = make_scheduler(budget=768)
+    add(scheduler, "a", 1040, shared=1024)
+    step(scheduler)
+    scheduler._pool.reset_cache()
+    add(scheduler, "b", 1040, shared=1024, arrival_s=1.0)
+    assert step(scheduler) == {"a": 272, "b": 496}
 
 
 def test_who_waits_for_an_aborted_prefix_computes_it() -> None:
