@@ -14,6 +14,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "shares.h"
 #include "tiles.h"
 
 #define TILE 128       /* tokens */
@@ -37,8 +38,17 @@ struct paged_attention_args {
 
 struct item {
     int32_t seq, kv_head, first_query, num_queries; /* queries count from the chunk's first */
-    int32_t first_span, num_spans;
-    int32_t num_parts; /* items that share these queries, if this is the first of them; else 0 */
+    int32_t position;   /* of the first query */
+    int32_t first, end; /* tokens to attend to, from the start of a tile on */
+    int32_t num_parts;  /* items that share these queries, if this is the first of them; else 0 */
+};
+
+struct work {
+    struct item *items;
+    int64_t num_items;
+    struct share *shares;
+    float *states; /* of each item, if items share queries; else NULL */
+    int64_t state_floats;
 };
 
 /* What a softmax over part of the tokens leaves: scores' maximum, sum of exponentials, and
@@ -57,11 +67,6 @@ static int64_t max_rows(const struct paged_attention_args *args)
 {
     int64_t group = args->num_heads / args->num_kv_heads;
     return group > MAX_ROWS ? (group + LANES - 1) / LANES * LANES : MAX_ROWS;
-}
-
-static int64_t state_floats(const struct paged_attention_args *args)
-{
-    return max_rows(args) * (padded_dim(args) + 2);
 }
 
 static struct state state_at(const struct paged_attention_args *args, float *memory)
@@ -100,29 +105,42 @@ static void merge_state(const struct state *total, const struct state *part, int
     }
 }
 
-/* Lists the work; `items` NULL only counts it. `split` makes an item of every span. */
+/* Lists the items of `taken` queries of a sequence; `items` NULL only counts them. */
+static int64_t list_queries(const struct paged_attention_args *args, int32_t seq,
+                            int32_t first_query, int32_t taken, int split, struct item *items)
+{
+    int32_t length = args->query_starts[seq + 1] - args->query_starts[seq];
+    int32_t position = args->kv_lens[seq] - length + first_query, end = position + taken;
+    int64_t oldest = position - args->window + 1;
+    int32_t first = oldest > 0 ? (int32_t)(oldest / TILE * TILE) : 0;
+    int32_t parts = split ? (end - 1) / SPAN - first / SPAN + 1 : 1;
+    for (int64_t i = 0; items && i < args->num_kv_heads * parts; i++) {
+        int32_t part = (int32_t)(i % parts), span = first / SPAN + part;
+        items[i] = (struct item){
+            .seq = seq,
+            .kv_head = (int32_t)(i / parts),
+            .first_query = first_query,
+            .num_queries = taken,
+            .position = position,
+            .first = part ? span * SPAN : first,
+            .end = part < parts - 1 ? (span + 1) * SPAN : end,
+            .num_parts = part ? 0 : parts,
+        };
+    }
+    return args->num_kv_heads * parts;
+}
+
+/* Lists all items, or only counts them. `split` makes one of every span. */
 static int64_t list_items(const struct paged_attention_args *args, int split, struct item *items)
 {
     int64_t group = args->num_heads / args->num_kv_heads, count = 0;
     int32_t queries = group < MAX_ROWS ? (int32_t)(MAX_ROWS / group) : 1;
     for (int32_t seq = 0; seq < args->num_seqs; seq++) {
         int32_t length = args->query_starts[seq + 1] - args->query_starts[seq];
-        int32_t before = args->kv_lens[seq] - length;
         /* Later queries see more tokens: the longest work goes first. */
         for (int32_t first = (length - 1) / queries * queries; first >= 0; first -= queries) {
             int32_t taken = length - first < queries ? length - first : queries;
-            int64_t oldest = before + first - args->window + 1;
-            int32_t first_span = oldest > 0 ? (int32_t)(oldest / SPAN) : 0;
-            int32_t spans = (before + first + taken - 1) / SPAN + 1 - first_span;
-            int32_t parts = split ? spans : 1;
-            for (int32_t head = 0; head < args->num_kv_heads; head++)
-                for (int32_t part = 0; part < parts; part++, count++)
-                    if (items)
-                        items[count] = (struct item){
-                            .seq = seq, .kv_head = head, .first_query = first,
-                            .num_queries = taken, .first_span = first_span + part,
-                            .num_spans = split ? 1 : spans, .num_parts = part ? 0 : parts,
-                        };
+            count += list_queries(args, seq, first, taken, split, items ? items + count : NULL);
         }
     }
     return count;
@@ -143,7 +161,29 @@ static void *workspace(int64_t bytes)
     return buffer;
 }
 
-INLINE int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+/* Fills `work`; returns `scratch_bytes` of memory for the threads, NULL if there's none. */
+static void *plan_work(const struct paged_attention_args *args, int64_t scratch_bytes,
+                       struct work *work)
+{
+    /* Few items leave threads without work, so long sequences are shared. */
+    int split = args->num_threads > 1 && args->max_kv_len > SPAN &&
+                list_items(args, 0, NULL) < 4 * args->num_threads;
+    work->num_items = list_items(args, split, NULL);
+    work->state_floats = aligned(max_rows(args) * (padded_dim(args) + 2));
+    int64_t items_bytes = aligned(work->num_items * (int64_t)sizeof(struct item));
+    int64_t states_bytes =
+        split ? work->num_items * work->state_floats * (int64_t)sizeof(float) : 0;
+    char *memory = workspace(items_bytes + states_bytes + scratch_bytes);
+    if (!memory)
+        return NULL;
+    work->items = (struct item *)memory;
+    work->states = split ? (float *)(memory + items_bytes) : NULL;
+    list_items(args, split, work->items);
+    deal_shares(work->shares, args->num_threads, work->num_items);
+    return memory + items_bytes + states_bytes;
+}
 
 /* Transposes 16 vectors of 16 words in place. */
 INLINE void transpose16(i32x16 x[LANES])

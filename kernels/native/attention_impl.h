@@ -9,7 +9,14 @@ struct NAME(scratch) {
     WORD *queries; /* for each group of rows [words of head_dim][rows of the group] */
     WORD *weights; /* [MAX_TILE_ROWS][TILE / ELEMENTS]: probabilities */
     float *scores; /* [MAX_TILE_ROWS][TILE] */
+    T *zeros;      /* [head_dim]: stands in for tokens past the end */
     struct state part, total;
+};
+
+/* Where a tile's tokens lie; the rest, up to a whole panel, is `zeros`. */
+struct NAME(tile) {
+    const T *keys[TILE], *values[TILE];
+    int64_t first, count; /* tokens */
 };
 
 static int64_t NAME(words)(const struct paged_attention_args *args)
@@ -30,26 +37,35 @@ static int64_t NAME(lay_out)(const struct paged_attention_args *args, char *memo
     TAKE(scratch->queries, WORD, max_rows(args) * words);
     TAKE(scratch->weights, WORD, MAX_TILE_ROWS * TILE / ELEMENTS);
     TAKE(scratch->scores, float, MAX_TILE_ROWS * TILE);
-    TAKE(part, float, state_floats(args));
-    TAKE(total, float, state_floats(args));
+    TAKE(scratch->zeros, T, args->head_dim);
+    TAKE(part, float, max_rows(args) * (dim + 2));
+    TAKE(total, float, max_rows(args) * (dim + 2));
 #undef TAKE
     scratch->part = state_at(args, part);
     scratch->total = state_at(args, total);
     return offset;
 }
 
-/* Where the `count` tokens from `token` on have their K. */
-static void NAME(find_rows)(const struct paged_attention_args *args, const struct item *item,
-                            int64_t token, int64_t count, const T **rows)
+static void NAME(find_tile)(const struct paged_attention_args *args, const struct item *item,
+                            int64_t first, const T *zeros, struct NAME(tile) *tile)
 {
     const int32_t *table = args->block_tables + item->seq * args->max_blocks;
     const T *pool = (const T *)args->pool + item->kv_head * args->block_size * args->head_dim;
-    int64_t block = token / args->block_size, offset = token % args->block_size;
-    for (int64_t i = 0; i < count; block++, offset = 0) {
+    int64_t value_offset = args->num_kv_heads * args->block_size * args->head_dim;
+    int64_t block = first / args->block_size, offset = first % args->block_size;
+    int64_t end = item->end < first + TILE ? item->end : first + TILE, i = 0;
+    tile->first = first;
+    tile->count = end - first;
+    for (; i < tile->count; block++, offset = 0) {
         const T *row = pool + table[block] * args->block_stride + offset * args->head_dim;
-        for (; offset < args->block_size && i < count; offset++, row += args->head_dim)
-            rows[i++] = row;
+        for (; offset < args->block_size && i < tile->count; offset++, i++) {
+            tile->keys[i] = row;
+            tile->values[i] = row + value_offset;
+            row += args->head_dim;
+        }
     }
+    for (; i % PANEL; i++)
+        tile->keys[i] = tile->values[i] = zeros;
 }
 
 /* 16 words of a row from word `first` on; zeros past head_dim. */
@@ -60,70 +76,88 @@ INLINE i32x16 NAME(load_words)(const T *row, int64_t first, int64_t head_dim)
     i32x16 words = {0};
     if (left >= 2 * LANES)
         memcpy(&words, row + first * 2, sizeof words);
-    else
+    else if (left > 0)
         memcpy(&words, row + first * 2, (size_t)left * sizeof(T));
     return words;
 #else
-    return (i32x16)(left >= LANES ? LOAD(row + first) : LOAD_PART(row + first, left));
+    if (left >= LANES)
+        return (i32x16)LOAD(row + first);
+    return left > 0 ? (i32x16)LOAD_PART(row + first, left) : (i32x16){0};
 #endif
 }
 
-/* Fills `keys` from `count` rows, up to a multiple of 16 with zeros. */
-static void NAME(pack_keys)(const struct paged_attention_args *args, const T *const *rows,
-                            int64_t count, int64_t value_offset, WORD *keys)
+/* Transposes 16 tokens' words `first` to `first + 15`, into rows of a panel. */
+INLINE void NAME(pack_key_words)(const T *const *rows, int64_t first, int64_t head_dim,
+                                 int64_t words, WORD *to)
+{
+    i32x16 x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        x[i] = NAME(load_words)(rows[i], first, head_dim);
+    transpose16(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (first + i < words)
+            memcpy(to + (first + i) * PANEL, &x[i], sizeof x[i]);
+}
+
+static void NAME(pack_keys)(const struct paged_attention_args *args, const struct NAME(tile) *tile,
+                            WORD *keys)
 {
     int64_t words = NAME(words)(args), head_dim = args->head_dim;
-    for (int64_t token = 0; token < count; token += LANES) {
+    for (int64_t token = 0; token < tile->count; token += LANES) {
         WORD *to = keys + token / PANEL * words * PANEL + token % PANEL;
-        int64_t here = count - token < LANES ? count - token : LANES;
-        /* V is needed next, and its blocks are too short for the CPU to foresee. */
-        for (int64_t i = 0; i < here; i++)
+        /* V comes next, and its blocks are too short for the CPU to foresee. */
+        for (int64_t i = 0; i < LANES; i++)
             for (int64_t d = 0; d < head_dim; d += 64 / (int64_t)sizeof(T))
-                PREFETCH(rows[token + i] + value_offset + d);
-        for (int64_t word = 0; word < words; word += LANES) {
-            i32x16 x[LANES];
-            for (int i = 0; i < LANES; i++)
-                x[i] = i < here ? NAME(load_words)(rows[token + i], word, head_dim) : (i32x16){0};
-            transpose16(x);
-            for (int i = 0; i < LANES && word + i < words; i++)
-                memcpy(to + (word + i) * PANEL, &x[i], sizeof x[i]);
-        }
+                PREFETCH_L2(tile->values[token + i] + d);
+        int64_t word = 0;
+        /* With limits that it sees are met, the compiler keeps all of it in registers. */
+        for (; word + LANES <= head_dim / ELEMENTS; word += LANES)
+            NAME(pack_key_words)(tile->keys + token, word, (word + LANES) * ELEMENTS, word + LANES,
+                                 to);
+        if (word < words)
+            NAME(pack_key_words)(tile->keys + token, word, head_dim, words, to);
     }
 }
 
-/* Fills `values` from `count` rows of V, up to a whole panel of tokens with zeros. */
-static void NAME(pack_values)(const struct paged_attention_args *args, const T *const *rows,
-                              int64_t count, int64_t value_offset, WORD *values)
+/* Two vectors of words for dimensions `d` to `d + 31`, of the ELEMENTS tokens from `token` on. */
+INLINE void NAME(pack_value_words)(const T *const *rows, int64_t d, int64_t head_dim, WORD *to)
 {
-    int64_t head_dim = args->head_dim, padded = (count + PANEL - 1) / PANEL * PANEL;
-    for (int64_t d = 0; d < head_dim; d += PANEL) {
-        WORD *to = values + d * (TILE / ELEMENTS);
-        for (int64_t token = 0; token < padded; token += ELEMENTS, to += PANEL) {
-            i32x16 left = {0}, right = {0};
 #if ELEMENTS == 2
-            i32x16 even = {0}, odd = {0};
-            if (token < count)
-                even = NAME(load_words)(rows[token] + value_offset, d / 2, head_dim);
-            if (token + 1 < count)
-                odd = NAME(load_words)(rows[token + 1] + value_offset, d / 2, head_dim);
-            /* Word i of `even` holds dimensions 2i and 2i + 1 of one token; a word of V holds one
-             * dimension of two tokens. */
-            const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41,
-                                                 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
-                                                 33, 1, 32, 0);
-            const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-            left = (i32x16)_mm512_permutex2var_epi16((__m512i)even, low, (__m512i)odd);
-            right = (i32x16)_mm512_permutex2var_epi16((__m512i)even, high, (__m512i)odd);
+    /* Word i of a row holds dimensions 2i and 2i + 1 of a token; a word of V holds one dimension
+     * of two tokens. */
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    __m512i even = (__m512i)NAME(load_words)(rows[0], d / 2, head_dim);
+    __m512i odd = (__m512i)NAME(load_words)(rows[1], d / 2, head_dim);
+    i32x16 left = (i32x16)_mm512_permutex2var_epi16(even, low, odd);
+    i32x16 right = (i32x16)_mm512_permutex2var_epi16(even, high, odd);
 #else
-            if (token < count) {
-                left = NAME(load_words)(rows[token] + value_offset, d, head_dim);
-                if (d + LANES < head_dim)
-                    right = NAME(load_words)(rows[token] + value_offset, d + LANES, head_dim);
-            }
+    i32x16 left = NAME(load_words)(rows[0], d, head_dim);
+    i32x16 right = NAME(load_words)(rows[0], d + LANES, head_dim);
 #endif
-            memcpy(to, &left, sizeof left);
-            memcpy(to + LANES, &right, sizeof right);
-        }
+    memcpy(to, &left, sizeof left);
+    memcpy(to + LANES, &right, sizeof right);
+}
+
+/* Also fetches the K of `next`, which may be NULL. */
+static void NAME(pack_values)(const struct paged_attention_args *args,
+                              const struct NAME(tile) *tile, const struct NAME(tile) *next,
+                              WORD *values)
+{
+    int64_t head_dim = args->head_dim, padded = (tile->count + PANEL - 1) / PANEL * PANEL;
+    for (int64_t token = 0; token < padded; token += ELEMENTS) {
+        WORD *to = values + token / ELEMENTS * PANEL;
+        int64_t d = 0;
+        for (; d + PANEL <= head_dim; d += PANEL, to += TILE / ELEMENTS * PANEL)
+            NAME(pack_value_words)(tile->values + token, d, d + PANEL, to);
+        if (d < head_dim)
+            NAME(pack_value_words)(tile->values + token, d, head_dim, to);
+        for (int64_t i = token; next && i < token + ELEMENTS && i < next->count; i++)
+            for (int64_t j = 0; j < head_dim; j += 64 / (int64_t)sizeof(T))
+                PREFETCH_L2(next->keys[i] + j);
     }
 }
 
@@ -161,7 +195,7 @@ INLINE void NAME(score_panel)(const int rows, int64_t words, const WORD *queries
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
         sums[i][0] = sums[i][1] = splat(0.0f);
-    MULTIPLY(rows, words, queries, rows, 1, keys, sums, (const char *)keys, 0);
+    MULTIPLY(rows, words, queries, rows, 1, keys, sums, NULL, 0);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
         store_f32(scores + i * TILE, sums[i][0]);
@@ -178,7 +212,7 @@ INLINE void NAME(weigh_panel)(const int rows, int64_t steps, const WORD *weights
         sums[i][0] = load_f32(out + i * dim) * keep[i];
         sums[i][1] = load_f32(out + i * dim + LANES) * keep[i];
     }
-    MULTIPLY(rows, steps, weights, 1, TILE / ELEMENTS, values, sums, (const char *)values, 0);
+    MULTIPLY(rows, steps, weights, 1, TILE / ELEMENTS, values, sums, NULL, 0);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
         store_f32(out + i * dim, sums[i][0]);
@@ -232,9 +266,7 @@ static void NAME(attend_rows)(const struct paged_attention_args *args, const str
 {
     int64_t group = args->num_heads / args->num_kv_heads, words = NAME(words)(args);
     int64_t dim = padded_dim(args);
-    int64_t chunk = args->query_starts[item->seq + 1] - args->query_starts[item->seq];
-    int64_t position = args->kv_lens[item->seq] - chunk + item->first_query;
-    int64_t newest = position + (first_row + rows - 1) / group - token;
+    int64_t newest = item->position + (first_row + rows - 1) / group - token;
     if (newest < 0)
         return; /* all of the tile is in these queries' future */
     int64_t panels = newest / PANEL + 1, count;
@@ -246,7 +278,7 @@ static void NAME(attend_rows)(const struct paged_attention_args *args, const str
                            scratch->keys + panel * words * PANEL, scratch->scores + panel * PANEL)
     float keep[MAX_TILE_ROWS];
     for (int64_t i = 0; i < rows; i++) {
-        int64_t last = position + (first_row + i) / group - token;
+        int64_t last = item->position + (first_row + i) / group - token;
         float *maximum = scratch->part.maximum + first_row + i;
         float *sum = scratch->part.sum + first_row + i, *scores = scratch->scores + i * TILE;
         float highest = NAME(finish_scores)(args, scores, count, last - args->window + 1, last);
@@ -262,43 +294,37 @@ static void NAME(attend_rows)(const struct paged_attention_args *args, const str
                            scratch->part.out + first_row * dim + d, dim)
 }
 
-/* One span's softmax into scratch->part. */
-static void NAME(attend_span)(const struct paged_attention_args *args, const struct item *item,
-                              int64_t span, const struct NAME(scratch) *scratch)
+/* All of an item's tokens, into `total`. `tiles` are this thread's; the first of them is the
+ * item's first tile, and in the end the first of `next_item`, which may be NULL. */
+static void NAME(attend_item)(const struct paged_attention_args *args, const struct item *item,
+                              const struct item *next_item, const struct NAME(scratch) *scratch,
+                              struct NAME(tile) tiles[2], const struct state *total)
 {
     int64_t rows = args->num_heads / args->num_kv_heads * item->num_queries;
-    int64_t tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-    int64_t chunk = args->query_starts[item->seq + 1] - args->query_starts[item->seq];
-    int64_t position = args->kv_lens[item->seq] - chunk + item->first_query;
-    int64_t end = position + item->num_queries, oldest = position - args->window + 1;
-    int64_t value_offset = args->num_kv_heads * args->block_size * args->head_dim;
-    end = end < (span + 1) * SPAN ? end : (span + 1) * SPAN;
-    clear_state(&scratch->part, rows, padded_dim(args));
-    for (int64_t token = span * SPAN; token < end; token += TILE) {
-        if (token + TILE <= oldest)
-            continue; /* behind every query's window */
-        int64_t count = end - token < TILE ? end - token : TILE;
-        const T *key_rows[TILE];
-        NAME(find_rows)(args, item, token, count, key_rows);
-        NAME(pack_keys)(args, key_rows, count, value_offset, scratch->keys);
-        NAME(pack_values)(args, key_rows, count, value_offset, scratch->values);
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
+    int64_t groups = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS, dim = padded_dim(args);
+    NAME(pack_queries)(args, item, scratch->queries);
+    clear_state(total, rows, dim);
+    clear_state(&scratch->part, rows, dim);
+    for (int64_t token = item->first; token < item->end; token += TILE) {
+        struct NAME(tile) *next = &tiles[1];
+        if (token + TILE < item->end)
+            NAME(find_tile)(args, item, token + TILE, scratch->zeros, next);
+        else if (next_item)
+            NAME(find_tile)(args, next_item, next_item->first, scratch->zeros, next);
+        else
+            next = NULL;
+        NAME(pack_keys)(args, &tiles[0], scratch->keys);
+        NAME(pack_values)(args, &tiles[0], next, scratch->values);
+        for (int64_t i = 0; i < groups; i++) {
+            int64_t first = rows * i / groups, last = rows * (i + 1) / groups;
             NAME(attend_rows)(args, item, scratch, token, first, last - first);
         }
-    }
-}
-
-/* All of an item's spans, into `total`. */
-static void NAME(attend_item)(const struct paged_attention_args *args, const struct item *item,
-                              const struct NAME(scratch) *scratch, const struct state *total)
-{
-    int64_t rows = args->num_heads / args->num_kv_heads * item->num_queries;
-    NAME(pack_queries)(args, item, scratch->queries);
-    clear_state(total, rows, padded_dim(args));
-    for (int32_t span = item->first_span; span < item->first_span + item->num_spans; span++) {
-        NAME(attend_span)(args, item, span, scratch);
-        merge_state(total, &scratch->part, rows, padded_dim(args));
+        if ((token + TILE) % SPAN == 0 || token + TILE >= item->end) {
+            merge_state(total, &scratch->part, rows, dim);
+            clear_state(&scratch->part, rows, dim);
+        }
+        if (next)
+            tiles[0] = *next;
     }
 }
 
@@ -320,51 +346,62 @@ static void NAME(write_output)(const struct paged_attention_args *args, const st
     }
 }
 
+/* Works through the items of this thread's share, then others'. */
+static void NAME(attend_items)(const struct paged_attention_args *args, const struct work *work,
+                               char *memory)
+{
+    struct NAME(scratch) scratch;
+    struct NAME(tile) tiles[2];
+    int64_t own = omp_get_thread_num(), found = -1, i;
+    NAME(lay_out)(args, memory, &scratch);
+    memset(scratch.zeros, 0, (size_t)args->head_dim * sizeof(T));
+    while ((i = take_item(work->shares, args->num_threads, own)) >= 0) {
+        const struct item *item = &work->items[i];
+        const struct item *next = i + 1 < work->num_items ? item + 1 : NULL;
+        if (found != i)
+            NAME(find_tile)(args, item, item->first, scratch.zeros, &tiles[0]);
+        struct state total = work->states ? state_at(args, work->states + i * work->state_floats)
+                                          : scratch.total;
+        NAME(attend_item)(args, item, next, &scratch, tiles, &total);
+        found = i + 1;
+        if (!work->states)
+            NAME(write_output)(args, item, &total);
+    }
+}
+
+/* Merges the parts of queries whose tokens several items shared. */
+static void NAME(merge_parts)(const struct paged_attention_args *args, const struct work *work,
+                              int64_t first)
+{
+    const struct item *item = &work->items[first];
+    int64_t rows = args->num_heads / args->num_kv_heads * item->num_queries;
+    struct state total = state_at(args, work->states + first * work->state_floats);
+    for (int64_t part = first + 1; part < first + item->num_parts; part++) {
+        struct state next = state_at(args, work->states + part * work->state_floats);
+        merge_state(&total, &next, rows, padded_dim(args));
+    }
+    NAME(write_output)(args, item, &total);
+}
+
 /* Returns 0 if memory ran out, else 1. */
 int NAME(tandem_paged_attention)(const struct paged_attention_args *args)
 {
-    /* Few items leave threads without work, so long sequences are shared; how makes no difference
-     * to the result. */
-    int split = list_items(args, 0, NULL) < 4 * args->num_threads && args->num_threads > 1 &&
-                args->max_kv_len > SPAN;
-    int64_t num_items = list_items(args, split, NULL);
     struct NAME(scratch) scratch;
-    int64_t items_bytes = aligned(num_items * (int64_t)sizeof(struct item));
-    int64_t state_bytes = aligned(state_floats(args) * (int64_t)sizeof(float));
-    int64_t states_bytes = split ? num_items * state_bytes : 0;
+    struct share shares[args->num_threads];
     int64_t scratch_bytes = NAME(lay_out)(args, NULL, &scratch);
-    char *memory = workspace(items_bytes + states_bytes + args->num_threads * scratch_bytes);
-    if (!memory)
+    struct work work = {.shares = shares};
+    char *scratches = plan_work(args, args->num_threads * scratch_bytes, &work);
+    if (!scratches)
         return 0;
-    struct item *items = (struct item *)memory;
-    char *states = memory + items_bytes;
-    list_items(args, split, items);
-#pragma omp parallel num_threads((int)args->num_threads) private(scratch)
+#pragma omp parallel num_threads((int)args->num_threads)
     {
-        NAME(lay_out)(args, states + states_bytes + omp_get_thread_num() * scratch_bytes, &scratch);
+        NAME(attend_items)(args, &work, scratches + omp_get_thread_num() * scratch_bytes);
+        if (work.states) {
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < num_items; i++) {
-            if (split) {
-                struct state total = state_at(args, (float *)(states + i * state_bytes));
-                NAME(attend_item)(args, &items[i], &scratch, &total);
-            } else {
-                NAME(attend_item)(args, &items[i], &scratch, &scratch.total);
-                NAME(write_output)(args, &items[i], &scratch.total);
-            }
-        }
-        if (split) {
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < num_items; i++) {
-                int64_t rows = args->num_heads / args->num_kv_heads * items[i].num_queries;
-                if (!items[i].num_parts)
-                    continue;
-                struct state total = state_at(args, (float *)(states + i * state_bytes));
-                for (int64_t part = 1; part < items[i].num_parts; part++) {
-                    struct state next = state_at(args, (float *)(states + (i + part) * state_bytes));
-                    merge_state(&total, &next, rows, padded_dim(args));
-                }
-                NAME(write_output)(args, &items[i], &total);
-            }
+            for (int64_t i = 0; i < work.num_items; i++)
+                if (work.items[i].num_parts)
+                    NAME(merge_parts)(args, &work, i);
         }
     }
     return 1;

@@ -8,6 +8,7 @@
 
 #define PANEL 32 /* columns of a tile, and of a packed panel */
 #define PREFETCH(address) __builtin_prefetch(address, 0, 3)
+#define PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
 
 /* 12 rows of two AVX-512 vectors leave 8 registers for operands; 4 rows are what AVX2's or NEON's
  * registers can hold. */
@@ -18,16 +19,16 @@
 #endif
 
 /* sums[rows][2] += A * B over `steps` of the inner dimension: A's word k of row i is
- * a[k * k_stride + i * row_stride], B is [steps][PANEL]. Words are floats here. One line a step is
- * fetched ahead from `ahead` on, `ahead_step` bytes apart. */
+ * a[k * k_stride + i * row_stride], B is [steps][PANEL]. Words are floats here. With `ahead`, a
+ * line a step is fetched from there on, `ahead_step` bytes apart. */
 INLINE void multiply_tile_f32(const int rows, int64_t steps, const float *a, const int64_t k_stride,
                               const int64_t row_stride, const float *b, f32x16 sums[][2],
-                              const char *ahead, const int64_t ahead_step)
+                              const char *const ahead, const int64_t ahead_step)
 {
     for (int64_t k = 0; k < steps; k++) {
         f32x16 left = load_f32(b), right = load_f32(b + LANES);
-        PREFETCH(ahead);
-        ahead += ahead_step;
+        if (ahead)
+            PREFETCH(ahead + k * ahead_step);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             f32x16 word = splat(a[i * row_stride]);
@@ -43,13 +44,13 @@ INLINE void multiply_tile_f32(const int rows, int64_t steps, const float *a, con
 /* The same where a word is a pair of neighbours in the inner dimension, both bfloat16. */
 INLINE void multiply_tile_bf16(const int rows, int64_t steps, const int32_t *a,
                                const int64_t k_stride, const int64_t row_stride, const int32_t *b,
-                               f32x16 sums[][2], const char *ahead, const int64_t ahead_step)
+                               f32x16 sums[][2], const char *const ahead, const int64_t ahead_step)
 {
     for (int64_t k = 0; k < steps; k++) {
         __m512bh left = (__m512bh)_mm512_loadu_si512(b);
         __m512bh right = (__m512bh)_mm512_loadu_si512(b + LANES);
-        PREFETCH(ahead);
-        ahead += ahead_step;
+        if (ahead)
+            PREFETCH(ahead + k * ahead_step);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             __m512bh word = (__m512bh)_mm512_set1_epi32(a[i * row_stride]);
