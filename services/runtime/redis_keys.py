@@ -1,0 +1,57 @@
+"""Names and encodings of everything that Tandem keeps in Redis.
+
+{ns}:workers                        set of worker ids, dead ones until somebody reads them
+{ns}:worker:{id}                    string, WorkerRecord as JSON, expires without heartbeat
+{ns}:load:{id}                      string, WorkerLoad as JSON, expires without heartbeat
+{ns}:kv:{id}:{incarnation}          stream; entry id `1-{sequence}`, field `b` is a
+                                    KVEventBatch in msgpack; the newest few thousand
+{ns}:blocks:{id}:{incarnation}      set of the block hashes (16 bytes each) after all of those
+{ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
+{ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
+"""
+
+from dataclasses import dataclass
+
+from protocol.ids import WorkerId, WorkerRef
+
+BATCH_FIELD = b"b"
+
+
+@dataclass(frozen=True, slots=True)
+class RedisKeys:
+    """Key names under one namespace; several stacks may share a Redis with different ones."""
+
+    namespace: str = "tandem"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.namespace}:workers"
+
+    @property
+    def announce(self) -> str:
+        return f"{self.namespace}:announce"
+
+    @property
+    def placed(self) -> str:
+        return f"{self.namespace}:placed"
+
+    def worker(self, worker_id: WorkerId) -> str:
+        return f"{self.namespace}:worker:{worker_id}"
+
+    def load(self, worker_id: WorkerId) -> str:
+        return f"{self.namespace}:load:{worker_id}"
+
+    def kv_stream(self, ref: WorkerRef) -> str:
+        return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"
+
+    def blocks(self, ref: WorkerRef) -> str:
+        return f"{self.namespace}:blocks:{ref.worker_id}:{ref.incarnation}"
+
+
+def entry_id(sequence: int) -> str:
+    """The stream's entry ids are the sequence numbers: Redis itself refuses one twice."""
+    return f"1-{sequence}"
+
+
+def sequence_of(entry: bytes) -> int:
+    return int(entry.split(b"-")[1])
