@@ -127,10 +127,10 @@ class TransferAgent:
     def drop_peer(self, worker_id: WorkerId, incarnation: Incarnation) -> list[TicketId]:
         """Ends the connection to a peer that is lost: its operations fail, its tickets are closed.
 
-        Returns the tickets whose blocks may still be written, because a receive that the peer had
-        begun to feed was in flight. Such a write can only be of bytes that the peer has sent, so
-        these blocks are safe as soon as the peer's process is known to be gone; until then they
-        need quarantine. Tickets that aren't returned are safe at once.
+        Returns the tickets whose blocks may still be written, because a receive is in flight that
+        needs the peer to go on. That never happens where this process reads the peer's memory (one
+        host with UCX's `cma`), so the list is nearly always empty. Blocks of the tickets in it
+        need quarantine until the peer's process is known to be gone; all others are safe at once.
         """
         for namespace, connection in self._connections.items():
             if (connection.worker_id, connection.incarnation) == (worker_id, incarnation):

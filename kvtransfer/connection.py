@@ -98,9 +98,9 @@ class Connection:
 
         Raises TransferTimeoutError if the peer doesn't answer.
         """
-        gb_per_s = await self._probe.measure_gb_per_s()
-        self.counters.sent.observe_rate(gb_per_s)
-        return judge_path(self._ours.transport, gb_per_s, self._ours.host, self._theirs.host)
+        rates = await self._probe.measure()
+        self.counters.sent.observe_rate(rates.round_trip)
+        return judge_path(self._ours.transport, rates, self._ours.host, self._theirs.host)
 
     def on_arrival(self, arrival: Arrival) -> None:
         """Takes a message that bears the peer's namespace."""
@@ -120,8 +120,9 @@ class Connection:
         self._sender.close(TransferCancelledError(reason))
         self._probe.close(reason)
         self._inbox.close()
+        self._receiver.stop(self)
         self._lane.close()
-        return self._receiver.drop(self)
+        return self._receiver.abandon(self)
 
     def _send_data(self, buffer: memoryview, sequence: int, on_done: OnDone) -> None:
         tag = pack_tag(Tag(self._ours.tag_namespace, MessageKind.DATA, sequence))

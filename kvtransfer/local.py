@@ -91,7 +91,13 @@ class _LocalMessage:
         return id(self) in self._lane
 
     def receive_into(self, buffer: memoryview, on_done: OnDone) -> None:
-        asyncio.get_running_loop().call_soon(self._copy, buffer, on_done)
+        error = None
+        if self.is_pending:
+            buffer[:] = self._source
+            self.end_send(None)
+        else:
+            error = "the sender's lane was closed"
+        asyncio.get_running_loop().call_soon(on_done, error)
 
     def discard(self) -> None:
         if self.is_pending:
@@ -100,11 +106,3 @@ class _LocalMessage:
     def end_send(self, error: str | None) -> None:
         del self._lane[id(self)]
         self._on_sent(error)
-
-    def _copy(self, buffer: memoryview, on_done: OnDone) -> None:
-        if not self.is_pending:
-            on_done("the sender's lane was closed")
-            return
-        buffer[:] = self._source
-        self.end_send(None)
-        on_done(None)

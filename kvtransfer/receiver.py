@@ -105,14 +105,16 @@ class WriteReceiver:
         self._fail_writes(fence, f"the receiver closed ticket {ticket_id}")
         await fence.gone.wait()
 
-    def drop(self, source: WriteSource) -> list[TicketId]:
-        """Ends all tickets of a dropped peer; returns those with a receive still in flight."""
-        in_doubt: list[TicketId] = []
+    def stop(self, source: WriteSource) -> None:
+        """Accepts nothing more from a peer."""
         for fence in self._fences.of_sender(source.incarnation):
-            if self._fences.abandon(fence):
-                in_doubt.append(fence.ticket_id)
+            self._fences.close(fence)
             self._fail_writes(fence, "the sender was dropped")
-        return in_doubt
+
+    def abandon(self, source: WriteSource) -> list[TicketId]:
+        """Ends a stopped peer's tickets; returns those with a receive still in flight."""
+        fences = self._fences.of_sender(source.incarnation)
+        return [fence.ticket_id for fence in fences if self._fences.abandon(fence)]
 
     def on_part(self, source: WriteSource, part: WritePart) -> None:
         """Opens the places for a part's messages, or refuses the write."""

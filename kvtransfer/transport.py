@@ -43,7 +43,11 @@ class Lane(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the lane at once; unfinished sends end with an error before this returns."""
+        """Ends the lane; unfinished sends end with an error before this returns.
+
+        Receives that this process can finish by itself are finished first, for some milliseconds
+        at most.
+        """
         ...
 
 

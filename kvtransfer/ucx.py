@@ -33,15 +33,19 @@ HOST_MEMORY_SETTINGS: Mapping[str, str] = {
     "POSIX_ERROR_HANDLING": "y",
     "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
-    "RNDV_SCHEME": "get_zcopy",
+    "CMA_TX_QUOTA": "4",
     "RNDV_FRAG_MEM_TYPE": "host",
 }
 
 PROGRESS_BUDGET_S = 0.001
 """Longest time that progress keeps the event loop from others."""
 
-PROGRESS_GUARD_S = 0.05
-"""While operations are open, progress is made this often even if UCX's descriptor stays silent."""
+PROGRESS_GUARD_S = 0.001
+"""While operations are open, progress is made this often even if UCX's descriptor stays silent:
+nothing wakes a sender when a full shared-memory queue has room again."""
+
+FINISH_BUDGET_S = 0.02
+"""Reading a full window takes less; what takes longer waits for the peer."""
 
 _ANY_TAG = libucxx.UCXXTag(0)
 _NO_BITS = libucxx.UCXXTagMask(0)
@@ -121,6 +125,15 @@ class _Driver:
         self._operations.append(operation)
         self.kick()
 
+    def finish_receives(self) -> None:
+        """Lets receives end that only need this process to go on reading."""
+        deadline = time.perf_counter() + FINISH_BUDGET_S
+        while any(operation.lane is None for operation in self._operations):
+            self.worker.progress_once()
+            self._complete()
+            if time.perf_counter() > deadline:
+                return
+
     def end_lane(self, lane: "_UcxLane") -> None:
         """Ends the lane's open sends with an error; UCX never completes those to a dead peer."""
         ended = [operation for operation in self._operations if operation.lane is lane]
@@ -195,6 +208,7 @@ class _UcxLane:
     def close(self) -> None:
         if self._endpoint is None:
             return
+        self._driver.finish_receives()
         # With error handling this is a forced close: it neither flushes nor waits for the peer.
         self._endpoint.close_blocking(0, 1)
         self._endpoint = None

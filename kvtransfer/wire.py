@@ -84,7 +84,10 @@ class ProbeStart(msgspec.Struct, frozen=True, array_like=True, tag="probe"):
 
 
 class ProbeDone(msgspec.Struct, frozen=True, array_like=True, tag="probed"):
+    """`receive_s` is the time from taking the message to having its bytes."""
+
     probe_id: int
+    receive_s: float
 
 
 AgentMessage: TypeAlias = WritePart | WriteDone | WriteRefused | ProbeStart | ProbeDone

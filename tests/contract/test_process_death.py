@@ -46,8 +46,10 @@ def wait_for_writes(receiver: TransferProcess, num_writes: int) -> None:
 def test_two_processes_of_one_host_use_shared_memory(start: Starter):
     sender, receiver = start("p"), start("d")
     sender.connect_to(receiver)
-    assert sender.call("report", receiver.incarnation) == (True, False)
+    assert sender.call("is_same_host", receiver.incarnation)
     check_transfer(sender, receiver, ticket_id=5)
+    assert sender.call("num_tcp_connections") == 0
+    assert receiver.call("num_tcp_connections") == 0
     sender.stop()
     receiver.stop()
     assert (sender.process.exitcode, receiver.process.exitcode) == (0, 0)

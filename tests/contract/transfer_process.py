@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import psutil
+
 from kvtransfer import Connection, KVRegion, TransferAgent, TransferConfig, WriteReceived
 from kvtransfer.ucx import UcxTransport
 from protocol.errors import TransferError
@@ -117,9 +119,12 @@ class TransferWorker:
     async def close_ticket(self, ticket_id: int) -> None:
         await self._agent.close_ticket(ticket_id)
 
-    async def report(self, incarnation: int) -> tuple[bool, bool]:
-        report = await self._connections[incarnation].measure()
-        return report.same_host, report.is_slow_fallback
+    async def is_same_host(self, incarnation: int) -> bool:
+        return (await self._connections[incarnation].measure()).same_host
+
+    async def num_tcp_connections(self) -> int:
+        connections = psutil.Process().net_connections(kind="tcp")
+        return sum(connection.status == psutil.CONN_ESTABLISHED for connection in connections)
 
     async def close(self) -> None:
         await self._agent.close()

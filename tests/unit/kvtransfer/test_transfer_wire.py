@@ -1,0 +1,72 @@
+"""Tags, control messages and metadata."""
+
+import pytest
+
+from kvtransfer.host import host_identity
+from kvtransfer.plan import MAX_PER_PART, MAX_RUNS_PER_MESSAGE, MAX_RUNS_PER_PART
+from kvtransfer.tags import MessageKind, Tag, new_namespace, pack_tag, unpack_tag
+from kvtransfer.wire import (
+    MAX_CONTROL_BYTES,
+    AgentMetadata,
+    DataMessage,
+    WriteDone,
+    WritePart,
+    decode_message,
+    decode_metadata,
+    encode,
+)
+from protocol.errors import TransferError
+
+BIG = 2**31 - 1
+
+
+@pytest.mark.parametrize("kind", MessageKind)
+def test_tags_keep_their_parts(kind: MessageKind):
+    tag = Tag(new_namespace(), kind, 2**28 - 1)
+    assert unpack_tag(pack_tag(tag)) == tag
+
+
+def test_tag_layout():
+    assert pack_tag(Tag(1, MessageKind.DATA, 2)) == 1 << 30 | 1 << 28 | 2
+    assert unpack_tag(3 << 28) is None
+
+
+@pytest.mark.parametrize(
+    ("num_messages", "runs_each"),
+    [
+        (MAX_RUNS_PER_PART // MAX_RUNS_PER_MESSAGE, MAX_RUNS_PER_MESSAGE),
+        (MAX_PER_PART, MAX_RUNS_PER_PART // MAX_PER_PART),
+    ],
+)
+def test_the_largest_header_fits(num_messages: int, runs_each: int):
+    messages = [DataMessage([(BIG, BIG)] * runs_each, BIG) for _ in range(num_messages)]
+    part = WritePart(2**60, 2**60, BIG, 2**62, BIG, BIG, messages, is_last=True)
+    data = encode(part)
+    assert len(data) <= MAX_CONTROL_BYTES
+    assert decode_message(data) == part
+
+
+def test_unreadable_messages_are_refused():
+    with pytest.raises(TransferError):
+        decode_message(b"\x93\xa4nope\x01\x02")
+    with pytest.raises(TransferError):
+        decode_message(encode(WriteDone(1))[:-1])
+
+
+def metadata(protocol_version: int) -> AgentMetadata:
+    return AgentMetadata(
+        protocol_version=protocol_version,
+        transport="ucx",
+        worker_id="p0",
+        incarnation=5,
+        block_bytes=64,
+        tag_namespace=7,
+        address=b"where",
+        host=host_identity(),
+    )
+
+
+def test_metadata_of_another_version_names_both():
+    assert decode_metadata(bytes(encode(metadata(1)))) == metadata(1)
+    with pytest.raises(TransferError, match="Worker p0 speaks transfer protocol 2, this worker 1"):
+        decode_metadata(bytes(encode(metadata(2))))
