@@ -35,8 +35,17 @@ class RouterConfig:
     api_key_file: str | None = setting(
         None, metavar="FILE", help="file with such keys, one a line; nobody sees them in a listing"
     )
+    allowed_origins: tuple[str, ...] = setting(
+        ("*",), metavar="ORIGIN", help="web sites whose pages may use the API from a browser"
+    )
+    chat_template: str | None = setting(
+        None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
+    )
     max_body_bytes: int = setting(
         32 * 2**20, minimum=1024, help="longest request body that is read"
+    )
+    request_timeout_s: float = setting(
+        3600.0, minimum=0.1, help="seconds after which a request ends with an error"
     )
     disable_log_requests: bool = setting(False, help="no line for each finished request")
     drain_timeout_s: float = setting(

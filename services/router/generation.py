@@ -71,6 +71,7 @@ class Generation:
         self.phases: dict[str, float] = {}
         self._observer = observer
         self._wake = asyncio.Event()
+        self._over = asyncio.Event()
         n = spec.sampling.n
         self.outputs = [
             Output(self, i, prompt_index=i // n, choice=Choice(tokenizer, spec.sampling))
@@ -99,8 +100,12 @@ class Generation:
 
     def start(self) -> None:
         """Raises OverloadedError."""
-        for output in self.outputs[:: self.spec.sampling.n]:
-            output.start()
+        try:
+            for output in self.outputs[:: self.spec.sampling.n]:
+                output.start()
+        except OverloadedError as error:
+            self.failed(error)
+            raise
 
     async def news(self) -> None:
         """Returns when an output has something to send, or all is done. One waiter at a time."""
@@ -109,8 +114,7 @@ class Generation:
 
     async def finished(self) -> None:
         """Returns when all is done. Raises the TandemError that ended it."""
-        while not self.is_done:
-            await self.news()
+        await self._over.wait()
         if self.error is not None:
             raise self.error
 
@@ -170,6 +174,7 @@ class Generation:
             self.end_s = time.monotonic()
             self._timer.cancel()
             self._wake.set()
+            self._over.set()
 
     def _time_out(self) -> None:
         self.failed(RequestTimeoutError("The request took longer than this server allows."))

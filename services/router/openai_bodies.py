@@ -113,9 +113,13 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     reasoning_content: str | None = None
 
 
-class TemplateBody(msgspec.Struct, kw_only=True):
-    """How a conversation becomes a prompt."""
+class ChatBody(SamplingBody, kw_only=True):
+    """The second half says how the messages become a prompt."""
 
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -124,20 +128,19 @@ class TemplateBody(msgspec.Struct, kw_only=True):
     reasoning_effort: str | None = None
 
 
-class ChatBody(SamplingBody, TemplateBody, kw_only=True):
-    messages: list[Message]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-
-class TokenizeBody(TemplateBody, kw_only=True):
-    """Either a prompt or messages."""
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """Either a prompt or messages; how the latter become a prompt is said as in `ChatBody`."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Json] | None = None
+    documents: list[dict[str, Json]] | None = None
+    reasoning_effort: str | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):

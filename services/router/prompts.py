@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from engine.tokenizer import Tokenizer
 from protocol.errors import ContextLengthError, InvalidRequestError
-from services.router.openai_bodies import CompletionBody, Message, TemplateBody
-from services.router.sampling import SamplingLimits, check_token_ids
+from services.router.openai_bodies import ChatBody, CompletionBody, Message, TokenizeBody
+from services.router.sampling import check_token_ids
+from services.router.served_model import ServedModel
 
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
@@ -29,9 +29,8 @@ class Prompt:
 class PromptEncoder:
     """Makes prompts; long texts are encoded in `executor`, so that nobody else waits for them."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: SamplingLimits, executor: Executor) -> None:
-        self.tokenizer = tokenizer
-        self.limits = limits
+    def __init__(self, model: ServedModel, executor: Executor) -> None:
+        self._model = model
         self._executor = executor
 
     async def completion_prompts(self, body: CompletionBody) -> list[Prompt]:
@@ -43,7 +42,11 @@ class PromptEncoder:
         ]
 
     async def chat_prompt(
-        self, messages: Sequence[Message], options: TemplateBody, *, field: str = "messages"
+        self,
+        messages: Sequence[Message],
+        options: ChatBody | TokenizeBody,
+        *,
+        field: str = "messages",
     ) -> Prompt:
         """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
         chat = template_messages(messages)
@@ -52,7 +55,7 @@ class PromptEncoder:
         num_chars = sum(len(message["content"]) for message in chat if message["content"])
 
         def encode() -> Prompt:
-            text = self.tokenizer.render_chat(chat, **render)
+            text = self._model.tokenizer.render_chat(chat, **render)
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
         return self._not_empty(await self._run(encode, num_chars), field)
@@ -73,20 +76,20 @@ class PromptEncoder:
                 prompt, field="prompt", add_special_tokens=add_special_tokens
             )
         else:
-            check_token_ids(prompt, self.limits.vocab_size, field="prompt")
+            check_token_ids(prompt, self._model.limits.vocab_size, field="prompt")
             encoded = Prompt(None, prompt)
         return self._not_empty(encoded, "prompt")
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
-        longest = self.limits.max_model_len * self.tokenizer.max_token_chars
-        if len(text) > longest:
+        max_model_len = self._model.limits.max_model_len
+        if len(text) > max_model_len * self._model.tokenizer.max_token_chars:
             # Not worth encoding: it takes longer the more hopeless it is.
             raise ContextLengthError(
-                f"This model's maximum context length is {self.limits.max_model_len} tokens; "
+                f"This model's maximum context length is {max_model_len} tokens; "
                 f"a text of {len(text)} characters has more.",
                 field=field,
             )
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     async def _run(self, encode: Callable[[], Prompt], num_chars: int) -> Prompt:
         if num_chars <= _INLINE_CHARS:
@@ -132,7 +135,7 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(message) | {"content": _text(message)} for message in messages]
 
 
-def template_options(body: TemplateBody) -> dict[str, Any]:
+def template_options(body: ChatBody | TokenizeBody) -> dict[str, Any]:
     """Options of `ChatTemplate.render`. Raises InvalidRequestError if two contradict."""
     continues = body.continue_final_message is True
     if continues and body.add_generation_prompt:

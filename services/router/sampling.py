@@ -88,16 +88,16 @@ def bounded_max_tokens(
             f"be left for the output; the prompt has {num_prompt_tokens}.",
             field=prompt_field,
         )
-    if sampling.max_tokens is None:
-        return room
-    if sampling.max_tokens > room:
+    # validate() has seen to it that min_tokens isn't more than max_tokens.
+    wanted = sampling.min_tokens if sampling.max_tokens is None else sampling.max_tokens
+    if wanted > room:
         raise ContextLengthError(
             f"This model's maximum context length is {max_model_len} tokens; you asked for "
-            f"{num_prompt_tokens + sampling.max_tokens} ({num_prompt_tokens} in the prompt, "
-            f"{sampling.max_tokens} for the output).",
+            f"{num_prompt_tokens + wanted} ({num_prompt_tokens} in the prompt, {wanted} for the "
+            "output).",
             field=prompt_field,
         )
-    return sampling.max_tokens
+    return room if sampling.max_tokens is None else wanted
 
 
 def _sampling(

@@ -1,0 +1,86 @@
+"""What all answers of the API have in common: head, usage, and how a stream writes an event."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from services.router.choice import Delta
+from services.router.generation import Generation, Output
+
+encode_json = msgspec.json.Encoder().encode
+
+STREAM_END = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """The parts of a body that shape its answer."""
+
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_token_ids: bool = False
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """`created` in Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+
+
+class AnswerFormat(Protocol):
+    """Writes one request's answer, whole or as a stream: chat's or completion's form."""
+
+    def whole(self, generation: Generation) -> bytes: ...
+
+    def chunk(self, output: Output, delta: Delta) -> bytes:
+        """The event or events of one output's news."""
+        ...
+
+    def usage_chunk(self, generation: Generation) -> bytes: ...
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def usage_of(generation: Generation) -> dict[str, Any]:
+    num_prompt_tokens = generation.spec.num_prompt_tokens
+    num_output_tokens = generation.num_output_tokens
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+    }
+
+
+class ChunkWriter:
+    """Joins the fixed bytes of a stream's events with what changes, without building objects.
+
+    An event costs one small JSON string to encode; the rest is the same bytes again and again.
+    """
+
+    def __init__(self, head: AnswerHead, kind: str, options: AnswerOptions) -> None:
+        fields = {"id": head.id, "object": kind, "created": head.created, "model": head.model}
+        self._opening = b"data: " + encode_json(fields)[:-1]
+        self._options = options
+        closing = b',"usage":null' if options.include_usage else b""
+        self._closing = closing + b"}\n\n"
+
+    def choices(self, choices: bytes, generation: Generation) -> bytes:
+        """An event with these choices, a JSON array's inside."""
+        if self._options.continuous_usage:
+            usage = encode_json(usage_of(generation))
+            return b'%b,"choices":[%b],"usage":%b}\n\n' % (self._opening, choices, usage)
+        return b'%b,"choices":[%b]%b' % (self._opening, choices, self._closing)
+
+    def usage(self, generation: Generation) -> bytes:
+        """The last event of a stream that was asked for its usage."""
+        usage = encode_json(usage_of(generation))
+        return b'%b,"choices":[],"usage":%b}\n\n' % (self._opening, usage)

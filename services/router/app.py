@@ -1,0 +1,108 @@
+"""The HTTP surface: which path goes where, and how errors leave."""
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from protocol.errors import TandemError
+from services.router.auth import ApiKeyGuard
+from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
+from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
+from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.status_api import VERSION, StatusApi
+
+_BODIES: dict[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+
+
+def make_app(
+    openai: OpenAIApi,
+    status: StatusApi,
+    *,
+    api_keys: tuple[str, ...] = (),
+    allowed_origins: tuple[str, ...] = (),
+) -> FastAPI:
+    """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
+    app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
+    _add_routes(app, openai, status)
+    for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    if api_keys:
+        app.add_middleware(ApiKeyGuard, keys=api_keys)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
+    posts = {
+        "/v1/chat/completions": openai.chat,
+        "/v1/completions": openai.completions,
+        "/tokenize": status.tokenize,
+        "/detokenize": status.detokenize,
+    }
+    for path, endpoint in posts.items():
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+    gets = {
+        "/v1/models": status.models,
+        "/v1/models/{name:path}": status.one_model,
+        "/health": status.health,
+        "/ping": status.health,
+        "/version": status.version,
+        "/load": status.load,
+        "/load_config": status.load_config,
+        "/metrics": status.metrics,
+    }
+    for path, endpoint in gets.items():
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_api_route("/ping", status.health, methods=["POST"], response_model=None)
+    schema = _openapi_schema(app)
+
+    async def openapi() -> dict[str, Any]:
+        return schema
+
+    app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
+
+
+def _openapi_schema(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's own, with the bodies, which FastAPI doesn't parse, described by msgspec."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    bodies, components = msgspec.json.schema_components(
+        _BODIES.values(), ref_template="#/components/schemas/{name}"
+    )
+    schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+    for path, body in zip(_BODIES, bodies, strict=True):
+        content = {"application/json": {"schema": body}}
+        schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+    return schema
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    match error:
+        case TandemError():
+            return error_reply(error).response
+        case HTTPException(status_code=404):
+            text = f"There is no {request.method} {request.url.path} here."
+            return error_reply(HttpError(404, text, code="not_found")).response
+        case HTTPException(status_code=405, headers=headers):
+            text = f"{request.url.path} doesn't take {request.method}."
+            refusal = HttpError(405, text, code="method_not_allowed", headers=dict(headers or {}))
+            return error_reply(refusal).response
+        case HTTPException(status_code=status, detail=detail):
+            return error_reply(HttpError(status, detail, code="http_error")).response
+        case ClientDisconnect():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        case _:
+            # The server logs the traceback; it's no client's business.
+            return INTERNAL_ERROR.response

@@ -1,0 +1,65 @@
+"""Sends a generation as server-sent events, no faster than the client reads."""
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from services.router.answers import STREAM_END, AnswerFormat, event
+from services.router.generation import Generation
+from services.router.http_errors import error_reply
+from services.router.open_request import OpenRequest
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx would gather events otherwise.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream(Response):
+    """The streamed answer of a generation whose first output is there already.
+
+    One write for all news since the last one: when the client reads slowly, `send` waits, and
+    what comes meanwhile is gathered in the outputs, whose length is bounded.
+    """
+
+    def __init__(self, request: OpenRequest, answers: AnswerFormat, *, include_usage: bool) -> None:
+        super().__init__()
+        self._request = request
+        self._answers = answers
+        self._include_usage = include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        with self._request:
+            generation = self._request.generation
+            request_id = (b"x-request-id", generation.request_id.encode())
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [*_HEADERS, request_id]}
+            )
+            is_last = False
+            while not is_last:
+                is_last = generation.is_done
+                body = self._news(generation) + (self._end(generation) if is_last else b"")
+                if body:
+                    more = not is_last
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+                if not is_last:
+                    await generation.news()
+
+    def _news(self, generation: Generation) -> bytes:
+        answers = self._answers
+        return b"".join(
+            [
+                answers.chunk(output, output.choice.take())
+                for output in generation.outputs
+                if output.choice.has_news
+            ]
+        )
+
+    def _end(self, generation: Generation) -> bytes:
+        if generation.error is not None:
+            return event(error_reply(generation.error).body) + STREAM_END
+        if generation.aborted:
+            return STREAM_END
+        usage = self._answers.usage_chunk(generation) if self._include_usage else b""
+        return usage + STREAM_END

@@ -1,0 +1,153 @@
+"""/v1/chat/completions and /v1/completions: from a body to an answer."""
+
+import secrets
+import time
+from collections.abc import Callable
+
+from fastapi import Request, Response
+
+from protocol.errors import InvalidRequestError
+from services.router.answers import AnswerFormat, AnswerHead, AnswerOptions
+from services.router.body import BodyReader
+from services.router.chat_answers import ChatAnswers
+from services.router.completion_answers import CompletionAnswers
+from services.router.dispatch import Dispatcher
+from services.router.event_stream import EventStream
+from services.router.generation import Generation, GenerationSpec, TokenObserver
+from services.router.logprobs import TokenNames
+from services.router.open_request import OpenRequest
+from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
+from services.router.prompts import MAX_PROMPTS, PromptEncoder
+from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
+from services.router.served_model import ServedModel
+from services.router.unsupported import refuse_unsupported
+
+# nginx's word for "the client closed the connection"; nobody is there to read it.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class OpenAIApi:
+    """Validates, generates, answers. Its errors are TandemErrors, which the app puts into words."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        encoder: PromptEncoder,
+        dispatcher: Dispatcher,
+        observer: TokenObserver,
+        on_end: Callable[[Generation], None],
+        max_body_bytes: int,
+        request_timeout_s: float,
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._dispatcher = dispatcher
+        self._observer = observer
+        self._on_end = on_end
+        self._request_timeout_s = request_timeout_s
+        self._chat_bodies = BodyReader(ChatBody, max_bytes=max_body_bytes)
+        self._completion_bodies = BodyReader(CompletionBody, max_bytes=max_body_bytes)
+        self.num_open = 0
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._chat_bodies.read(request)
+        head = self._head(body, "chatcmpl")
+        refuse_unsupported(body)
+        sampling = chat_sampling(body, self._model.limits)
+        prompt = await self._encoder.chat_prompt(body.messages, body)
+        max_tokens = bounded_max_tokens(
+            sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
+        )
+        spec = GenerationSpec([prompt], [max_tokens], sampling, body.cache_salt, body.priority or 0)
+        options = _options(body)
+        answers = ChatAnswers(head, options, self._names(body))
+        return await self._answer(request, spec, head, answers, options)
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._completion_bodies.read(request)
+        head = self._head(body, "cmpl")
+        refuse_unsupported(body)
+        if body.echo and body.logprobs is not None:
+            raise InvalidRequestError(
+                "`echo` with `logprobs` is not supported by this server.",
+                field="echo",
+                code="unsupported_parameter",
+            )
+        limits = self._model.limits
+        sampling = completion_sampling(body, limits)
+        prompts = await self._encoder.completion_prompts(body)
+        if len(prompts) * sampling.n > MAX_PROMPTS:
+            raise InvalidRequestError(
+                f"A request may have at most {MAX_PROMPTS} outputs.", field="n"
+            )
+        max_tokens = [
+            bounded_max_tokens(sampling, len(prompt.token_ids), limits, prompt_field="prompt")
+            for prompt in prompts
+        ]
+        spec = GenerationSpec(prompts, max_tokens, sampling, body.cache_salt, body.priority or 0)
+        options = _options(body, echo=body.echo is True)
+        answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
+        return await self._answer(request, spec, head, answers, options)
+
+    async def _answer(
+        self,
+        request: Request,
+        spec: GenerationSpec,
+        head: AnswerHead,
+        answers: AnswerFormat,
+        options: AnswerOptions,
+    ) -> Response:
+        generation = Generation(
+            spec,
+            request_id=head.id,
+            dispatcher=self._dispatcher,
+            tokenizer=self._model.tokenizer,
+            observer=self._observer,
+            timeout_s=self._request_timeout_s,
+        )
+        self.num_open += 1
+        opened = OpenRequest(generation, request.receive, on_end=self._ended)
+        with opened:
+            generation.start()
+            if options.stream:
+                await generation.news()
+            else:
+                await generation.finished()
+            if generation.aborted:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            if generation.error is not None:
+                # Nothing is sent yet: this can still be a proper HTTP status.
+                raise generation.error
+            if not options.stream:
+                return Response(
+                    answers.whole(generation),
+                    headers={"x-request-id": head.id},
+                    media_type="application/json",
+                )
+            opened.keep()
+        return EventStream(opened, answers, include_usage=options.include_usage)
+
+    def _ended(self, generation: Generation) -> None:
+        self.num_open -= 1
+        self._on_end(generation)
+
+    def _head(self, body: SamplingBody, prefix: str) -> AnswerHead:
+        """Raises ModelNotFoundError."""
+        model = self._model.check_name(body.model)
+        return AnswerHead(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
+
+    def _names(self, body: SamplingBody) -> TokenNames:
+        return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
+
+
+def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
+    stream_options = body.stream_options
+    return AnswerOptions(
+        stream=body.stream is True,
+        include_usage=stream_options is not None and stream_options.include_usage is True,
+        continuous_usage=stream_options is not None
+        and stream_options.continuous_usage_stats is True,
+        return_token_ids=body.return_token_ids is True,
+        echo=echo,
+    )

@@ -1,0 +1,75 @@
+"""One line in the log for each request that ended."""
+
+import logging
+from typing import Any
+
+from services.router.generation import Generation
+
+logger = logging.getLogger(__name__)
+
+
+def request_fields(generation: Generation) -> dict[str, Any]:
+    """What is worth knowing about a finished generation; durations in milliseconds."""
+    spec = generation.spec
+    end_s = generation.end_s or generation.start_s
+    first_s = generation.first_token_s
+    fields: dict[str, Any] = {
+        "request_id": generation.request_id,
+        "outcome": outcome(generation),
+        "prompt_tokens": spec.num_prompt_tokens,
+        "cached_tokens": generation.num_cached_tokens,
+        "output_tokens": generation.num_output_tokens,
+        "outputs": len(generation.outputs),
+        "e2e_ms": _ms(end_s - generation.start_s),
+        "ttft_ms": None if first_s is None else _ms(first_s - generation.start_s),
+    }
+    flight = generation.outputs[0].flight
+    if flight is not None and flight.route is not None:
+        prefill = flight.route.prefill
+        fields["prefill"] = None if prefill is None else prefill.worker_id
+        fields["decode"] = flight.route.decode.worker_id
+    if generation.num_retries:
+        fields["retries"] = generation.num_retries
+    phases = {name.removesuffix("_s") + "_ms": _ms(s) for name, s in generation.phases.items()}
+    return fields | phases
+
+
+def outcome(generation: Generation) -> str:
+    """`stop`, `length`, `abort` or `error`; of several outputs, the first one's."""
+    if generation.error is not None:
+        return "error"
+    if generation.aborted:
+        return "abort"
+    return generation.outputs[0].choice.finish_reason or "abort"
+
+
+def log_request(generation: Generation) -> None:
+    fields = request_fields(generation)
+    if generation.error is not None:
+        fields["error"] = str(generation.error)
+    line = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    logger.info("request %s", line, extra={"fields": fields})
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)
+
+
+class RequestLog:
+    """Placeholder until runtime metrics land."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def first_token(self, ttft_s: float) -> None:
+        pass
+
+    def next_tokens(self, gap_s: float, num_tokens: int) -> None:
+        pass
+
+    def ended(self, generation: Generation) -> None:
+        if self._enabled:
+            log_request(generation)
+
+    def render(self) -> tuple[bytes, str]:
+        return b"", "text/plain"

@@ -1,0 +1,57 @@
+"""The one model that a router serves: its names, its tokenizer, its limits."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from engine.models.config import ModelConfig, read_model_config
+from engine.tokenizer import Tokenizer
+from protocol.errors import ModelNotFoundError
+from services.router.generation_defaults import read_generation_defaults
+from services.router.sampling import SamplingLimits
+
+
+class ServedModel:
+    """Read from a model directory; what workers say about the model's limits wins over it."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        limits: SamplingLimits,
+    ) -> None:
+        assert names, "a model has a name"
+        self.names = names
+        self.tokenizer = tokenizer
+        self.config = config
+        self.limits = limits
+        self.created = int(time.time())
+
+    @classmethod
+    def from_dir(
+        cls, path: Path, *, names: tuple[str, ...], chat_template: Path | None = None
+    ) -> "ServedModel":
+        """Raises StartupError if the directory lacks or garbles something."""
+        config = read_model_config(path)
+        tokenizer = Tokenizer.from_dir(path, chat_template=chat_template)
+        limits = SamplingLimits(
+            max_model_len=config.max_model_len,
+            # A tokenizer can know more ids than the model has embeddings for, or fewer.
+            vocab_size=config.vocab_size,
+            defaults=read_generation_defaults(path),
+        )
+        return cls(names, tokenizer, config, limits)
+
+    def adopt_worker(self, *, fingerprint: str, max_model_len: int) -> None:
+        """The workers were started with these, whatever our copy of the directory says."""
+        self.config = replace(self.config, fingerprint=fingerprint)
+        self.limits = replace(self.limits, max_model_len=max_model_len)
+
+    def check_name(self, name: str | None) -> str:
+        """The name to answer with. Raises ModelNotFoundError for another model's."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise ModelNotFoundError(name)
+        return name

@@ -1,0 +1,235 @@
+"""A router process from start to end.
+
+1. The model directory is found and its tokenizer read; then the HTTP socket is bound.
+2. Redis says which workers there are; the control channel connects to each of them.
+3. Requests are served: parsed (body.py, openai_bodies.py), encoded (prompts.py), dispatched
+   (dispatch.py, cluster.py), tracked (generation.py, choice.py) and answered (event_stream.py).
+4. SIGTERM or SIGINT: no new connections, running requests get `drain_timeout_s`; a second signal
+   ends them at once.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from engine.weights.model_dir import model_name, resolve_model
+from protocol.errors import StartupError
+from protocol.ids import new_incarnation
+from protocol.messages import LoadReport, RequestFailed, StepOutputs
+from protocol.settings import setting_info
+from services.router.app import make_app
+from services.router.cluster import Cluster
+from services.router.config import RouterConfig
+from services.router.dispatch import Dispatcher
+from services.router.openai_api import OpenAIApi
+from services.router.prompts import PromptEncoder
+from services.router.request_log import RequestLog
+from services.router.served_model import ServedModel
+from services.router.status_api import StatusApi
+from services.runtime.channel import ControlChannel
+from services.runtime.directory import WorkerDirectory
+from services.runtime.peers import ChannelEvent, Identity, PeerDown, PeerUp, Received
+from services.runtime.redis_client import open_redis
+from services.runtime.tasks import TaskOwner
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAULT = 1
+ENCODER_THREADS = 2
+KEEP_ALIVE_S = 75
+
+
+def run_router(config: RouterConfig) -> int:
+    """Serves until the process is told to stop; returns its exit code.
+
+    Raises StartupError if the model, the address or a key file can't be had.
+    """
+    if config.redis_url is None:
+        raise StartupError("A router needs --redis-url.")
+    path = resolve_model(config.model)
+    model = ServedModel.from_dir(
+        path,
+        names=config.served_model_name or (model_name(config.model),),
+        chat_template=None if config.chat_template is None else Path(config.chat_template),
+    )
+    api_keys = config.api_key + _keys_in_file(config.api_key_file)
+    listener = _listener(config)
+    return uvloop.run(_serve(config, model, api_keys, listener))
+
+
+class RouterService:
+    """Everything of a router but the HTTP server; made inside the running event loop."""
+
+    def __init__(
+        self, config: RouterConfig, model: ServedModel, *, api_keys: tuple[str, ...] = ()
+    ) -> None:
+        assert config.redis_url is not None, "checked at the start"
+        self.failed = asyncio.Event()
+        identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
+        self._channel = ControlChannel(identity, self._on_channel)
+        self.cluster = Cluster(self._channel, model)
+        self._dispatcher = Dispatcher(self.cluster, self._channel.connect)
+        self._redis = open_redis(config.redis_url)
+        self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
+        self._tasks = TaskOwner(on_failure=self._fail)
+        self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
+        self.app = self._make_app(config, model, api_keys)
+
+    def start(self) -> None:
+        self._tasks.start(self._directory.run())
+
+    async def close(self) -> None:
+        self._dispatcher.close()
+        await self._tasks.close()
+        await self._channel.close()
+        await self._redis.aclose()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _make_app(
+        self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
+    ) -> FastAPI:
+        encoder = PromptEncoder(model, self._executor)
+        requests = RequestLog(enabled=not config.disable_log_requests)
+        openai = OpenAIApi(
+            model=model,
+            encoder=encoder,
+            dispatcher=self._dispatcher,
+            observer=requests,
+            on_end=requests.ended,
+            max_body_bytes=config.max_body_bytes,
+            request_timeout_s=config.request_timeout_s,
+        )
+        status = StatusApi(
+            model=model,
+            encoder=encoder,
+            cluster=self.cluster,
+            settings=_public_settings(config),
+            render_metrics=requests.render,
+            num_open=lambda: openai.num_open,
+            max_body_bytes=config.max_body_bytes,
+        )
+        return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+
+    def _on_channel(self, event: ChannelEvent) -> None:
+        match event:
+            case PeerUp():
+                pass
+            case PeerDown(peer, reason, detail):
+                logger.warning("worker %s is gone: %s %s", peer.peer_id, reason, detail)
+                self.cluster.peer_lost(peer)
+                self._dispatcher.peer_lost(peer)
+            case Received(peer, StepOutputs() as message):
+                self._dispatcher.outputs_came(peer, message)
+            case Received(peer, LoadReport(load)):
+                self.cluster.load_came(peer, load)
+            case Received(peer, RequestFailed() as message):
+                self._dispatcher.request_failed(peer, message)
+            case Received(peer, message):
+                logger.warning("%s sent %s, which a router doesn't take", peer, message)
+
+    def _fail(self, error: BaseException) -> None:
+        logger.critical("ending after a fault", exc_info=error)
+        self.failed.set()
+
+
+class _HttpServer(uvicorn.Server):
+    """Leaves signals to us: uvicorn would raise them again after its end, before ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+def make_server(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Server:
+    """A server without access log, for sockets that are bound already."""
+    return _HttpServer(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(drain_timeout_s),
+        )
+    )
+
+
+async def _serve(
+    config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...], listener: socket.socket
+) -> int:
+    service = RouterService(config, model, api_keys=api_keys)
+    server = make_server(service.app, drain_timeout_s=config.drain_timeout_s)
+
+    def stop() -> None:
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    service.start()
+    failing = asyncio.create_task(service.failed.wait())
+    failing.add_done_callback(lambda _: stop())
+    logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])
+    await server.serve(sockets=[listener])
+    exit_code = EXIT_FAULT if service.failed.is_set() else 0
+    failing.cancel()
+    await service.close()
+    return exit_code
+
+
+def _listener(config: RouterConfig) -> socket.socket:
+    """The inherited socket, or one of our own that further routers may share the port with."""
+    if config.fd is not None:
+        try:
+            return socket.socket(fileno=config.fd)
+        except OSError as error:
+            raise StartupError(f"--fd {config.fd} is no socket: {error.strerror}.") from error
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"Can't listen on {config.host}:{config.port}: {error.strerror or error}."
+        ) from error
+    return listener
+
+
+def _keys_in_file(name: str | None) -> tuple[str, ...]:
+    if name is None:
+        return ()
+    try:
+        lines = Path(name).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--api-key-file {name} can't be read: {error}.") from error
+    if not lines:
+        # An empty secret must not open the door.
+        raise StartupError(f"--api-key-file {name} holds no key.")
+    return tuple(lines)
+
+
+def _public_settings(config: RouterConfig) -> dict[str, Any]:
+    hidden = {"redis_url", "fd"}
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not setting_info(field).secret and field.name not in hidden
+    }
