@@ -6,13 +6,14 @@ waiting transfers room, then schedule → execute → commit one step and publis
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import msgspec
 
 from engine.engine import Engine
 from engine.sampler.sampled import SampledToken
+from engine.scheduler.admission import PrefixStats
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate, StepPlan
 from engine.scheduler.reservations import Reservation
@@ -109,8 +110,7 @@ class TurnReport:
     num_preempted: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
-    num_queried_tokens: int = 0  # in the prefix cache, since the start; so are the hits
-    num_hit_tokens: int = 0
+    prefix_stats: PrefixStats = field(default_factory=PrefixStats)
 
 
 class DecodeLoop:
@@ -277,8 +277,7 @@ class DecodeLoop:
     def _flush(self) -> None:
         report, self._report = self._report, TurnReport()
         report.kv_events = self._engine.pool.drain_events()
-        stats = self._scheduler.prefix_stats
-        report.num_queried_tokens = stats.num_queried_tokens
-        report.num_hit_tokens = stats.num_hit_tokens
+        # A copy: the scheduler goes on counting in its own.
+        report.prefix_stats = replace(self._scheduler.prefix_stats)
         report.load = self._meter.load(self._scheduler, self._engine.pool)
         self._publish(report)

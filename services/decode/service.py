@@ -40,12 +40,18 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
 
     def on_turn(report: TurnReport) -> None:
         worker.on_turn(report)
-        host.update(report.load, report.kv_events)
-        host.metrics.observe_decode_turn(report)
+        host.update(report.load, report.kv_events, report.prefix_stats)
+        host.metrics.observe_preemptions(report.num_preempted)
+        host.metrics.observe_tokens(
+            num_prompt=report.num_prompt_tokens, num_generated=report.num_generated_tokens
+        )
 
     # Agent, transfers and worker know each other; these two are called in the running loop only.
     def on_write(write: WriteReceived) -> None:
         transfers.write_received(write)
+        host.metrics.observe_received(
+            write.sender, num_bytes=write.num_bytes, seconds=write.seconds
+        )
 
     def give_back(key: RequestKey, message: str) -> None:
         worker.give_back(key, message)

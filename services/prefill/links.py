@@ -28,9 +28,10 @@ CONNECT_TIMEOUT_S = 10.0
 class DecodeLink:
     """The way to one incarnation of one decode worker; made by `DecodeLinks`."""
 
-    def __init__(self, ref: WorkerRef, peer: Peer) -> None:
+    def __init__(self, ref: WorkerRef, peer: Peer, *, block_bytes: int) -> None:
         self.ref = ref
         self.peer = peer
+        self.block_bytes = block_bytes
         self.gb_per_s: float | None = None
         loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[KVConnected] = loop.create_future()
@@ -67,7 +68,7 @@ class DecodeLinks:
         key = (ref.worker_id, ref.incarnation)
         link = self._links.get(key)
         if link is None:
-            link = DecodeLink(ref, self._channel.connect(ref))
+            link = DecodeLink(ref, self._channel.connect(ref), block_bytes=self._layout.block_bytes)
             self._links[key] = link
             self._tasks.start(self._open(link))
         return link

@@ -7,11 +7,12 @@ room while they compute) and how far each has come (after it, so that it can pus
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from engine.engine import Engine
 from engine.sampler.sampled import SampledToken
+from engine.scheduler.admission import PrefixStats
 from engine.scheduler.plan import SequenceUpdate, StepPlan
 from engine.scheduler.prefill import PrefillScheduler
 from engine.sequence import Sequence
@@ -84,8 +85,7 @@ class TurnReport:
     kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
     load: WorkerLoad = field(default_factory=WorkerLoad)
     num_prompt_tokens: int = 0
-    num_queried_tokens: int = 0  # in the prefix cache, since the start; so are the hits
-    num_hit_tokens: int = 0
+    prefix_stats: PrefixStats = field(default_factory=PrefixStats)
 
 
 class PrefillLoop:
@@ -182,9 +182,8 @@ class PrefillLoop:
     def _flush(self) -> None:
         report, self._report = self._report, TurnReport()
         report.kv_events = self._engine.pool.drain_events()
-        stats = self._scheduler.prefix_stats
-        report.num_queried_tokens = stats.num_queried_tokens
-        report.num_hit_tokens = stats.num_hit_tokens
+        # A copy: the scheduler goes on counting in its own.
+        report.prefix_stats = replace(self._scheduler.prefix_stats)
         report.load = self._meter.load(self._scheduler, self._engine.pool)
         self._publish(report)
 

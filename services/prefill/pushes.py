@@ -17,17 +17,27 @@ from protocol.messages import PrefillDone, ReserveBlocks
 from protocol.request import PhaseTimings, SequenceOutput
 from protocol.ticket import TransferTicket
 from services.prefill.links import DecodeLink
+from services.runtime.metrics import WorkerMetrics
 
 
 class Push:
     """Progress of one prompt and of its transfer; fed by the worker, driven by `run`."""
 
-    def __init__(self, key: RequestKey, num_tokens: int, link: DecodeLink, block_size: int) -> None:
+    def __init__(
+        self,
+        key: RequestKey,
+        num_tokens: int,
+        link: DecodeLink,
+        *,
+        block_size: int,
+        metrics: WorkerMetrics,
+    ) -> None:
         self.key = key
         self.link = link
         self.first: SequenceOutput | None = None
         self._num_tokens = num_tokens
         self._block_size = block_size
+        self._metrics = metrics
         self._num_computed_tokens = 0
         self._block_ids: list[int] = []
         self._timings = PhaseTimings()
@@ -72,10 +82,10 @@ class Push:
         ticket = await self._ticket
         num_writes, transfer_s = await self._write_all(connection, ticket)
         assert self.first is not None, "all is written only after the first token"
+        exposed_s = time.monotonic() - self._done_s
+        self._metrics.observe_exposed_transfer(exposed_s)
         timings = msgspec.structs.replace(
-            self._timings,
-            transfer_s=transfer_s,
-            exposed_transfer_s=time.monotonic() - self._done_s,
+            self._timings, transfer_s=transfer_s, exposed_transfer_s=exposed_s
         )
         self.link.peer.send(
             PrefillDone(self.key, ticket.ticket_id, num_writes, self.first, timings)
@@ -102,7 +112,13 @@ class Push:
                     dst_blocks=ticket.block_ids[num_sent - skipped : num_ready - skipped],
                     write_seq=num_writes,
                 )
-                transfer_s += time.monotonic() - started_s
+                seconds = time.monotonic() - started_s
+                self._metrics.observe_sent(
+                    self.link.ref.worker_id,
+                    num_bytes=(num_ready - num_sent) * self.link.block_bytes,
+                    seconds=seconds,
+                )
+                transfer_s += seconds
                 num_sent, num_writes = num_ready, num_writes + 1
             if is_last:
                 return num_writes, transfer_s

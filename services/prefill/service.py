@@ -40,8 +40,10 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
 
     def on_turn(report: TurnReport) -> None:
         worker.on_turn(report)
-        host.update(report.load, report.kv_events)
-        host.metrics.observe_prefill_turn(report)
+        host.update(report.load, report.kv_events, report.prefix_stats)
+        host.metrics.observe_tokens(
+            num_prompt=report.num_prompt_tokens, num_generated=len(report.done)
+        )
 
     loop = PrefillLoop(
         engine,
@@ -70,6 +72,7 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
             tasks=host.tasks,
         ),
         tasks=host.tasks,
+        metrics=host.metrics,
     )
     try:
         return await host.serve(worker, engine_thread)

@@ -32,6 +32,7 @@ from services.prefill.links import DecodeLink, DecodeLinks
 from services.prefill.loop import Abort, Command, Release, StartPrefill, TurnReport
 from services.prefill.pushes import Push
 from services.runtime.engine_thread import EngineThread
+from services.runtime.metrics import WorkerMetrics
 from services.runtime.peers import ChannelEvent, Peer, PeerDown, PeerUp, Received
 from services.runtime.tasks import TaskOwner
 
@@ -58,11 +59,13 @@ class PrefillWorker:
         engine_thread: EngineThread[Command],
         links: DecodeLinks,
         tasks: TaskOwner,
+        metrics: WorkerMetrics,
     ) -> None:
         self._block_size = block_size
         self._engine_thread = engine_thread
         self._links = links
         self._tasks = tasks
+        self._metrics = metrics
         self._outgoing: dict[RequestKey, _Outgoing] = {}
 
     @property
@@ -137,7 +140,13 @@ class PrefillWorker:
             logger.warning("request %s came twice; the second is ignored", request.key)
             return
         link = self._links.to(message.decode)
-        push = Push(request.key, len(request.token_ids), link, self._block_size)
+        push = Push(
+            request.key,
+            len(request.token_ids),
+            link,
+            block_size=self._block_size,
+            metrics=self._metrics,
+        )
         task = self._tasks.start(self._send(push))
         self._outgoing[request.key] = _Outgoing(router, push, task)
         self._engine_thread.post(StartPrefill(request))

@@ -19,9 +19,11 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.model_info import ModelInfo
+from engine.scheduler.admission import PrefixStats
 from protocol.ids import WorkerRef, WorkerRole, new_incarnation
 from protocol.messages import PROTOCOL_VERSION, LoadReport
 from protocol.records import KVEvent, WorkerLoad, WorkerRecord
+from services.runtime.addresses import announced_host
 from services.runtime.channel import ControlChannel
 from services.runtime.config import WorkerConfig
 from services.runtime.engine_thread import EngineThread
@@ -78,13 +80,17 @@ class WorkerHost:
         self._exit_code = 0
         self._worker: Worker | None = None
         self._load = WorkerLoad()
+        self._prefix_stats = PrefixStats()
         worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
         identity = Identity(worker_id, new_incarnation())
         self.tasks = TaskOwner(on_failure=self._fail)
         self.channel = ControlChannel(identity, self._on_channel)
-        address = self.channel.listen(f"tcp://{config.host}:{config.control_port}")
-        self.ref = WorkerRef(worker_id, identity.incarnation, address)
-        self.metrics = WorkerMetrics(model_name=model.name, worker_id=worker_id, role=role)
+        bound = self.channel.listen(f"tcp://{config.host}:{config.control_port}")
+        port = bound.rpartition(":")[2]
+        self.ref = WorkerRef(
+            worker_id, identity.incarnation, f"tcp://{announced_host(config.host)}:{port}"
+        )
+        self.metrics = WorkerMetrics(model_name=model.name, worker_id=worker_id)
         self._metrics_server = MetricsServer(
             self.metrics.registry, host=config.host, port=config.metrics_port
         )
@@ -119,10 +125,15 @@ class WorkerHost:
         """For `EngineThread.on_failure`: the process can't be trusted any more and ends."""
         self._loop.call_soon_threadsafe(self._fail, error)
 
-    def update(self, load: WorkerLoad, kv_events: list[KVEvent]) -> None:
-        """Takes the engine's state after a turn."""
+    def update(self, load: WorkerLoad, kv_events: list[KVEvent], stats: PrefixStats) -> None:
+        """Takes the engine's state after a turn; `stats` count since the start."""
         self._load = load
         self._registration.publish_kv(kv_events)
+        self.metrics.observe_cache(
+            num_queried=stats.num_queried_tokens - self._prefix_stats.num_queried_tokens,
+            num_hit=stats.num_hit_tokens - self._prefix_stats.num_hit_tokens,
+        )
+        self._prefix_stats = stats
 
     async def serve(self, worker: Worker, engine_thread: EngineThread[Any]) -> int:
         """Runs until told to stop; returns the process's exit code."""

@@ -1,0 +1,162 @@
+"""A real stack for tests: `tandem serve` as a user starts it, seen through `tandem ps` and HTTP."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+START_DEADLINE_S = 120.0
+SETTLE_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 40.0
+MODEL = "SmolLM2-135M-Instruct"
+
+ValueT = TypeVar("ValueT")
+
+
+class TandemStack:
+    """Runs `tandem serve` with these arguments inside `with`; its output goes to `log`."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._command = [sys.executable, "-m", "cli", "serve", "--port", str(self.port), *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                self._command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            wait_for(self._is_ready, "the stack to start", START_DEADLINE_S)
+        except BaseException:
+            self._process.kill()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        status = self.interrupt()
+        assert status == 0 or error is not None, f"exit status {status}:\n{self.output()}"
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit status."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        try:
+            return self._process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise AssertionError(f"the stack does not stop:\n{self.output()}") from None
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """What `tandem ps --json` says about this stack, by process name."""
+        done = subprocess.run(
+            [sys.executable, "-m", "cli", "ps", "--json"], capture_output=True, check=True
+        )
+        assert self._process is not None
+        for stack in json.loads(done.stdout):
+            if stack["supervisor_pid"] == self._process.pid:
+                return {process["name"]: process for process in stack["processes"]}
+        return {}
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: process
+            for name, process in self.processes().items()
+            if process["role"] in ("prefill", "decode")
+        }
+
+    def kill(self, name: str) -> int:
+        """kill -9; returns the pid."""
+        pid = self.processes()[name]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def wait_restarted(self, name: str, old_pid: int) -> None:
+        def is_back() -> bool:
+            process = self.processes().get(name)
+            return (
+                process is not None
+                and process["pid"] not in (None, old_pid)
+                and process["load"] is not None
+            )
+
+        wait_for(is_back, f"{name} to come back", START_DEADLINE_S)
+
+    def wait_idle(self) -> None:
+        """Until no worker holds a block for anybody, and all blocks are accounted for."""
+        wait_for(self._is_idle, "all blocks to return", SETTLE_DEADLINE_S, self.workers)
+
+    def metric(self, name: str, source: str | None = None) -> float:
+        """Sum of a metric's samples over labels; `source` is a worker's name, else the router."""
+        address = self.url
+        if source is not None:
+            address = self.processes()[source]["addresses"]["metrics"]
+        text = httpx.get(f"{address}/metrics", timeout=10.0).text
+        samples = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
+        assert samples, f"no metric {name} in\n{text}"
+        return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
+
+    def _is_ready(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the stack ended at once:\n{self.output()}"
+        if not self.processes():
+            return False
+        if any(process["state"] != "ready" for process in self.processes().values()):
+            return False
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _is_idle(self) -> bool:
+        workers = self.workers()
+        return bool(workers) and all(_is_idle(worker) for worker in workers.values())
+
+
+def _is_idle(worker: dict[str, Any]) -> bool:
+    load = worker["load"]
+    if load is None:
+        return False
+    in_use = load["num_referenced_blocks"], load["num_quarantined_blocks"], load["num_running"]
+    accounted = load["num_free_blocks"] + load["num_cached_blocks"]
+    return not any(in_use) and accounted == worker["num_blocks"]
+
+
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    deadline_s: float,
+    describe: Callable[[], object] | None = None,
+) -> None:
+    """Polls what nobody calls back for; fails with what was waited for."""
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end_s:
+            state = "" if describe is None else f": {describe()}"
+            raise AssertionError(f"waited {deadline_s:g} s for {what}{state}")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

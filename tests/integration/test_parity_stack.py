@@ -1,0 +1,121 @@
+"""Through real processes, greedy output equals transformers', token for token, in float32."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import GreedyReference
+from tandem_stack import MODEL, TandemStack
+
+STACKS = {
+    "1P1D": (),
+    "colocated": ("--prefill-workers", "0"),
+    "2 routers, 2P2D": ("--routers", "2", "--prefill-workers", "2", "--decode-workers", "2"),
+}
+FLOAT32 = ("--dtype", "float32", "--disable-log-requests")
+
+
+@pytest.fixture(scope="module", params=STACKS, ids=str)
+def stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TandemStack]:
+    log = tmp_path_factory.mktemp("stack") / "log"
+    # Small chunks, so that long prompts travel in many pieces.
+    chunks = ("--max-num-batched-tokens", "512")
+    with TandemStack(log, *STACKS[request.param], *FLOAT32, *chunks) as running:
+        running.name = request.param
+        yield running
+
+
+class Answers:
+    """Token ids of the outputs, and how many prompt tokens came from the prefix cache."""
+
+    def __init__(self, bodies: list[dict]) -> None:
+        self.token_ids = [body["choices"][0]["token_ids"] for body in bodies]
+        self.num_cached = [
+            (body["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0)
+            for body in bodies
+        ]
+
+
+def ask(stack: TandemStack, prompts: list[list[int]]) -> Answers:
+    """All at once, each as a request of its own."""
+
+    async def run() -> list[dict]:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=stack.url, timeout=300.0, limits=limits) as client:
+            return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
+
+    async def one(client: httpx.AsyncClient, prompt: list[int]) -> dict:
+        answer = await client.post(
+            "/v1/completions",
+            json={
+                "model": MODEL,
+                "prompt": prompt,
+                "temperature": 0,
+                "max_tokens": GreedyReference.max_tokens,
+                "return_token_ids": True,
+            },
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    return Answers(asyncio.run(run()))
+
+
+def test_alone(stack: TandemStack, prompts: list[list[int]], reference: GreedyReference) -> None:
+    for prompt in prompts:
+        assert ask(stack, [prompt]).token_ids == [reference(prompt)], len(prompt)
+    stack.wait_idle()
+
+
+def test_32_at_once(
+    stack: TandemStack, prompts: list[list[int]], reference: GreedyReference
+) -> None:
+    short = [prompt[:400] for prompt in prompts]
+    batch = [*short, *(prompt[1:] for prompt in short)]
+    assert ask(stack, batch).token_ids == [reference(prompt) for prompt in batch]
+    stack.wait_idle()
+
+
+def test_shared_prefix_asked_twice(
+    stack: TandemStack, prompts: list[list[int]], reference: GreedyReference
+) -> None:
+    prefix, *endings = prompts[-2], prompts[3], prompts[5], prompts[8]
+    batch = [prefix + ending for ending in endings]
+    expected = [reference(prompt) for prompt in batch]
+    assert ask(stack, batch).token_ids == expected
+    again = ask(stack, batch)
+    assert again.token_ids == expected
+    assert min(again.num_cached) >= len(prefix) // 16 * 16
+    stack.wait_idle()
+
+
+def test_every_prompt_was_prefilled_where_it_should(stack: TandemStack) -> None:
+    """Runs last: what the tests before have left in the counters."""
+    prefill = [name for name, worker in stack.workers().items() if worker["role"] == "prefill"]
+    received = sum(
+        stack.metric("tandem:kv_transfer_received_bytes_total", name)
+        for name, worker in stack.workers().items()
+        if worker["role"] == "decode"
+    )
+    if prefill:
+        assert all(stack.metric("vllm:prompt_tokens_total", name) > 0 for name in prefill)
+        assert received > 0
+    else:
+        assert received == 0
+
+
+def test_after_preemption(
+    prompts: list[list[int]], reference: GreedyReference, tmp_path: Path
+) -> None:
+    batch = [prompt for prompt in prompts if len(prompt) < 200]
+    num_blocks = sum(-(-len(prompt) // 16) for prompt in batch) + 3
+    arguments = ("--num-gpu-blocks-override", str(num_blocks), "--no-enable-prefix-caching")
+    with TandemStack(tmp_path / "log", *FLOAT32, *arguments) as stack:
+        for _ in range(3):
+            assert ask(stack, batch).token_ids == [reference(prompt) for prompt in batch]
+        assert stack.metric("vllm:num_preemptions_total", "decode-0") > 0
+        stack.wait_idle()
