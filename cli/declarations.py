@@ -1,7 +1,7 @@
 """Every command and the configuration classes that it takes."""
 
 from cli.resolve import Command, Group
-from cli.stack_config import StackConfig
+from cli.stack_config import FetchConfig, StackConfig
 from engine.config import EngineConfig
 from loadtest.config import BenchConfig
 from services.router.config import RouterConfig
@@ -30,5 +30,12 @@ PREFILL = Command("prefill", "Run one prefill worker.", (_ENGINE, _WORKER), posi
 DECODE = Command("decode", "Run one decode worker.", (_ENGINE, _WORKER), positional="model")
 
 BENCH = Command("bench", "Load an OpenAI-compatible server.", (Group(BenchConfig, "Load test"),))
+
+FETCH = Command(
+    "fetch",
+    "Find, import or download a model, and print its directory.",
+    (Group(FetchConfig, "Model"),),
+    positional="model",
+)
 
 WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, BENCH)

@@ -1,4 +1,4 @@
-"""Settings of a local stack as a whole."""
+"""Settings of the commands that aren't one service."""
 
 from dataclasses import dataclass
 
@@ -18,4 +18,14 @@ class StackConfig:
     )
     start_timeout_s: float = setting(
         600.0, minimum=1.0, help="seconds within which every process must be ready"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FetchConfig:
+    """What `tandem fetch` takes."""
+
+    model: str | None = setting(
+        None,
+        help="local HF directory, hub id, or nothing for the built-in SmolLM2-135M-Instruct",
     )
