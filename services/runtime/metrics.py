@@ -4,8 +4,6 @@ Each process has a registry of its own; docs/metrics.md lists all names.
 """
 
 from collections.abc import Mapping
-from http.server import ThreadingHTTPServer
-from threading import Thread
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -289,9 +287,8 @@ class MetricsServer:
             raise StartupError(
                 f"--metrics-port: cannot listen on {host}:{port}: {error.strerror}"
             ) from error
-        assert isinstance(server, ThreadingHTTPServer)
-        self._server: ThreadingHTTPServer = server
-        self._thread: Thread = thread
+        self._server = server
+        self._thread = thread
         self.address = f"http://{announced_host(host)}:{server.server_port}"
 
     def close(self) -> None:
