@@ -151,11 +151,11 @@ class TransferAgent:
 
     def _on_arrival(self, arrival: Arrival) -> None:
         tag = unpack_tag(arrival.tag)
-        connection = self._connections.get(tag.namespace) if tag is not None else None
-        if connection is None:
+        connection = None if tag is None else self._connections.get(tag.namespace)
+        if tag is None or connection is None:
             arrival.discard()
         else:
-            connection.on_arrival(arrival)
+            connection.on_arrival(tag, arrival)
 
     def _check_fit(self, theirs: AgentMetadata) -> None:
         ours = self._ours

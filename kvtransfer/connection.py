@@ -102,9 +102,9 @@ class Connection:
         self.counters.sent.observe_rate(rates.round_trip)
         return judge_path(self._ours.transport, rates, self._ours.host, self._theirs.host)
 
-    def on_arrival(self, arrival: Arrival) -> None:
+    def on_arrival(self, tag: Tag, arrival: Arrival) -> None:
         """Takes a message that bears the peer's namespace."""
-        self._inbox.push(arrival)
+        self._inbox.push(tag, arrival)
 
     def reply(self, message: AgentMessage) -> None:
         """Puts a control message on the lane."""

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from kvtransfer.tags import MessageKind, Tag, unpack_tag
+from kvtransfer.tags import MessageKind, Tag
 from kvtransfer.transport import Arrival
 from kvtransfer.wire import MAX_CONTROL_BYTES, AgentMessage, decode_message
 from protocol.errors import TransferError
@@ -31,9 +31,8 @@ class Inbox:
         self._is_reading = False
         self._is_closed = False
 
-    def push(self, arrival: Arrival) -> None:
-        tag = unpack_tag(arrival.tag)
-        if tag is None or self._is_closed:
+    def push(self, tag: Tag, arrival: Arrival) -> None:
+        if self._is_closed:
             arrival.discard()
             return
         self._waiting.append((tag, arrival))

@@ -33,7 +33,7 @@ HOST_MEMORY_SETTINGS: Mapping[str, str] = {
     "POSIX_ERROR_HANDLING": "y",
     "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
-    "CMA_TX_QUOTA": "4",
+    "CMA_TX_QUOTA": "16",
     "RNDV_FRAG_MEM_TYPE": "host",
 }
 
@@ -46,6 +46,9 @@ nothing wakes a sender when a full shared-memory queue has room again."""
 
 FINISH_BUDGET_S = 0.02
 """Reading a full window takes less; what takes longer waits for the peer."""
+
+LOOK_AHEAD = 4
+"""Operations complete nearly in order, and asking one costs as much as a step of progress."""
 
 _ANY_TAG = libucxx.UCXXTag(0)
 _NO_BITS = libucxx.UCXXTagMask(0)
@@ -130,7 +133,7 @@ class _Driver:
         deadline = time.perf_counter() + FINISH_BUDGET_S
         while any(operation.lane is None for operation in self._operations):
             self.worker.progress_once()
-            self._complete()
+            self._complete(look_ahead=len(self._operations))
             if time.perf_counter() > deadline:
                 return
 
@@ -157,9 +160,9 @@ class _Driver:
         while True:
             # One step at a time: `progress()` goes on as long as any peer keeps it busy.
             advanced = self.worker.progress_once()
-            advanced |= self._complete()
+            advanced |= self._complete(look_ahead=LOOK_AHEAD)
             advanced |= self._take_arrivals()
-            if not advanced:
+            if not advanced and not self._complete(look_ahead=len(self._operations)):
                 break
             if time.perf_counter() > deadline:
                 self.kick()
@@ -173,13 +176,21 @@ class _Driver:
         self._guard = None
         self.kick()
 
-    def _complete(self) -> bool:
-        completed = [operation for operation in self._operations if operation.request.completed]
+    def _complete(self, *, look_ahead: int) -> bool:
+        """Ends completed operations, oldest first, until `look_ahead` others were met."""
+        completed: list[_Operation] = []
+        still_open: list[_Operation] = []
+        for operation in self._operations:
+            if operation.request.completed:
+                completed.append(operation)
+            else:
+                still_open.append(operation)
+                if len(still_open) > look_ahead:
+                    break
         if not completed:
             return False
-        self._operations = [
-            operation for operation in self._operations if not operation.request.completed
-        ]
+        num_seen = len(completed) + len(still_open)
+        self._operations[:num_seen] = still_open
         for operation in completed:
             operation.on_done(_error_of(operation.request))
         return True
