@@ -7,9 +7,10 @@ A block is in at most one fence until that fence is gone, so a late write can't 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId
 
@@ -61,9 +62,9 @@ class FenceTable:
         ticket_id: TicketId,
         attempt: int,
         sender_incarnation: Incarnation,
-        block_ids: Iterable[int],
+        messages_runs: Sequence[Sequence[Run]],
     ) -> str | None:
-        """Why these blocks may not be written; None if they may."""
+        """Why messages may not write these runs of blocks; None if they may."""
         fence = self._fences.get(ticket_id)
         if fence is None or not fence.is_open:
             return f"ticket {ticket_id} is not open"
@@ -71,9 +72,15 @@ class FenceTable:
             return f"ticket {ticket_id} is for attempt {fence.attempt}, not {attempt}"
         if sender_incarnation != fence.sender_incarnation:
             return f"ticket {ticket_id} is for another sender incarnation"
-        for block_id in block_ids:
-            if block_id not in fence.block_ids:
-                return f"block {block_id} is not part of ticket {ticket_id}"
+        for runs in messages_runs:
+            if not runs:
+                return "a message without blocks was announced"
+            for first, count in runs:
+                if not 0 < count <= len(fence.block_ids):
+                    return f"a run of {count} blocks does not fit ticket {ticket_id}"
+                for block_id in range(first, first + count):
+                    if block_id not in fence.block_ids:
+                        return f"block {block_id} is not part of ticket {ticket_id}"
         return None
 
     def begin_receive(self, fence: Fence) -> None:

@@ -215,12 +215,10 @@ class WriteReceiver:
             ticket_id=part.ticket_id,
             attempt=part.attempt,
             sender_incarnation=source.incarnation,
-            block_ids=_block_ids(part),
+            messages_runs=[message.dst_runs for message in part.messages],
         )
         if refusal is not None:
             return refusal
-        if any(not message.dst_runs for message in part.messages):
-            return "a message without blocks was announced"
         fence = self._fences.get(part.ticket_id)
         if write is None and fence is not None and part.write_seq in fence.write_seqs:
             return f"write {part.write_seq} of ticket {part.ticket_id} was made before"
@@ -252,12 +250,3 @@ class WriteReceiver:
 
 def _num_blocks(runs: Sequence[Run]) -> int:
     return sum(count for _, count in runs)
-
-
-def _block_ids(part: WritePart) -> list[int]:
-    return [
-        block_id
-        for message in part.messages
-        for first, count in message.dst_runs
-        for block_id in range(first, first + count)
-    ]

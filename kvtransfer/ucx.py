@@ -156,6 +156,19 @@ class _Driver:
 
     def _advance(self) -> None:
         self._kick = None
+        try:
+            is_idle = self._make_progress()
+        except BaseException:
+            # A callback's error is its owner's; the other transfers must not stand still for it.
+            self.kick()
+            raise
+        if not is_idle or not self.worker.arm():
+            self.kick()
+        elif self._operations and self._guard is None:
+            self._guard = self._loop.call_later(PROGRESS_GUARD_S, self._on_guard)
+
+    def _make_progress(self) -> bool:
+        """False if there is more to do after the budget."""
         deadline = time.perf_counter() + PROGRESS_BUDGET_S
         while True:
             # One step at a time: `progress()` goes on as long as any peer keeps it busy.
@@ -163,14 +176,9 @@ class _Driver:
             advanced |= self._complete(look_ahead=LOOK_AHEAD)
             advanced |= self._take_arrivals()
             if not advanced and not self._complete(look_ahead=len(self._operations)):
-                break
+                return True
             if time.perf_counter() > deadline:
-                self.kick()
-                return
-        if not self.worker.arm():
-            self.kick()
-        elif self._operations and self._guard is None:
-            self._guard = self._loop.call_later(PROGRESS_GUARD_S, self._on_guard)
+                return False
 
     def _on_guard(self) -> None:
         self._guard = None
@@ -213,7 +221,11 @@ class _UcxLane:
             on_done("the lane was closed")
             return
         array = Array(buffer)
-        request = self._endpoint.tag_send(array, libucxx.UCXXTag(tag))
+        try:
+            request = self._endpoint.tag_send(array, libucxx.UCXXTag(tag))
+        except libucxx.UCXError as error:
+            on_done(_reason(error))
+            return
         self._driver.post(_Operation(request, array, on_done, self))
 
     def close(self) -> None:
@@ -237,7 +249,11 @@ class _UcxArrival:
         # UCX writes as many bytes as the message has, whatever the buffer's size.
         assert buffer.nbytes == self.num_bytes
         array = Array(buffer)
-        request = self._driver.worker.tag_recv_with_handle(array, self._probe)
+        try:
+            request = self._driver.worker.tag_recv_with_handle(array, self._probe)
+        except libucxx.UCXError as error:
+            on_done(_reason(error))
+            return
         self._driver.post(_Operation(request, array, on_done, None))
 
     def discard(self) -> None:
@@ -248,5 +264,9 @@ def _error_of(request: libucxx.UCXRequest) -> str | None:
     try:
         request.check_error()
     except libucxx.UCXError as error:
-        return str(error) or type(error).__name__
+        return _reason(error)
     return None
+
+
+def _reason(error: libucxx.UCXError) -> str:
+    return str(error) or type(error).__name__

@@ -78,6 +78,10 @@ class Cluster:
         self._incarnations = itertools.count(1001)
         self._nodes: list[Node] = []
 
+    def transport(self) -> Transport:
+        """A bare one, which the test closes."""
+        return self._make_transport()
+
     def node(
         self,
         worker_id: str,
