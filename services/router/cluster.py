@@ -1,7 +1,8 @@
 """The workers as this router sees them: who can take work, and who gets the next request."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,12 @@ class _Worker:
 class Cluster:
     """Follows the directory, keeps a connection to every worker, chooses routes."""
 
-    def __init__(self, channel: ControlChannel, model: ServedModel) -> None:
+    def __init__(
+        self, channel: ControlChannel, model: ServedModel, *, on_placed: Callable[[str], None]
+    ) -> None:
         self._channel = channel
         self._model = model
+        self._on_placed = on_placed
         self._workers: dict[WorkerId, _Worker] = {}
         self._routes: dict[RequestKey, Route] = {}
 
@@ -82,6 +86,7 @@ class Cluster:
         for worker in (decode, prefill):
             if worker is not None:
                 worker.placed.add(request.key)
+        self._on_placed("local" if prefill is None else "remote")
         return route
 
     def prefilled(self, key: RequestKey) -> None:
@@ -112,6 +117,18 @@ class Cluster:
             }
             for worker in self._workers.values()
         ]
+
+    # For the metrics:
+
+    @property
+    def loads(self) -> dict[WorkerId, WorkerLoad]:
+        return {worker_id: worker.load for worker_id, worker in self._workers.items()}
+
+    def count_states(self) -> Mapping[tuple[str, str], int]:
+        """How many workers there are of each (role, state)."""
+        return Counter(
+            (str(worker.record.role), str(worker.peer.state)) for worker in self._workers.values()
+        )
 
     @property
     def _block_size(self) -> int:

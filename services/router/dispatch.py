@@ -278,9 +278,12 @@ class Dispatcher:
 
     def _wait_for_route(self, flight: Flight, deadline_s: float) -> None:
         self._homeless[flight] = deadline_s
-        # Not at once: whoever reports a loss may go on to report the next one.
-        delay_s = 0.0 if flight.attempt > 1 else self._policy.poll_s
-        self._loop.call_later(delay_s, self._look_for_route, flight)
+        if flight.attempt == 2:
+            # Not at once: whoever reports a loss may go on to report the next one.
+            self._loop.call_soon(self._look_for_route, flight)
+        else:
+            delay_s = self._policy.poll_s * 4 ** max(0, flight.attempt - 2)
+            self._loop.call_later(delay_s, self._look_for_route, flight)
 
     def _look_for_route(self, flight: Flight) -> None:
         deadline_s = self._homeless.get(flight)

@@ -1,9 +1,11 @@
-"""One line in the log for each request that ended."""
+"""What is said about each request that ended: one line in the log, and its metrics."""
 
 import logging
 from typing import Any
 
+from protocol.request import PhaseTimings
 from services.router.generation import Generation
+from services.runtime.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +57,27 @@ def _ms(seconds: float) -> float:
     return round(1000 * seconds, 1)
 
 
-class RequestLog:
-    """Placeholder until runtime metrics land."""
+class RequestReports:
+    """Tells metrics and log about each request that ended."""
 
-    def __init__(self, *, enabled: bool) -> None:
-        self._enabled = enabled
-
-    def first_token(self, ttft_s: float) -> None:
-        pass
-
-    def next_tokens(self, gap_s: float, num_tokens: int) -> None:
-        pass
+    def __init__(self, metrics: RouterMetrics, *, log_requests: bool) -> None:
+        self._metrics = metrics
+        self._log_requests = log_requests
 
     def ended(self, generation: Generation) -> None:
-        if self._enabled:
+        assert generation.end_s is not None, "reported when it's over"
+        first_s, start_s = generation.first_token_s, generation.start_s
+        self._metrics.request_ended(
+            finished_reason=outcome(generation),
+            num_prompt_tokens=generation.spec.num_prompt_tokens,
+            num_cached_tokens=generation.num_cached_tokens,
+            num_output_tokens=generation.num_output_tokens,
+            e2e_s=generation.end_s - start_s,
+            ttft_s=None if first_s is None else first_s - start_s,
+        )
+        if generation.phases:
+            self._metrics.phases(PhaseTimings(**generation.phases))
+        for _ in range(generation.num_retries):
+            self._metrics.retried()
+        if self._log_requests:
             log_request(generation)
-
-    def render(self) -> tuple[bytes, str]:
-        return b"", "text/plain"

@@ -23,6 +23,7 @@ from typing import Any
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
@@ -35,11 +36,13 @@ from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
-from services.router.request_log import RequestLog
+from services.router.request_log import RequestReports
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
+from services.runtime.log import configure_logging
+from services.runtime.metrics import RouterMetrics
 from services.runtime.peers import ChannelEvent, Identity, PeerDown, PeerUp, Received
 from services.runtime.redis_client import open_redis
 from services.runtime.tasks import TaskOwner
@@ -58,6 +61,7 @@ def run_router(config: RouterConfig) -> int:
     """
     if config.redis_url is None:
         raise StartupError("A router needs --redis-url.")
+    configure_logging(level=config.log_level, log_format=config.log_format)
     path = resolve_model(config.model)
     model = ServedModel.from_dir(
         path,
@@ -79,7 +83,8 @@ class RouterService:
         self.failed = asyncio.Event()
         identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
         self._channel = ControlChannel(identity, self._on_channel)
-        self.cluster = Cluster(self._channel, model)
+        self._metrics = RouterMetrics(model_name=model.names[0])
+        self.cluster = Cluster(self._channel, model, on_placed=self._metrics.placed)
         self._dispatcher = Dispatcher(self.cluster, self._channel.connect)
         self._redis = open_redis(config.redis_url)
         self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
@@ -101,13 +106,13 @@ class RouterService:
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
         encoder = PromptEncoder(model, self._executor)
-        requests = RequestLog(enabled=not config.disable_log_requests)
+        reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
         openai = OpenAIApi(
             model=model,
             encoder=encoder,
             dispatcher=self._dispatcher,
-            observer=requests,
-            on_end=requests.ended,
+            observer=self._metrics,
+            on_end=reports.ended,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
@@ -116,11 +121,15 @@ class RouterService:
             encoder=encoder,
             cluster=self.cluster,
             settings=_public_settings(config),
-            render_metrics=requests.render,
+            render_metrics=self._render_metrics,
             num_open=lambda: openai.num_open,
             max_body_bytes=config.max_body_bytes,
         )
         return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+
+    def _render_metrics(self) -> tuple[bytes, str]:
+        self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
+        return generate_latest(self._metrics.registry), CONTENT_TYPE_LATEST
 
     def _on_channel(self, event: ChannelEvent) -> None:
         match event:

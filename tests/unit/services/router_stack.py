@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -90,17 +89,15 @@ class RouterStack:
 
     async def spawn_worker(
         self, worker_id: str, role: str = "decode", **options: Any
-    ) -> subprocess.Popen[bytes]:
+    ) -> asyncio.subprocess.Process:
         """A worker in its own process, which can be killed."""
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "services.router.noop_worker"),
-                *("--redis-url", self.redis_url, "--role", role, "--worker-id", worker_id),
-                *arguments,
-            ]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.router.noop_worker"),
+            *("--redis-url", self.redis_url, "--role", role, "--worker-id", worker_id),
+            *arguments,
         )
-        self.stack.callback(_end, process)
+        self.stack.push_async_callback(_end, process)
         await self.until_known(worker_id)
         return process
 
@@ -131,7 +128,7 @@ def parse_events(content: bytes) -> list[dict[str, Any]]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  (what is waited for has no event)
             await asyncio.sleep(0.005)
 
 
@@ -158,8 +155,8 @@ async def open_router_stack(
 
 async def _start_redis(path: Path, stack: AsyncExitStack) -> str:
     file = path / "redis.sock"
-    process = subprocess.Popen(redis_arguments(find_redis_server(), file))
-    stack.callback(_end, process)
+    process = await asyncio.create_subprocess_exec(*redis_arguments(find_redis_server(), file))
+    stack.push_async_callback(_end, process)
     url = redis_socket_url(file)
     async with redis.asyncio.Redis.from_url(url) as client, asyncio.timeout(DEADLINE_S):
         while True:
@@ -178,6 +175,7 @@ async def _stop(
     await service.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
