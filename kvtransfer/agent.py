@@ -11,9 +11,10 @@ A transfer, from both ends:
 5. Receiver: `close_ticket` when the request is complete or cancelled; `drop_peer` when the sender
    is lost.
 
-Who writes when: the memory of a region is written by its own process only, in its own event loop,
-because a transport receives a message only into the place the agent gave it. So when
-`close_ticket` has returned, no write can land in the ticket's blocks, whatever the sender does.
+Who writes when: a block is written only while a receive that this agent posted into it is open;
+on one host by this process itself, over a network perhaps by the network card. `close_ticket`
+waits for these receives, so when it has returned while the sender was connected, no write can land
+in the ticket's blocks. After `drop_peer` that holds for all tickets but those it returned.
 The sender's blocks are read until `write` or `cancel` returns; a receiver may go on reading after
 the sender dropped it, and then gets bytes that may have changed. That does no harm as long as the
 receiver counts writes only when the sender says over the control plane how many it completed.

@@ -18,8 +18,9 @@ PROBE_BUDGET_S = 0.06
 PROBE_TIMEOUT_S = 5.0
 
 SLOW_FRACTION = 0.125
-"""One copy by the kernel does 0.3 and more of what a copying thread does, TCP or copies through
-a queue 0.07 and less, by the time that the receiver needs."""
+"""TCP, and copies through a queue, stayed under 0.07 of a copying thread. A good path on a machine
+with several times more work than processors can fall below this as well, hence "no free
+processor" among the causes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,16 @@
 """Transport over UCX: RDMA, shared memory or TCP, whichever the two processes share.
 
-Three settings make one host fast *and* safe; each was found by killing a peer in mid-transfer:
+How one host is made fast *and* safe; found by killing peers in mid-transfer:
 
 - Endpoints always have error handling. Without it UCX aborts the whole process when it reads from
   a dead one ("process_vm_readv … No such process").
 - UCX keeps its shared-memory transports out of such endpoints unless they claim to support it
-  (`*_ERROR_HANDLING`, `CMA_MEMORY_INVALIDATE`), and falls silently to TCP. The claim is true for
-  what we do: nothing but this process's own progress ever writes into its memory, because
-- rendezvous is by *get*: the receiver reads the sender's memory. A sender that is dead, stopped
-  or cut off can't write late into a block that has a new owner.
+  (`*_ERROR_HANDLING`, `CMA_MEMORY_INVALIDATE`), and falls silently to TCP. UCX calls the claim
+  for `cma` provisional; it holds here as long as `cma` is used to read, not to write, and reading
+  is what UCX 1.21 chooses by itself: a stopped or cut-off sender then can't write late.
+- The scheme isn't forced (`RNDV_SCHEME`), because forcing a read makes TCP send whole messages
+  unasked. So over other transports a sender may write into a receive that is open; those are
+  counted, and `drop_peer` names their tickets.
 
 A message is looked at before it's received (`tag_probe`), so a receive is only ever posted for a
 message that has arrived, and there are no open receives to cancel.
