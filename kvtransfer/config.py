@@ -7,7 +7,7 @@ from kvtransfer.plan import MessageLimits
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """Defaults suit shared memory; `gather_below_bytes` is near where the two ways cost the same CPU."""
+    """Defaults suit shared memory; `gather_below_bytes` is near the point of equal CPU cost."""
 
     max_message_bytes: int = 16 << 20
     window_bytes: int = 32 << 20
