@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.memory import HugePageArena
 from kernels.native.arguments import LinearArgs, PackedRowsArgs, PackWeightArgs
 from kernels.native.library import Operation, native_kernel
 
 _PANEL = 32
+_arena = HugePageArena()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if kernel is None or (bias is not None and bias.dtype is not weight.dtype):
         return PackedLinear(out_features, in_features, weight, bias, is_native=False)
     shape = (-(-out_features // _PANEL), -(-in_features // 2), _PANEL, 2)
-    packed = torch.empty(shape, dtype=weight.dtype)
+    packed = _arena.empty(shape, weight.dtype)
     args = PackWeightArgs(
         weight=weight.data_ptr(),
         packed=packed.data_ptr(),

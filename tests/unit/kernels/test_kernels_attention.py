@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch, paged_attention, paged_attention_reference
+from kernels.native.library import Operation, native_kernel
 
 IMPLEMENTATIONS = [paged_attention, paged_attention_reference]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -141,3 +142,55 @@ def test_a_query_that_does_not_fit_the_pool_is_refused():
     batch = make_batch([(1, 4)], 16)
     with pytest.raises(ValueError, match="doesn't fit the pool"):
         paged_attention(torch.zeros(1, 3, 64), torch.zeros(2, 1, 2, 2, 16, 64), 0, batch, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sliding_window", [None, 300])
+class TestBatchInvariance:
+    """A query's result is the same to the bit in any batch, cut of the prompt or thread count."""
+
+    LENGTH, BLOCK_SIZE, HEADS, HEAD_DIM = 1203, 16, (6, 2), 64
+
+    @pytest.fixture
+    def whole(self, dtype, sliding_window):
+        """The whole prompt in one chunk: batch, pool, queries and result."""
+        torch.manual_seed(0)
+        batch = make_batch([(self.LENGTH, self.LENGTH)], self.BLOCK_SIZE)
+        pool = make_pool(batch, self.HEADS[1], self.BLOCK_SIZE, self.HEAD_DIM).to(dtype)
+        q = torch.randn(self.LENGTH, self.HEADS[0], self.HEAD_DIM).to(dtype)
+        out = paged_attention(q, pool, 0, batch, scale=0.125, sliding_window=sliding_window)
+        return batch, pool, q, out
+
+    def attend(self, whole, ranges: list[tuple[int, int]], sliding_window: int | None) -> None:
+        """Attend to position ranges of the prompt as if each were another sequence's chunk."""
+        batch, pool, q, expected = whole
+        starts = torch.tensor([0, *(last - first for first, last in ranges)]).cumsum(0)
+        part = AttentionBatch(
+            query_starts=starts.int(),
+            kv_lens=torch.tensor([last for _, last in ranges], dtype=torch.int32),
+            block_tables=batch.block_tables.repeat(len(ranges), 1),
+            slots=torch.cat([batch.slots[first:last] for first, last in ranges]),
+            positions=torch.cat([batch.positions[first:last] for first, last in ranges]),
+            max_query_len=max(last - first for first, last in ranges),
+            max_kv_len=max(last for _, last in ranges),
+            num_seqs=len(ranges),
+        )
+        queries = torch.cat([q[first:last] for first, last in ranges])
+        actual = paged_attention(queries, pool, 0, part, scale=0.125, sliding_window=sliding_window)
+        assert torch.equal(actual, torch.cat([expected[first:last] for first, last in ranges]))
+
+    @pytest.mark.parametrize("num_threads", [1, 2, 3])
+    def test_decode_rows_and_chunks(self, whole, sliding_window, num_threads):
+        if native_kernel(Operation.PAGED_ATTENTION, whole[2]) is None:
+            pytest.skip("torch's own attention doesn't promise it")
+        previous = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            last = self.LENGTH
+            self.attend(whole, [(last - 1, last)], sliding_window)
+            self.attend(whole, [(600, 601)], sliding_window)
+            self.attend(whole, [(512, last)], sliding_window)
+            self.attend(whole, [(i, i + 1) for i in range(0, last, 97)], sliding_window)
+            self.attend(whole, [(0, 1), (700, 700 + 127), (1, 65), (127, 129)], sliding_window)
+        finally:
+            torch.set_num_threads(previous)

@@ -8,6 +8,7 @@ import torch
 import kernels
 from kernels.activation import silu_and_mul, silu_and_mul_reference
 from kernels.linear import linear, linear_reference, pack_linear
+from kernels.native.library import Operation, native_kernel
 from kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,7 +106,26 @@ class TestLinear:
         assert torch.equal(packed.unpacked(), weight)
         assert torch.equal(packed.embed(ids), weight[ids])
 
+    def test_ids_outside_of_the_table_are_refused(self, dtype):
+        packed = pack_linear(torch.zeros(4, 8, dtype=dtype))
+        for wrong in (-1, 4):
+            with pytest.raises(IndexError):
+                packed.embed(torch.tensor([0, wrong]))
+
     def test_a_wrong_input_is_refused(self, dtype):
         packed = pack_linear(torch.zeros(4, 8, dtype=dtype))
         with pytest.raises(ValueError, match="expected"):
             linear(torch.zeros(2, 7, dtype=dtype), packed)
+
+
+@pytest.mark.parametrize("shape", [(960, 576), (100, 1537)])
+def test_a_token_gets_the_same_bits_in_any_batch(shape):
+    """What makes greedy answers equal whether a request runs alone or with others."""
+    if native_kernel(Operation.LINEAR, torch.empty(1, dtype=torch.bfloat16)) is None:
+        pytest.skip("torch's own linear layers don't promise it")
+    torch.manual_seed(0)
+    packed = pack_linear(torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16())
+    x = torch.randn(700, shape[1]).bfloat16()
+    whole = linear(x, packed)
+    for first, last in [(0, 1), (3, 5), (10, 23), (100, 164), (699, 700), (0, 333)]:
+        assert torch.equal(linear(x[first:last], packed), whole[first:last])
