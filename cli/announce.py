@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -56,7 +56,7 @@ class Announcer:
             fields = {"event": "stack_ready", "model": model, "url": url, "after_s": after_s}
             self._write(sys.stdout.write, fields | {"processes": processes}, "")
         else:
-            lines = [f"Serving {model}", *(_describe(row) for row in rows)]
+            lines = [f"Serving {model}", *_describe(rows)]
             lines.append(f"Ready after {after_s:.1f} s: {url}/v1  (Ctrl-C stops)")
             sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
@@ -65,18 +65,21 @@ class Announcer:
         write((json.dumps(fields) if self._json_lines else text) + "\n")
 
 
-def _describe(row: Row) -> str:
-    try:
-        memory = f"{psutil.Process(row.pid).memory_info().rss / 2**20:,.0f} MiB"
-    except psutil.NoSuchProcess:
-        memory = "ended"
-    line = f"  {row.name:<{_NAME_WIDTH}} pid {row.pid:<8} {row.address:<28} {memory:>10}"
-    record = row.record
-    if record is None:
-        return line
+def _describe(rows: Sequence[Row]) -> Iterator[str]:
+    width = max(len(row.address) for row in rows)
+    for row in rows:
+        try:
+            memory = f"{psutil.Process(row.pid).memory_info().rss / 2**20:,.0f} MiB"
+        except psutil.NoSuchProcess:
+            memory = "ended"
+        line = f"  {row.name:<{_NAME_WIDTH}} pid {row.pid:<8} {row.address:<{width}} {memory:>10}"
+        yield line if row.record is None else f"{line}  {_describe_blocks(row.record)}"
+
+
+def _describe_blocks(record: WorkerRecord) -> str:
     layout = record.layout
     kv_gib = record.num_blocks * layout.block_bytes / 2**30
     return (
-        f"{line}  {record.num_blocks:,} blocks of {layout.block_size} tokens "
+        f"{record.num_blocks:,} blocks of {layout.block_size} tokens "
         f"({layout.dtype}, {kv_gib:.2f} GiB)"
     )
