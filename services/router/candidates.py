@@ -34,6 +34,22 @@ class RequestFacts:
     tie_breaker: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LineRates:
+    """Measured GB/s (10^9 bytes) from one worker to others. Made once a load report, not once a
+    request: `fastest` lets placement leave out most pairs without a look."""
+
+    by_worker: Mapping[WorkerId, float] = field(default_factory=dict[WorkerId, float])
+    fastest: float = 0.0
+
+    @classmethod
+    def of(cls, by_worker: Mapping[WorkerId, float]) -> "LineRates":
+        return cls(by_worker, max(by_worker.values(), default=0.0))
+
+
+NO_RATES = LineRates()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillCandidate:
     """A prefill worker that takes work, with what was placed on it but isn't reported yet."""
@@ -44,7 +60,7 @@ class PrefillCandidate:
     num_queued_tokens: int = 0
     max_num_batched_tokens: int = 2048
     ms_per_token: float | None = None
-    gb_per_s: Mapping[WorkerId, float] = field(default_factory=dict[WorkerId, float])
+    line_rates: LineRates = NO_RATES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

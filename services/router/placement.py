@@ -2,8 +2,8 @@
 
     cost(P, D) = queued prefill work at P
                + uncached tokens × ms/token(P)
-               + exposed transfer P → D
-               + D's admission wait, as far as prefill doesn't hide it
+               + exposed transfer P → D, that is behind the end of computing
+               + what D's admission wait adds to these
                + the slowdown that this request causes the sequences of D
 
 Local prefill on D is one more candidate: queue, tokens and rate are D's own, nothing is
@@ -124,7 +124,10 @@ class _PricedDecode:
     slowdown_ms: float
     local_slowdown_ms: float
     num_missing_tokens: int  # not cached here, to be transferred
-    at_least_ms: float = 0.0  # slowdown and transfer from whichever prefill worker
+    # Bounds for the search, whichever prefill worker it is: what comes on top of its `ready_ms`,
+    # and the total if the prompt were computed at once.
+    after_ready_ms: float = 0.0
+    least_ms: float = 0.0
 
 
 class _Pricing:
@@ -160,27 +163,29 @@ class _Pricing:
         """Goes through the pairs from the least possible cost upward, until none can be cheaper."""
         if not self.prefill or not self.decode:
             return None
-        fastest = max(max(p.worker.gb_per_s.values(), default=0.0) for p in self.prefill)
+        fastest = max(p.worker.line_rates.fastest for p in self.prefill)
         fastest = max(fastest, self._policy.gb_per_s)
         least_tokens = min(p.num_last_tokens for p in self.prefill)
         for d in self.decode:
-            num_tokens = min(d.num_missing_tokens, least_tokens)
-            transfer_ms = _transfer_ms(num_tokens, d.worker, fastest)
-            d.at_least_ms = d.slowdown_ms + self._policy.handoff_ms + transfer_ms
+            fixed_ms = d.slowdown_ms + self._policy.handoff_ms
+            last_ms = _transfer_ms(min(d.num_missing_tokens, least_tokens), d.worker, fastest)
+            all_ms = _transfer_ms(d.num_missing_tokens, d.worker, fastest)
+            d.after_ready_ms = fixed_ms + last_ms
+            d.least_ms = fixed_ms + d.wait_ms + all_ms
         senders = sorted(self.prefill, key=lambda p: p.ready_ms)
-        receivers = sorted(self.decode, key=lambda d: d.at_least_ms)
-        least_wait_ms = min(d.wait_ms + d.at_least_ms for d in receivers)
+        receivers = sorted(self.decode, key=lambda d: d.after_ready_ms)
+        least_ms = min(d.least_ms for d in receivers)
         best_ms, best = float("inf"), None
         for p in senders:
             ready_ms = p.ready_ms
-            if max(ready_ms + receivers[0].at_least_ms, least_wait_ms) >= best_ms:
+            if max(ready_ms + receivers[0].after_ready_ms, least_ms) >= best_ms:
                 break
             for d in receivers:
-                if ready_ms + d.at_least_ms >= best_ms:
+                if ready_ms + d.after_ready_ms >= best_ms:
                     break
-                if max(ready_ms, d.wait_ms) + d.at_least_ms < best_ms:
+                if d.least_ms < best_ms and p.worker.layout == d.worker.layout:
                     cost_ms = self._pair_ms(p, d)
-                    if cost_ms < best_ms and p.worker.layout == d.worker.layout:
+                    if cost_ms < best_ms:
                         best_ms, best = cost_ms, (p, d)
         return None if best is None else self.remote(*best)
 
@@ -189,20 +194,29 @@ class _Pricing:
         return Option(None, d.worker.worker_id, d.worker.num_cached_tokens, cost)
 
     def remote(self, p: _PricedPrefill, d: _PricedDecode) -> Option:
-        wait_ms = max(0.0, d.wait_ms - p.ready_ms)
-        cost = Cost(p.queue_ms, p.compute_ms, self._exposed_ms(p, d), wait_ms, d.slowdown_ms)
+        last_ms, all_ms = self._transfer(p, d)
+        without_wait_ms = max(p.ready_ms + last_ms, p.queue_ms + all_ms)
+        cost = Cost(
+            prefill_queue_ms=p.queue_ms,
+            prefill_ms=p.compute_ms,
+            exposed_transfer_ms=self._policy.handoff_ms + without_wait_ms - p.ready_ms,
+            decode_wait_ms=max(0.0, d.wait_ms + all_ms - without_wait_ms),
+            slowdown_ms=d.slowdown_ms,
+        )
         return Option(p.worker.worker_id, d.worker.worker_id, p.worker.num_cached_tokens, cost)
 
     def _pair_ms(self, p: _PricedPrefill, d: _PricedDecode) -> float:
-        return max(p.ready_ms, d.wait_ms) + d.slowdown_ms + self._exposed_ms(p, d)
+        """The total of `remote`. The first block leaves when P has begun and D has room; the
+        prompt is there when the line has carried all of it, at best a chunk behind its end."""
+        last_ms, all_ms = self._transfer(p, d)
+        arrival_ms = max(p.ready_ms + last_ms, max(p.queue_ms, d.wait_ms) + all_ms)
+        return arrival_ms + self._policy.handoff_ms + d.slowdown_ms
 
-    def _exposed_ms(self, p: _PricedPrefill, d: _PricedDecode) -> float:
-        """What remains when the prompt is computed: the last chunk, or whatever the line couldn't
-        carry until then (much was cached at P, or the line is slower than P)."""
-        rate = p.worker.gb_per_s.get(d.worker.worker_id, self._policy.gb_per_s)
+    def _transfer(self, p: _PricedPrefill, d: _PricedDecode) -> tuple[float, float]:
+        """Milliseconds for the last chunk and for all that D hasn't cached."""
+        rate = p.worker.line_rates.by_worker.get(d.worker.worker_id, self._policy.gb_per_s)
         last_ms = _transfer_ms(min(d.num_missing_tokens, p.num_last_tokens), d.worker, rate)
-        all_ms = _transfer_ms(d.num_missing_tokens, d.worker, rate)
-        return self._policy.handoff_ms + max(last_ms, all_ms - p.compute_ms)
+        return last_ms, _transfer_ms(d.num_missing_tokens, d.worker, rate)
 
     def _price_prefill(self, worker: PrefillCandidate) -> _PricedPrefill:
         rate = _known(worker.ms_per_token, self._default_ms_per_token)

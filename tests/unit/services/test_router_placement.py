@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from services.router.candidates import (
     DecodeCandidate,
+    LineRates,
     PlacementPolicy,
     PrefillCandidate,
     RequestFacts,
@@ -79,20 +80,24 @@ def test_a_wholly_cached_prompt_still_computes_its_last_token() -> None:
 def test_transfer_counts_as_far_as_it_is_exposed(
     cached_at_p: int, cached_at_d: int, gb_per_s: float, expected_ms: float
 ) -> None:
-    p = prefill(num_cached_tokens=cached_at_p, gb_per_s={"d": gb_per_s})
+    p = prefill(num_cached_tokens=cached_at_p, line_rates=LineRates.of({"d": gb_per_s}))
     remote = both_kinds(p, decode(num_cached_tokens=cached_at_d)).best_remote
     assert remote is not None
     assert remote.cost.exposed_transfer_ms == pytest.approx(expected_ms)
 
 
-def test_waiting_for_a_slot_counts_beyond_prefills_time() -> None:
+def test_waiting_for_a_slot_counts_as_far_as_prefill_does_not_hide_it() -> None:
     # 4 sequences end every 100 × 10 ms, so one of them in 250 ms; 3 have to.
     busy = decode(num_running=4, max_num_seqs=4, num_waiting=2)
-    placement = both_kinds(prefill(num_cached_tokens=800), busy)
-    assert placement.best_remote is not None
-    assert placement.best_local is not None
-    assert placement.best_remote.cost.decode_wait_ms == 750 - 200
-    assert placement.best_local.cost.decode_wait_ms == 750
+    slow_line = both_kinds(prefill(), busy)
+    assert slow_line.best_remote is not None
+    assert slow_line.best_local is not None
+    assert slow_line.best_local.cost.decode_wait_ms == 750
+    # Computed after 1000 ms, all there 200 ms later; the line itself needs 1000 ms from 750 on.
+    assert slow_line.best_remote.cost.decode_wait_ms == 1750 - 1200
+    fast_line = both_kinds(prefill(line_rates=LineRates.of({"d": 100.0})), busy)
+    assert fast_line.best_remote is not None
+    assert fast_line.best_remote.cost.decode_wait_ms == 0
 
 
 def test_waiting_for_blocks() -> None:
@@ -166,7 +171,7 @@ def test_pairs_of_different_layouts_are_none() -> None:
 
 
 def test_the_faster_line_wins() -> None:
-    p = prefill(gb_per_s={"near": 10.0, "far": 1.0})
+    p = prefill(line_rates=LineRates.of({"near": 10.0, "far": 1.0}))
     assert chosen([p], [decode("far"), decode("near")]).decode == "near"
 
 
@@ -199,7 +204,9 @@ PREFILL_WORKERS = st.builds(
     num_queued_tokens=st.integers(0, 2000),
     max_num_batched_tokens=st.sampled_from([64, 512]),
     ms_per_token=RATES,
-    gb_per_s=st.dictionaries(st.sampled_from([f"d{n}" for n in range(5)]), st.floats(0.001, 100.0)),
+    line_rates=st.dictionaries(
+        st.sampled_from([f"d{n}" for n in range(5)]), st.floats(0.001, 100.0)
+    ).map(LineRates.of),
 )
 DECODE_WORKERS = st.builds(
     DecodeCandidate,
