@@ -101,16 +101,21 @@ class PersistentBatch:
             else:
                 token_ids.extend(sequence.token_ids[start : start + count])
         return self._arrays(
-            np.array(rows), np.array(starts), np.array(counts), np.array(token_ids), scheduled
+            scheduled,
+            rows=np.array(rows),
+            starts=np.array(starts),
+            counts=np.array(counts),
+            token_ids=np.array(token_ids),
         )
 
     def _arrays(
         self,
+        scheduled: list[ScheduledSequence],
+        *,
         rows: NDArray[np.int64],
         starts: NDArray[np.int64],
         counts: NDArray[np.int64],
         token_ids: NDArray[np.int64],
-        scheduled: list[ScheduledSequence],
     ) -> StepArrays:
         kv_lens = starts + counts
         max_kv_len = int(kv_lens.max())
