@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
+from cli.child import die_with_parent
+
 START_DEADLINE_S = 120.0
 SETTLE_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 40.0
@@ -35,7 +37,11 @@ class TandemStack:
     def __enter__(self) -> Self:
         with self._log.open("wb") as output:
             self._process = subprocess.Popen(
-                self._command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
             )
         try:
             wait_for(self._is_ready, "the stack to start", START_DEADLINE_S)
