@@ -31,6 +31,16 @@ class AttentionBatch:
     max_kv_len: int
     num_seqs: int
 
+    def __post_init__(self) -> None:
+        # Checked here, once a step: native kernels see only addresses.
+        int32 = (self.query_starts, self.kv_lens, self.block_tables)
+        int64 = (self.slots, self.positions)
+        if not (
+            all(tensor.dtype is torch.int32 and tensor.stride(-1) == 1 for tensor in int32)
+            and all(tensor.dtype is torch.int64 and tensor.stride(-1) == 1 for tensor in int64)
+        ):
+            raise ValueError("an AttentionBatch holds int32 geometry, and int64 slots, positions")
+
 
 def paged_attention(
     q: Tensor,
@@ -52,19 +62,21 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     if kv_pool.shape[5] != head_dim or num_heads % kv_pool.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
+    assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.PAGED_ATTENTION, q)
     if kernel is None or q.dtype is not kv_pool.dtype:
         return paged_attention_reference(
             q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
         )
     token_stride, head_stride, element_stride = q.stride()
+    block_stride, layer_stride, *_ = kv_pool.stride()
     if head_stride != head_dim or element_stride != 1 or not kv_pool.is_contiguous():
         raise ValueError("attention needs adjacent heads and a contiguous pool")
     out = torch.empty(q.shape, dtype=q.dtype)
     args = PagedAttentionArgs(
         q=q.data_ptr(),
         out=out.data_ptr(),
-        pool=kv_pool[0, layer].data_ptr(),
+        pool=kv_pool.data_ptr() + layer * layer_stride * kv_pool.element_size(),
         query_starts=batch.query_starts.data_ptr(),
         kv_lens=batch.kv_lens.data_ptr(),
         block_tables=batch.block_tables.data_ptr(),
@@ -75,7 +87,7 @@ def paged_attention(
         head_dim=head_dim,
         block_size=kv_pool.shape[4],
         q_stride=token_stride,
-        block_stride=kv_pool.stride(0),
+        block_stride=block_stride,
         window=sliding_window or batch.max_kv_len,
         max_kv_len=batch.max_kv_len,
         num_threads=torch.get_num_threads(),

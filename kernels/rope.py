@@ -33,6 +33,7 @@ def rope_and_store_kv(
         raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
     if cos_sin.shape[1] > q.shape[2]:
         raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
+    assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
     if kernel is None or not (q.dtype is k.dtype is v.dtype is kv_pool.dtype):
         rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
@@ -52,6 +53,7 @@ def _rope_and_store_kv_native(
 ) -> None:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
+    block_stride, layer_stride, *_ = kv_pool.stride()
     heads_are_adjacent = all(x.stride()[1:] == (head_dim, 1) for x in (q, k, v))
     if not (heads_are_adjacent and kv_pool.is_contiguous() and cos_sin.is_contiguous()):
         raise ValueError("rope needs adjacent heads, and a contiguous pool and table")
@@ -59,7 +61,7 @@ def _rope_and_store_kv_native(
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),
-        pool=kv_pool[0, layer].data_ptr(),
+        pool=kv_pool.data_ptr() + layer * layer_stride * kv_pool.element_size(),
         cos_sin=cos_sin.data_ptr(),
         positions=batch.positions.data_ptr(),
         slots=batch.slots.data_ptr(),
@@ -73,7 +75,7 @@ def _rope_and_store_kv_native(
         k_stride=k.stride(0),
         v_stride=v.stride(0),
         cos_sin_stride=cos_sin.stride(0),
-        block_stride=kv_pool.stride(0),
+        block_stride=block_stride,
         num_threads=torch.get_num_threads(),
     )
     kernel(byref(args))

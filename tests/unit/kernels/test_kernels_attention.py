@@ -1,5 +1,7 @@
 """Paged attention against a per-query loop in float64, over mixed batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -194,3 +196,9 @@ class TestBatchInvariance:
             self.attend(whole, [(0, 1), (700, 700 + 127), (1, 65), (127, 129)], sliding_window)
         finally:
             torch.set_num_threads(previous)
+
+
+def test_a_batch_of_wrong_types_is_refused():
+    batch = make_batch([(1, 4)], 16)
+    with pytest.raises(ValueError, match="int32"):
+        replace(batch, block_tables=batch.block_tables.long())
