@@ -1,0 +1,52 @@
+"""Two routers that tell each other, through a real Redis, what they have placed."""
+
+import asyncio
+
+import pytest
+
+from protocol.ids import RequestKey
+from services.router.ledger import NO_WORK, PlacedWork, PlacementLedger
+from services.router.reservations import SharedReservations
+from services.runtime.redis_client import open_redis
+
+PATIENCE_S = 20.0
+
+
+async def until(ledger: PlacementLedger, worker_id: str, expected: PlacedWork) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while ledger.pending(worker_id) != expected:  # noqa: ASYNC110  (a value, not an event)
+            await asyncio.sleep(0.005)
+
+
+def place(ledger: PlacementLedger, name: str) -> None:
+    ledger.placed(
+        RequestKey(name, 1), prefill="p", decode="d", num_prefill_tokens=100, num_blocks=7
+    )
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_each_router_counts_the_others_placements(redis_server, *, restart: bool) -> None:
+    redis = open_redis(redis_server.url)
+    a, b = PlacementLedger(foreign_ttl_s=PATIENCE_S), PlacementLedger(foreign_ttl_s=PATIENCE_S)
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(
+                SharedReservations(redis, ledger, router_id=name, repeat_s=0.05, retry_s=0.05).run()
+            )
+            for name, ledger in (("router-a", a), ("router-b", b))
+        ]
+        if restart:
+            redis_server.kill()
+            redis_server.start()
+        place(a, "one")
+        await until(b, "p", PlacedWork(100, 1, 0))
+        await until(b, "d", PlacedWork(0, 1, 7))
+        place(b, "two")
+        await until(a, "d", PlacedWork(0, 2, 14))
+        a.ended(RequestKey("one", 1))
+        b.ended(RequestKey("two", 1))
+        await until(b, "d", NO_WORK)
+        await until(a, "d", NO_WORK)
+        for task in running:
+            task.cancel()
+    await redis.aclose()
