@@ -64,10 +64,7 @@ class PersistentBatch:
         request = sequence.request
         self._num_blocks[row] = 0
         self._num_prompt_tokens[row] = request.num_prompt_tokens
-        max_tokens = request.sampling.max_tokens
-        max_seq_len = self._model.max_model_len
-        if max_tokens is not None:
-            max_seq_len = min(max_seq_len, request.num_prompt_tokens + max_tokens)
+        max_seq_len = min(request.max_num_tokens, self._model.max_model_len)
         self._rope_offsets[row] = self._model.rope_row_offset(max_seq_len)
         sequence.row = row
         return row
