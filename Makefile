@@ -40,7 +40,7 @@ KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TORCH_PIP_A
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test check format docs clean setup
+.PHONY: help serve test check lint types imports format docs clean setup
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -53,10 +53,16 @@ serve: $(SERVE_STAMP)
 test: $(DEV_STAMP)
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-check: $(DEV_STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+check: lint types imports
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+types: $(DEV_STAMP)
 	$(BIN)/pyright
+
+imports: $(DEV_STAMP)
 	$(BIN)/lint-imports
 
 format: $(DEV_STAMP)
