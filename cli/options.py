@@ -5,7 +5,7 @@ import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from protocol.errors import StartupError
 from protocol.settings import SettingInfo, setting_info
@@ -146,7 +146,11 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:  # noqa: ANN401
         nullable = len(members) < len(get_args(hint))
         assert len(members) == 1, f"setting {field.name} has more than one type"
         hint = members[0]
+    info = setting_info(field)
+    if get_origin(hint) is Literal:
+        info = dataclasses.replace(info, choices=get_args(hint))
+        hint = str
     kind = get_origin(hint) or hint
     assert kind in _TYPE_NAMES, f"setting {field.name} has type {hint}"
     default = cast("OptionValue", field.default)
-    return Option(field.name, kind, nullable, default, setting_info(field))
+    return Option(field.name, kind, nullable, default, info)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -136,3 +137,13 @@ def test_arguments_and_variables_give_the_value_back():
         if getattr(example, option.name) is not None
     }
     assert read(**environ) == example
+
+
+def test_a_literal_type_is_a_choice():
+    @dataclass(frozen=True, slots=True)
+    class Chosen:
+        mode: Literal["fast", "safe"] = setting("fast", help="mode")
+
+    (option,) = options_of(Chosen)
+    assert option.wanted == "one of fast, safe"
+    assert option.parse("safe", source=option.flag) == "safe"
