@@ -147,11 +147,13 @@ class Supervisor:
             await asyncio.wait((probe, end), return_when=asyncio.FIRST_COMPLETED)
             if probe.done():
                 probe.result()
-            return await end
+            # Not `await end`: to cancel us would cancel the task that reaps the process.
+            await asyncio.wait((end,))
+            return end.result()
         finally:
             probe.cancel()
             child.signal(signal.SIGKILL)
-            await end
+            await asyncio.wait((end,))
 
     async def _probe(self, one: Supervised, child: Child) -> None:
         # Readiness is seen from outside, where nothing calls back.
