@@ -46,4 +46,3 @@ class EngineConfig:
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"
     )
-    enforce_eager: bool = setting(False, help="no CUDA graphs")

@@ -44,7 +44,9 @@ class KVEventLog:
 
     def drain(self, snapshot: Callable[[], list[BlocksStored]]) -> list[KVEvent]:
         """All events since the last drain; `snapshot` yields the content if they overflowed."""
-        events = [BlocksCleared(), *snapshot()] if self._has_overflown else self._events
+        events = self._events
+        if self._has_overflown:
+            events = [BlocksCleared(), *snapshot()]
         self._start_anew([])
         return events
 

@@ -27,7 +27,8 @@ ValueT = TypeVar("ValueT")
 class TandemStack:
     """Runs `tandem serve` with these arguments inside `with`; its output goes to `log`."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, name: str = "") -> None:
+        self.name = name
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log

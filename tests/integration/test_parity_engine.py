@@ -3,76 +3,19 @@
 In float32: in bfloat16 near ties of first tokens abound, and then rounding decides.
 """
 
-import random
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
+from greedy_reference import LENGTHS, MAX_TOKENS, GreedyReference
 
 from engine import LLM, RequestOutput, SamplingParams, TokensPrompt
-from engine.weights.model_dir import resolve_model
 
-LENGTHS = (5, 8, 13, 16, 17, 31, 32, 33, 48, 77, 100, 129, 250, 500, 1000, 3000)
-MAX_TOKENS = 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-WORDS = [
-    *("the", "river", "city", "of", "old", "light", "under", "a", "green", "hill", "where"),
-    *("people", "walk", "and", "sing", "about", "stars", "machines", "numbers", "history"),
-    *("water", "bread", "music", "winter", "gold", "seven", "roads", "that", "never", "end"),
-    *("because", "someone", "once", "wrote", "every", "answer", "in", "small", "books", "near"),
-    *("quiet", "harbours", "said", "Anna", ",", ".", "then"),
-]
-
-
-@pytest.fixture(scope="module")
-def model_dir() -> Path:
-    return resolve_model(None, progress=False)
 
 
 @pytest.fixture(scope="module")
 def llm(model_dir: Path) -> LLM:
     return LLM(str(model_dir), dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def prompts(llm: LLM) -> list[list[int]]:
-    """Token ids; no two prompts share their first block."""
-    made: list[list[int]] = []
-    for length in LENGTHS:
-        words = random.Random(length).choices(WORDS, k=length)
-        made.append(llm.tokenizer.encode(" ".join(words))[:length])
-    assert [len(prompt) for prompt in made] == list(LENGTHS)
-    return made
-
-
-class Reference:
-    """transformers' greedy continuations, each computed once."""
-
-    def __init__(self, model_dir: Path) -> None:
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32
-        ).eval()
-        self._known: dict[tuple[int, ...], list[int]] = {}
-
-    def __call__(self, prompt: list[int]) -> list[int]:
-        key = tuple(prompt)
-        if key not in self._known:
-            ids = torch.tensor([prompt])
-            output = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=MAX_TOKENS,
-                pad_token_id=0,
-            )
-            self._known[key] = output[0, len(prompt) :].tolist()
-        return self._known[key]
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir: Path) -> Reference:
-    return Reference(model_dir)
 
 
 def tokens_prompts(prompts: list[list[int]]) -> list[TokensPrompt]:
@@ -92,14 +35,14 @@ def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("place", range(len(LENGTHS)), ids=lambda place: f"{LENGTHS[place]}")
-def test_alone(llm: LLM, prompts: list[list[int]], reference: Reference, place: int) -> None:
+def test_alone(llm: LLM, prompts: list[list[int]], reference: GreedyReference, place: int) -> None:
     llm.engine.pool.reset_cache()
     outputs = run(llm, [prompts[place]], GREEDY)
     assert outputs[0].num_cached_tokens == 0
     assert token_ids(outputs) == [reference(prompts[place])]
 
 
-def test_32_at_once(llm: LLM, prompts: list[list[int]], reference: Reference) -> None:
+def test_32_at_once(llm: LLM, prompts: list[list[int]], reference: GreedyReference) -> None:
     """Each of 16 prompts and the same without its first token: 32 that share nothing."""
     llm.engine.pool.reset_cache()
     short = [prompt[:200] for prompt in prompts]
@@ -108,7 +51,7 @@ def test_32_at_once(llm: LLM, prompts: list[list[int]], reference: Reference) ->
 
 
 def test_shared_prefix_asked_twice(
-    llm: LLM, prompts: list[list[int]], reference: Reference
+    llm: LLM, prompts: list[list[int]], reference: GreedyReference
 ) -> None:
     llm.engine.pool.reset_cache()
     prefix, *endings = prompts[-2], prompts[3], prompts[5], prompts[8]
@@ -123,7 +66,7 @@ def test_shared_prefix_asked_twice(
 
 
 def test_chunked_prefill_and_preemption(
-    model_dir: Path, prompts: list[list[int]], reference: Reference
+    model_dir: Path, prompts: list[list[int]], reference: GreedyReference
 ) -> None:
     """Prompts in chunks of at most 48 tokens, beside running sequences, in a pool that holds
     their prompts but not their outputs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import GreedyReference
+from greedy_reference import GreedyReference
 from tandem_stack import MODEL, TandemStack
 
 STACKS = {
@@ -24,8 +24,8 @@ def stack(
     log = tmp_path_factory.mktemp("stack") / "log"
     # Small chunks, so that long prompts travel in many pieces.
     chunks = ("--max-num-batched-tokens", "512")
-    with TandemStack(log, *STACKS[request.param], *FLOAT32, *chunks) as running:
-        running.name = request.param
+    arguments = (*STACKS[request.param], *FLOAT32, *chunks)
+    with TandemStack(log, *arguments, name=request.param) as running:
         yield running
 
 
@@ -66,7 +66,8 @@ def ask(stack: TandemStack, prompts: list[list[int]]) -> Answers:
 
 
 def test_alone(stack: TandemStack, prompts: list[list[int]], reference: GreedyReference) -> None:
-    for prompt in prompts:
+    """The longest ones, which take half a minute each, through one stack of each kind."""
+    for prompt in prompts[: None if stack.name != "2 routers, 2P2D" else -2]:
         assert ask(stack, [prompt]).token_ids == [reference(prompt)], len(prompt)
     stack.wait_idle()
 
@@ -74,7 +75,7 @@ def test_alone(stack: TandemStack, prompts: list[list[int]], reference: GreedyRe
 def test_32_at_once(
     stack: TandemStack, prompts: list[list[int]], reference: GreedyReference
 ) -> None:
-    short = [prompt[:400] for prompt in prompts]
+    short = [prompt[:200] for prompt in prompts]
     batch = [*short, *(prompt[1:] for prompt in short)]
     assert ask(stack, batch).token_ids == [reference(prompt) for prompt in batch]
     stack.wait_idle()

@@ -1,0 +1,122 @@
+"""Metrics carry the names that dashboards use, and the page that lists them lists all."""
+
+import re
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from protocol.errors import StartupError
+from protocol.records import WorkerLoad
+from protocol.request import PhaseTimings
+from services.runtime.metrics import MetricsServer, RouterMetrics, WorkerMetrics
+
+PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
+LOAD = WorkerLoad(
+    num_running=2,
+    num_waiting=1,
+    num_free_blocks=5,
+    num_referenced_blocks=2,
+    num_cached_blocks=2,
+    num_quarantined_blocks=1,
+    transfer_gb_per_s={"decode-0": 9.5},
+)
+
+
+def used_worker_metrics() -> WorkerMetrics:
+    metrics = WorkerMetrics(model_name="m", worker_id="prefill-0")
+    metrics.observe_load(LOAD)
+    metrics.observe_tokens(num_prompt=7, num_generated=3)
+    metrics.observe_cache(num_queried=7, num_hit=4)
+    metrics.observe_preemptions(1)
+    metrics.observe_sent("decode-0", num_bytes=100, seconds=0.5)
+    metrics.observe_received("prefill-1", num_bytes=50, seconds=0.25)
+    metrics.observe_exposed_transfer(0.01)
+    return metrics
+
+
+def used_router_metrics() -> RouterMetrics:
+    metrics = RouterMetrics(model_name="m")
+    metrics.first_token(0.2)
+    metrics.next_tokens(0.3, 3)
+    metrics.phases(PhaseTimings(prefill_queue_s=0.1, prefill_s=0.2, decode_queue_s=0.3))
+    metrics.request_ended(
+        finished_reason="stop",
+        num_prompt_tokens=10,
+        num_cached_tokens=4,
+        num_output_tokens=5,
+        e2e_s=1.0,
+        ttft_s=0.2,
+    )
+    metrics.placed("remote")
+    metrics.retried()
+    metrics.observe_workers({"decode-0": LOAD}, {("decode", "alive"): 1})
+    metrics.observe_index({"exact": 1})
+    metrics.observe_queue(3)
+    return metrics
+
+
+def sample(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    value = registry.get_sample_value(name, labels)
+    assert value is not None, f"no sample {name} {labels}"
+    return value
+
+
+def test_a_worker_reports_its_load_and_its_transfers() -> None:
+    registry = used_worker_metrics().registry
+    worker = {"model_name": "m", "engine": "prefill-0"}
+    assert sample(registry, "vllm:num_requests_running", **worker) == 2
+    assert sample(registry, "vllm:kv_cache_usage_perc", **worker) == pytest.approx(0.3)
+    states = ("free", "referenced", "cached", "quarantined")
+    assert [sample(registry, "tandem:kv_blocks", **worker, state=s) for s in states] == [5, 2, 2, 1]
+    assert sample(registry, "vllm:prompt_tokens_total", **worker) == 7
+    assert sample(registry, "vllm:prefix_cache_hits_total", **worker) == 4
+    sent = "tandem:kv_transfer_sent_bytes_total"
+    assert sample(registry, sent, **worker, peer="decode-0") == 100
+
+
+def test_a_router_reports_what_clients_see() -> None:
+    registry = used_router_metrics().registry
+    assert sample(registry, "vllm:time_to_first_token_seconds_sum", model_name="m") == 0.2
+    # Three tokens at once: three gaps that add up to the one measured.
+    assert sample(registry, "vllm:inter_token_latency_seconds_count", model_name="m") == 3
+    total = sample(registry, "vllm:inter_token_latency_seconds_sum", model_name="m")
+    assert total == pytest.approx(0.3)
+    finished = {"model_name": "m", "finished_reason": "stop"}
+    assert sample(registry, "vllm:request_success_total", **finished) == 1
+    assert sample(registry, "vllm:request_queue_time_seconds_sum", model_name="m") == 0.4
+    phase = {"model_name": "m", "phase": "prefill"}
+    assert sample(registry, "tandem:ttft_phase_seconds_sum", **phase) == 0.2
+    assert sample(registry, "vllm:num_requests_running", model_name="m", engine="decode-0") == 2
+
+
+def test_a_worker_that_left_is_no_longer_reported() -> None:
+    metrics = used_router_metrics()
+    metrics.observe_workers({}, {})
+    gone = {"model_name": "m", "engine": "decode-0"}
+    assert metrics.registry.get_sample_value("vllm:num_requests_running", gone) is None
+
+
+def test_the_page_lists_every_metric_and_no_other() -> None:
+    exported: set[str] = set()
+    for registry in (used_worker_metrics().registry, used_router_metrics().registry):
+        for family in registry.collect():
+            exported.add(f"{family.name}_total" if family.type == "counter" else family.name)
+    listed = set(re.findall(r"`((?:vllm|tandem):[a-z0-9_]+)`", PAGE.read_text()))
+    assert listed == exported
+
+
+def test_the_server_serves_and_a_taken_port_is_one_sentence() -> None:
+    registry = used_worker_metrics().registry
+    server = MetricsServer(registry, host="127.0.0.1", port=0)
+    try:
+        with urlopen(f"{server.address}/metrics") as answer:
+            assert answer.read() == generate_latest(registry)
+        port = int(server.address.rpartition(":")[2])
+        with pytest.raises(
+            StartupError, match=f"--metrics-port: cannot listen on 127.0.0.1:{port}"
+        ):
+            MetricsServer(registry, host="127.0.0.1", port=port)
+    finally:
+        server.close()
