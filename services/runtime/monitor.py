@@ -21,8 +21,10 @@ class SocketMonitor:
     def close(self) -> None:
         """To be called before the watched socket is closed."""
         if not self._socket.closed:
-            self._socket.close(0.0)
+            # In this order: an I/O thread that reports an event while nobody can receive it waits
+            # for ever, holding the lock that disabling takes.
             self._watched.disable_monitor()
+            self._socket.close(0.0)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         self._on_event(int(parse_monitor_message(frames)["event"]))
