@@ -96,7 +96,7 @@ class RetryPolicy:
     max_attempts: int = 4
     poll_s: float = 0.05
     no_worker_s: float = 3.0
-    give_up_s: float = 4.0
+    give_up_s: float = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +150,11 @@ class Dispatcher:
     @property
     def num_flights(self) -> int:
         return len(self._flights) + len(self._homeless)
+
+    @property
+    def flights(self) -> list[Flight]:
+        """Those under way on workers."""
+        return list(self._flights.values())
 
     def start(
         self, request: Request, sink: OutputSink, *, hashes: Sequence[BlockHash] = ()

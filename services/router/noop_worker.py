@@ -172,13 +172,12 @@ class NoopWorker:
     async def _step_forever(self) -> None:
         while True:
             await self._has_work.wait()
-            if not self._running:
+            if not self._step():
                 self._has_work.clear()
-                continue
-            self._step()
             await asyncio.sleep(self.behaviour.step_s)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """False if there is nothing to do until another request comes."""
         outputs: dict[Peer, list[SequenceOutput]] = {}
         for key, run in list(self._running.items()):
             if self.behaviour.stall_at is not None and run.position >= self.behaviour.stall_at:
@@ -189,6 +188,7 @@ class NoopWorker:
                 del self._running[key]
         for router, its_outputs in outputs.items():
             router.send(StepOutputs(its_outputs))
+        return bool(outputs)
 
     def _advance(self, run: _Running) -> SequenceOutput:
         request = run.request
@@ -220,7 +220,12 @@ def _logprobs(request: Request, token_ids: Sequence[int]) -> list[TokenLogprobs]
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    behaviour = NoopBehaviour(step_s=arguments.step_s, tokens_per_step=arguments.tokens_per_step)
+    behaviour = NoopBehaviour(
+        step_s=arguments.step_s,
+        tokens_per_step=arguments.tokens_per_step,
+        stall_at=arguments.stall_at,
+        max_model_len=arguments.max_model_len,
+    )
     worker = NoopWorker(
         WorkerRole(arguments.role),
         arguments.redis_url,
@@ -242,6 +247,8 @@ def main() -> None:
     parser.add_argument("--worker-id", default=f"noop-{os.getpid()}")
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--tokens-per-step", type=int, default=1)
+    parser.add_argument("--stall-at", type=int)
+    parser.add_argument("--max-model-len", type=int, default=8192)
     uvloop.run(_run(parser.parse_args()))
 
 

@@ -69,6 +69,7 @@ class RouterStack:
     service: RouterService
     model: ServedModel
     stack: AsyncExitStack
+    redis: asyncio.subprocess.Process
     workers: list[NoopWorker] = field(default_factory=list)
 
     async def add_worker(
@@ -91,6 +92,7 @@ class RouterStack:
         self, worker_id: str, role: str = "decode", **options: Any
     ) -> asyncio.subprocess.Process:
         """A worker in its own process, which can be killed."""
+        options.setdefault("max_model_len", MAX_MODEL_LEN)
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "services.router.noop_worker"),
@@ -100,6 +102,19 @@ class RouterStack:
         self.stack.push_async_callback(_end, process)
         await self.until_known(worker_id)
         return process
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    @property
+    def num_delivered(self) -> int:
+        """Tokens of requests under way that have come from workers."""
+        return sum(len(flight.tokens) for flight in self.service.dispatcher.flights)
+
+    def kill_redis(self) -> None:
+        self.redis.kill()
 
     async def until_known(self, worker_id: str) -> None:
         def is_known() -> bool:
@@ -138,7 +153,7 @@ async def open_router_stack(
 ) -> AsyncIterator[RouterStack]:
     """A router without workers. `settings` are RouterConfig's."""
     async with AsyncExitStack() as stack:
-        redis_url = await _start_redis(path, stack)
+        redis_url, redis_process = await _start_redis(path, stack)
         model = ServedModel.from_dir(write_toy_model(path), names=(MODEL, "alias"))
         config = RouterConfig(redis_url=redis_url, **settings)
         service = RouterService(config, model, api_keys=api_keys)
@@ -150,10 +165,10 @@ async def open_router_stack(
         stack.push_async_callback(_stop, server, serving, service)
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60.0))
         await until(lambda: server.started)
-        yield RouterStack(url, redis_url, client, service, model, stack)
+        yield RouterStack(url, redis_url, client, service, model, stack, redis_process)
 
 
-async def _start_redis(path: Path, stack: AsyncExitStack) -> str:
+async def _start_redis(path: Path, stack: AsyncExitStack) -> tuple[str, asyncio.subprocess.Process]:
     file = path / "redis.sock"
     process = await asyncio.create_subprocess_exec(*redis_arguments(find_redis_server(), file))
     stack.push_async_callback(_end, process)
@@ -162,7 +177,7 @@ async def _start_redis(path: Path, stack: AsyncExitStack) -> str:
         while True:
             try:
                 await client.ping()
-                return url
+                return url, process
             except redis.exceptions.ConnectionError:
                 await asyncio.sleep(0.01)
 
