@@ -2,7 +2,7 @@
 #include "vec.h"
 
 /* Below this many elements a second thread costs more than it brings. */
-#define PARALLEL_ELEMENTS 32768
+#define PARALLEL_ELEMENTS (1 << 17)
 
 struct rms_norm_args {
     const void *x, *weight; /* x is [outer, inner, n] with these strides, in elements */

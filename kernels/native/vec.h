@@ -39,6 +39,15 @@ INLINE f32x16 max16(f32x16 a, f32x16 b)
 #endif
 }
 
+INLINE f32x16 min16(f32x16 a, f32x16 b)
+{
+#ifdef __AVX512F__
+    return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return select16(a < b, a, b);
+#endif
+}
+
 INLINE float reduce_max16(f32x16 a)
 {
 #ifdef __AVX512F__
@@ -68,7 +77,7 @@ INLINE float reduce_add16(f32x16 a)
 INLINE f32x16 exp16(f32x16 x)
 {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves n in the low mantissa bits */
-    f32x16 clipped = select16(x < -87.0f, splat(-87.0f), select16(x > 88.0f, splat(88.0f), x));
+    f32x16 clipped = min16(splat(88.0f), max16(splat(-87.0f), x)); /* in this order NaN stays */
     f32x16 shifted = clipped * 1.44269504f + round;
     f32x16 n = shifted - round;
     f32x16 r = clipped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -79,7 +88,7 @@ INLINE f32x16 exp16(f32x16 x)
     e = e * r + 0.5f;
     e = e * r + 1.0f;
     e = e * r + 1.0f;
-    i32x16 exponent = ((i32x16)shifted - 0x4b400000) << 23;
+    i32x16 exponent = (i32x16)shifted << 23; /* n's bits; the rest is shifted out */
     f32x16 result = (f32x16)((i32x16)e + exponent);
     return select16(x < -87.0f, splat(0.0f), result);
 }
