@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cli.child import ChildSpec
 from cli.declarations import DECODE, PREFILL, ROUTER
+from cli.gpu_memory import gpu_memory_share
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
 from cli.redis_server import redis_arguments
@@ -68,12 +69,16 @@ def worker_services(
     threads_environ = openmp_environment(
         num_threads=num_threads, num_workers=num_workers, num_cores=cores, environ=os.environ
     )
+    gpu_share = engine.gpu_memory_utilization
+    if "gpu_memory_utilization" not in settings.explicit:
+        gpu_share = gpu_memory_share(gpu_share, num_workers)
     for name, worker_id in worker_ids.items():
         command = PREFILL if name.startswith("prefill") else DECODE
         fixed = {
             "worker_id": worker_id,
             "redis_url": endpoints.redis_url,
             "num_threads": num_threads,
+            "gpu_memory_utilization": gpu_share,
         }
         spec = _spec(settings, command, name, fixed, threads_environ)
         probe = worker_probe(workers, worker_id)

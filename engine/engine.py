@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.device_blocks import DeviceBlocks
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
@@ -34,6 +35,8 @@ class Engine:
     model: ModelInfo
     kv_pool: Tensor
     pool: BlockPool
+    device_blocks: DeviceBlocks | None
+    """For transfers; None on a CPU."""
 
     def __init__(self, config: EngineConfig, name: str, model: CausalLM) -> None:
         """Sizes and allocates the pool, and warms the model up."""
@@ -47,6 +50,7 @@ class Engine:
             free_bytes = cpu_free_bytes(config, layout, max_model_len=max_model_len)
         num_blocks = num_kv_blocks(config, layout, free_bytes=free_bytes)
         self.kv_pool = allocate_kv_pool(layout, num_blocks, dtype=model.dtype, device=model.device)
+        self.device_blocks = DeviceBlocks(self.kv_pool) if self.kv_pool.is_cuda else None
         self.pool = BlockPool(
             num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -114,7 +118,13 @@ class Engine:
             # OpenMP counts threads per calling thread; a new one starts with the default.
             self._thread = threading.get_ident()
             torch.set_num_threads(self._num_threads)
-        return self._runner.execute(plan)
+        sampled = self._runner.execute(plan)
+        if self.kv_pool.is_cuda:
+            # Who is told that a step is done may send its blocks from another stream. Sampling has
+            # waited already; a step that samples nothing would still be running. Waiting for this
+            # stream leaves transfers on theirs alone.
+            torch.cuda.current_stream(self.kv_pool.device).synchronize()
+        return sampled
 
     def release(self, sequence: Sequence) -> None:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;

@@ -71,20 +71,24 @@ def allocate_kv_pool(
         try:
             return torch.empty(shape, dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:
-            raise _no_memory(num_blocks, num_bytes, "the GPU") from error
+            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+            where = f"the GPU has free ({_gib(free_bytes)} of {_gib(total_bytes)})"
+            raise _no_memory(num_blocks, num_bytes, where) from error
     if num_bytes > psutil.virtual_memory().total:
-        raise _no_memory(num_blocks, num_bytes, _gib(psutil.virtual_memory().total))
+        raise _no_memory(
+            num_blocks, num_bytes, f"this machine's {_gib(psutil.virtual_memory().total)}"
+        )
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise _no_memory(num_blocks, num_bytes, "this machine") from error
+        raise _no_memory(num_blocks, num_bytes, "this machine gives") from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _no_memory(num_blocks: int, num_bytes: int, where: str) -> StartupError:
     return StartupError(
-        f"{num_blocks} KV blocks need {_gib(num_bytes)}, more than {where} has; lower "
-        "--kv-cache-memory-bytes or --num-gpu-blocks-override."
+        f"{num_blocks} KV blocks need {_gib(num_bytes)}, more than {where}; lower "
+        "--kv-cache-memory-bytes, --num-gpu-blocks-override or --gpu-memory-utilization."
     )
 
 

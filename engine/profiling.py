@@ -16,6 +16,9 @@ from protocol.request import Request
 from protocol.sampling import SamplingParams
 
 _WARM_UP_TOKENS = 64
+# A process's CUDA context, its libraries' kernels and its staging memory for transfers. Not
+# measured: workers that start at the same time on one card can't tell whose memory is whose.
+_OUTSIDE_TORCH_BYTES = 1 << 30
 
 
 def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
@@ -35,26 +38,30 @@ def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
 def gpu_free_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
     """What is left for KV blocks of this worker's share of a GPU, after the largest step.
 
-    Raises StartupError if weights and that step alone exceed the share.
+    Raises StartupError if weights and that step alone exceed the share, or what is free.
     """
     device = model.device
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    _, total_bytes = torch.cuda.mem_get_info(device)
     torch.cuda.reset_peak_memory_stats(device)
-    _run_largest_step(model, layout, config)
+    try:
+        _run_largest_step(model, layout, config)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"The largest step, of {config.max_num_batched_tokens} tokens, does not fit in what "
+            "the GPU has free; lower --max-num-batched-tokens, or end what else uses the GPU."
+        ) from error
     torch.cuda.synchronize(device)
     peak_bytes = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
-    free_now, _ = torch.cuda.mem_get_info(device)
-    # What this device holds beyond torch's tensors: contexts, libraries, other processes.
-    foreign_bytes = total_bytes - free_now - torch.cuda.memory_reserved(device)
-    budget = int(config.gpu_memory_utilization * total_bytes)
-    if budget <= peak_bytes + foreign_bytes:
+    share_bytes = int(config.gpu_memory_utilization * total_bytes)
+    own_bytes = peak_bytes + _OUTSIDE_TORCH_BYTES
+    if share_bytes <= own_bytes:
         raise StartupError(
             f"--gpu-memory-utilization {config.gpu_memory_utilization} allows "
-            f"{budget / 2**30:.2f} GiB, but weights and the largest step need "
-            f"{peak_bytes / 2**30:.2f} GiB and {foreign_bytes / 2**30:.2f} GiB are taken."
+            f"{share_bytes / 2**30:.2f} GiB, but weights and the largest step need "
+            f"{own_bytes / 2**30:.2f} GiB."
         )
-    return budget - peak_bytes - foreign_bytes
+    return share_bytes - own_bytes
 
 
 def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:

@@ -4,17 +4,21 @@ from kvtransfer.agent import TransferAgent
 from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
 from kvtransfer.counters import DirectionCounters, PeerCounters
+from kvtransfer.device import DeviceBlocks, DeviceRegion
 from kvtransfer.probe import PathReport
 from kvtransfer.receiver import WriteReceived
-from kvtransfer.region import KVRegion
+from kvtransfer.region import KVRegion, Region
 from kvtransfer.transport import Transport
 
 __all__ = [
     "Connection",
+    "DeviceBlocks",
+    "DeviceRegion",
     "DirectionCounters",
     "KVRegion",
     "PathReport",
     "PeerCounters",
+    "Region",
     "TransferAgent",
     "TransferConfig",
     "Transport",

@@ -27,7 +27,7 @@ from kvtransfer.connection import Connection
 from kvtransfer.counters import PeerCounters
 from kvtransfer.host import host_identity
 from kvtransfer.receiver import WriteReceived, WriteReceiver
-from kvtransfer.region import KVRegion
+from kvtransfer.region import Region
 from kvtransfer.tags import new_namespace, unpack_tag
 from kvtransfer.transport import Arrival, Transport
 from kvtransfer.wire import AGENT_PROTOCOL_VERSION, AgentMetadata, decode_metadata, encode
@@ -41,7 +41,7 @@ class TransferAgent:
     def __init__(
         self,
         transport: Transport,
-        region: KVRegion,
+        region: Region,
         *,
         worker_id: WorkerId,
         incarnation: Incarnation,

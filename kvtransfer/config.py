@@ -1,8 +1,11 @@
 """Settings of a transfer agent."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from kvtransfer.plan import MessageLimits
+
+_DEVICE_MESSAGE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,18 @@ class TransferConfig:
     """A write that makes no progress for so long fails; a dead peer is noticed long before."""
     verify_checksums: bool = False
     """For debugging: CRC-32 of each message, made by the sender, verified by the receiver."""
+
+    @classmethod
+    def for_device_memory(cls, *, verify_checksums: bool = False) -> Self:
+        """A message costs 30 µs whatever its size and copies on the device are nearly free, so
+        everything up to a message's size travels together."""
+        return cls(
+            max_message_bytes=_DEVICE_MESSAGE_BYTES,
+            window_bytes=4 * _DEVICE_MESSAGE_BYTES,
+            gather_below_bytes=_DEVICE_MESSAGE_BYTES,
+            gathered_message_bytes=_DEVICE_MESSAGE_BYTES,
+            verify_checksums=verify_checksums,
+        )
 
     def limits(self, block_bytes: int) -> MessageLimits:
         return MessageLimits(

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+from kvtransfer.buffer import Buffer
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import DirectionCounters, PeerCounters
 from kvtransfer.inbox import Inbox
 from kvtransfer.outgoing import WriteSender, WriteTarget
 from kvtransfer.probe import PathProbe, PathReport, judge_path
 from kvtransfer.receiver import WriteReceiver
-from kvtransfer.region import KVRegion
+from kvtransfer.region import Region
 from kvtransfer.tags import MessageKind, Tag, pack_tag
 from kvtransfer.transport import Arrival, Lane, OnDone
 from kvtransfer.wire import (
@@ -34,7 +35,7 @@ class Connection:
         ours: AgentMetadata,
         theirs: AgentMetadata,
         lane: Lane,
-        region: KVRegion,
+        region: Region,
         config: TransferConfig,
         receiver: WriteReceiver,
     ) -> None:
@@ -54,6 +55,7 @@ class Connection:
             send_data=self._send_data,
         )
         self._probe = PathProbe(
+            allocate=region.allocate,
             send_control=self.reply,
             send_data=self._send_data,
             allocate_sequence=lambda: self._sender.allocate_sequences(1),
@@ -124,7 +126,7 @@ class Connection:
         self._lane.close()
         return self._receiver.abandon(self)
 
-    def _send_data(self, buffer: memoryview, sequence: int, on_done: OnDone) -> None:
+    def _send_data(self, buffer: Buffer, sequence: int, on_done: OnDone) -> None:
         tag = pack_tag(Tag(self._ours.tag_namespace, MessageKind.DATA, sequence))
         self._lane.send(buffer, tag, on_done)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
+from kvtransfer.buffer import Buffer
 from kvtransfer.transport import Lane, OnArrival, OnDone
 from protocol.errors import TransferError
 
@@ -60,7 +61,8 @@ class _LocalLane:
         self._find_peer = find_peer
         self._pending: dict[int, _LocalMessage] = {}
 
-    def send(self, buffer: memoryview, tag: int, on_done: OnDone) -> None:
+    def send(self, buffer: Buffer, tag: int, on_done: OnDone) -> None:
+        assert isinstance(buffer, memoryview), "it copies host memory only"
         peer = self._find_peer()
         message = _LocalMessage(tag, buffer, on_done, self._pending)
         self._pending[id(message)] = message
@@ -90,7 +92,8 @@ class _LocalMessage:
     def is_pending(self) -> bool:
         return id(self) in self._lane
 
-    def receive_into(self, buffer: memoryview, on_done: OnDone) -> None:
+    def receive_into(self, buffer: Buffer, on_done: OnDone) -> None:
+        assert isinstance(buffer, memoryview), "it copies host memory only"
         error = None
         if self.is_pending:
             buffer[:] = self._source

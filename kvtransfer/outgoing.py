@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.buffer import Buffer
 from kvtransfer.checksum import crc32_of
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import DirectionCounters
 from kvtransfer.plan import PlannedMessage, plan_messages, split_into_parts
-from kvtransfer.region import KVRegion
+from kvtransfer.region import Region
 from kvtransfer.staging import StagingPool
 from kvtransfer.tags import SEQUENCE_MASK
 from kvtransfer.transport import OnDone
@@ -56,12 +57,12 @@ class WriteSender:
 
     def __init__(
         self,
-        region: KVRegion,
+        region: Region,
         config: TransferConfig,
         counters: DirectionCounters,
         *,
         send_control: Callable[[AgentMessage], None],
-        send_data: Callable[[memoryview, int, OnDone], None],
+        send_data: Callable[[Buffer, int, OnDone], None],
     ) -> None:
         self._region = region
         self._config = config
@@ -70,6 +71,7 @@ class WriteSender:
         self._send_control = send_control
         self._send_data = send_data
         self._staging = StagingPool(
+            region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
             max_idle=_MAX_IDLE_STAGING_BUFFERS,
         )
@@ -183,7 +185,7 @@ class WriteSender:
         if len(message.src_runs) == 1:
             buffer = self._region.view(message.src_runs[0])
         else:
-            staging = self._staging.take()
+            staging = self._staging.take(message.num_blocks * self._region.block_bytes)
             buffer = staging[: self._region.gather(message.src_runs, staging)]
         write.num_sending += 1
         self._num_bytes_sending += buffer.nbytes

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.buffer import Buffer
 from kvtransfer.host import is_same_host, measure_memcpy_gb_per_s, shared_memory_obstacles
 from kvtransfer.transport import Arrival, OnDone
 from kvtransfer.wire import AgentMessage, HostIdentity, ProbeDone, ProbeStart
@@ -54,21 +55,23 @@ class PathProbe:
     def __init__(
         self,
         *,
+        allocate: Callable[[int], Buffer],
         send_control: Callable[[AgentMessage], None],
-        send_data: Callable[[memoryview, int, OnDone], None],
+        send_data: Callable[[Buffer, int, OnDone], None],
         allocate_sequence: Callable[[], int],
     ) -> None:
+        self._allocate = allocate
         self._send_control = send_control
         self._send_data = send_data
         self._allocate_sequence = allocate_sequence
         self._answers: dict[int, asyncio.Future[float]] = {}
         self._expected: dict[int, ProbeStart] = {}
-        self._scratch: memoryview | None = None
+        self._scratch: Buffer | None = None
         self._closed: str | None = None
 
     async def measure(self) -> PathRates:
         """Sends up to five messages; raises TransferTimeoutError if the peer doesn't answer."""
-        payload = memoryview(bytearray(PROBE_BYTES))
+        payload = self._allocate(PROBE_BYTES)
         start = time.monotonic()
         round_trip_s = receive_s = float("inf")
         for number in range(NUM_PROBES):
@@ -99,7 +102,7 @@ class PathProbe:
             arrival.discard()
             return True
         if self._scratch is None:
-            self._scratch = memoryview(bytearray(PROBE_BYTES))
+            self._scratch = self._allocate(PROBE_BYTES)
         target = self._scratch[: arrival.num_bytes]
         if start.is_last:
             self._scratch = None
@@ -110,6 +113,9 @@ class PathProbe:
             if error is None:
                 receive_s = time.perf_counter() - started
                 self._send_control(ProbeDone(start.probe_id, receive_s))
+            else:
+                # The peer may still write into it.
+                self._scratch = None
 
         arrival.receive_into(target, on_received)
         return True
@@ -122,7 +128,7 @@ class PathProbe:
         self._answers.clear()
         self._expected.clear()
 
-    async def _round(self, payload: memoryview, *, is_last: bool) -> tuple[float, float]:
+    async def _round(self, payload: Buffer, *, is_last: bool) -> tuple[float, float]:
         """Seconds of the whole round, and those that the receiver needed."""
         if self._closed is not None:
             raise TransferCancelledError(self._closed)
@@ -155,7 +161,7 @@ def judge_path(
         cause = " and ".join(obstacles) or "UCX_TLS, a full /dev/shm, or no free processor"
         warning = (
             f"KV transfer runs at {rates.receive:.2f} GB/s between two workers on {ours.hostname}, "
-            f"where one thread copies {memcpy_gb_per_s:.1f} GB/s, as if without shared memory; "
-            f"likely cause: {cause}."
+            f"where one thread copies {memcpy_gb_per_s:.1f} GB/s, as if without shared memory "
+            f"or CUDA IPC; likely cause: {cause}."
         )
     return PathReport(transport, rates.round_trip, memcpy_gb_per_s, same_host, is_slow, warning)

@@ -9,7 +9,7 @@ from kvtransfer.checksum import crc32_of
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import PeerCounters
 from kvtransfer.fence import Fence, FenceTable
-from kvtransfer.region import KVRegion, Run
+from kvtransfer.region import Region, Run
 from kvtransfer.staging import StagingPool
 from kvtransfer.tags import SEQUENCE_MASK
 from kvtransfer.transport import Arrival
@@ -66,7 +66,7 @@ class WriteReceiver:
 
     def __init__(
         self,
-        region: KVRegion,
+        region: Region,
         *,
         incarnation: Incarnation,
         config: TransferConfig,
@@ -80,6 +80,7 @@ class WriteReceiver:
         self._writes: dict[_MessageKey, _IncomingWrite] = {}
         self._expected: dict[_MessageKey, tuple[_IncomingWrite, DataMessage]] = {}
         self._staging = StagingPool(
+            region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
             max_idle=_MAX_IDLE_STAGING_BUFFERS,
         )
@@ -156,8 +157,8 @@ class WriteReceiver:
         self._receive(write, message, arrival)
 
     def _receive(self, write: _IncomingWrite, message: DataMessage, arrival: Arrival) -> None:
-        is_direct = len(message.dst_runs) == 1
-        staging = None if is_direct else self._staging.take()
+        is_direct = len(message.dst_runs) == 1 and not self._region.peers_write
+        staging = None if is_direct else self._staging.take(arrival.num_bytes)
         if staging is None:
             target = self._region.view(message.dst_runs[0])
         else:
@@ -169,7 +170,9 @@ class WriteReceiver:
             else:
                 if error is None and not write.is_failed:
                     self._region.scatter(target, message.dst_runs)
-                self._staging.give_back(staging)
+                # After a failure the peer may still write into it; see `Region.peers_write`.
+                if error is None or not self._region.peers_write:
+                    self._staging.give_back(staging)
             if not write.is_failed:
                 self._on_received(write, message, arrival.num_bytes, error)
 

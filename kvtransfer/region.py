@@ -1,20 +1,63 @@
 """The registered memory that transfers read from and write into: one pool of equal blocks."""
 
 import ctypes
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Sequence
+from typing import Protocol, Self
 
+from kvtransfer.buffer import Buffer
 from protocol.errors import TransferError
 
 Run = tuple[int, int]
 """First block and number of blocks of one contiguous piece of a pool."""
 
 
+class Region(Protocol):
+    """`num_blocks` blocks of `block_bytes` each, one behind the other."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def peers_write(self) -> bool:
+        """True if a peer itself writes into what it's given to send to, perhaps late: then it's
+        given staging memory, never a block. False if this process reads the peer's memory."""
+        ...
+
+    def allocate(self, num_bytes: int) -> Buffer:
+        """Staging memory of the same kind."""
+        ...
+
+    def view(self, run: Run) -> Buffer:
+        """The bytes of a contiguous run of blocks, not copied."""
+        ...
+
+    def host_bytes(self, run: Run) -> memoryview:
+        """The same in host memory, perhaps a copy."""
+        ...
+
+    def gather(self, runs: Sequence[Run], into: Buffer) -> int:
+        """Copies runs one behind the other into `into`; returns the number of bytes."""
+        ...
+
+    def scatter(self, source: Buffer, runs: Sequence[Run]) -> None:
+        """The inverse of `gather`."""
+        ...
+
+    def check_range(self, block_ids: Iterable[int]) -> None:
+        """Raises TransferError if a block isn't in the region."""
+        ...
+
+
 class KVRegion:
-    """`num_blocks` blocks of `block_bytes` each, one behind the other.
+    """A region in host memory.
 
     `memory` must be writable, contiguous and stay where it is for the region's life.
     """
+
+    peers_write = False
 
     def __init__(self, memory: memoryview, *, num_blocks: int, block_bytes: int) -> None:
         view = memory.cast("B")
@@ -35,13 +78,18 @@ class KVRegion:
         array = (ctypes.c_ubyte * (num_blocks * block_bytes)).from_address(address)
         return cls(memoryview(array).cast("B"), num_blocks=num_blocks, block_bytes=block_bytes)
 
+    def allocate(self, num_bytes: int) -> memoryview:
+        return memoryview(bytearray(num_bytes))
+
     def view(self, run: Run) -> memoryview:
-        """The bytes of a contiguous run of blocks, not copied."""
         first, count = run
         return self._view[first * self.block_bytes : (first + count) * self.block_bytes]
 
-    def gather(self, runs: Iterable[Run], into: memoryview) -> int:
-        """Copies runs one behind the other into `into`; returns the number of bytes."""
+    def host_bytes(self, run: Run) -> memoryview:
+        return self.view(run)
+
+    def gather(self, runs: Sequence[Run], into: Buffer) -> int:
+        assert isinstance(into, memoryview)
         offset = 0
         for run in runs:
             piece = self.view(run)
@@ -49,8 +97,8 @@ class KVRegion:
             offset += piece.nbytes
         return offset
 
-    def scatter(self, source: memoryview, runs: Iterable[Run]) -> None:
-        """The inverse of `gather`."""
+    def scatter(self, source: Buffer, runs: Sequence[Run]) -> None:
+        assert isinstance(source, memoryview)
         offset = 0
         for run in runs:
             piece = self.view(run)
@@ -58,9 +106,11 @@ class KVRegion:
             offset += piece.nbytes
 
     def check_range(self, block_ids: Iterable[int]) -> None:
-        """Raises TransferError if a block isn't in the region."""
-        for block_id in block_ids:
-            if not 0 <= block_id < self.num_blocks:
-                raise TransferError(
-                    f"Block {block_id} is outside the pool of {self.num_blocks} blocks."
-                )
+        check_block_range(block_ids, self.num_blocks)
+
+
+def check_block_range(block_ids: Iterable[int], num_blocks: int) -> None:
+    """Raises TransferError if a block isn't in a pool of `num_blocks`."""
+    for block_id in block_ids:
+        if not 0 <= block_id < num_blocks:
+            raise TransferError(f"Block {block_id} is outside the pool of {num_blocks} blocks.")

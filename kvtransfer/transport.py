@@ -10,6 +10,8 @@ All calls and callbacks happen in the event loop's thread.
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from kvtransfer.buffer import Buffer
+
 OnDone: TypeAlias = Callable[[str | None], None]
 """Called exactly once when an operation ends: None, or the reason why it failed."""
 
@@ -23,7 +25,7 @@ class Arrival(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
-    def receive_into(self, buffer: memoryview, on_done: OnDone) -> None:
+    def receive_into(self, buffer: Buffer, on_done: OnDone) -> None:
         """Puts the message into `buffer`, of `num_bytes` bytes; it must live until `on_done`."""
         ...
 
@@ -38,7 +40,7 @@ OnArrival: TypeAlias = Callable[[Arrival], None]
 class Lane(Protocol):
     """An ordered way to one peer: messages arrive in the order in which they were sent."""
 
-    def send(self, buffer: memoryview, tag: int, on_done: OnDone) -> None:
+    def send(self, buffer: Buffer, tag: int, on_done: OnDone) -> None:
         """Sends `buffer`, which must stay unchanged until `on_done`."""
         ...
 

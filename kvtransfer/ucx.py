@@ -12,6 +12,13 @@ How one host is made fast *and* safe; found by killing peers in mid-transfer:
   unasked. So over other transports a sender may write into a receive that is open; those are
   counted, and `drop_peer` names their tickets.
 
+Device memory turns the second half around. The one fast way between two processes of one host is
+that the sender copies (`cuda_ipc`); a read falls to TCP, 0.4 GB/s. So there writing is forced
+(DEVICE_MEMORY_SETTINGS), and a sender that was stopped after it had been told the place can
+still write there when it goes on, even if UCX has ended the receive with an error meanwhile.
+Hence, with `peers_write`, memory of a failed receive is kept and never used again; the agent sees
+to it that this is staging memory and no block (kvtransfer/device.py).
+
 A message is looked at before it's received (`tag_probe`), so a receive is only ever posted for a
 message that has arrived, and there are no open receives to cancel.
 """
@@ -28,6 +35,7 @@ os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 from ucxx import libucxx
 from ucxx._lib.arr import Array
 
+from kvtransfer.buffer import Buffer
 from kvtransfer.transport import Lane, OnArrival, OnDone
 from protocol.errors import TransferError
 
@@ -37,6 +45,13 @@ HOST_MEMORY_SETTINGS: Mapping[str, str] = {
     "CMA_MEMORY_INVALIDATE": "y",
     "CMA_TX_QUOTA": "16",
     "RNDV_FRAG_MEM_TYPE": "host",
+}
+
+DEVICE_MEMORY_SETTINGS: Mapping[str, str] = {
+    "POSIX_ERROR_HANDLING": "y",
+    "SYSV_ERROR_HANDLING": "y",
+    "CMA_MEMORY_INVALIDATE": "y",
+    "RNDV_SCHEME": "put_zcopy",
 }
 
 PROGRESS_BUDGET_S = 0.001
@@ -71,7 +86,11 @@ class UcxTransport:
 
     name = "ucx"
 
-    def __init__(self, settings: Mapping[str, str] = HOST_MEMORY_SETTINGS) -> None:
+    def __init__(
+        self, settings: Mapping[str, str] = HOST_MEMORY_SETTINGS, *, peers_write: bool = False
+    ) -> None:
+        """With DEVICE_MEMORY_SETTINGS `peers_write` must be set, and the device's context be
+        current in this thread. Raises TransferError if UCX doesn't start."""
         features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
         try:
             worker = libucxx.UCXWorker(libucxx.UCXContext(dict(settings), features))
@@ -82,10 +101,11 @@ class UcxTransport:
         # None once closed: the worker's descriptors and memory live as long as a reference to it.
         self._worker: libucxx.UCXWorker | None = worker
         self._driver: _Driver | None = None
+        self._peers_write = peers_write
 
     def start(self, on_arrival: OnArrival) -> None:
         assert self._worker is not None, "closed transports stay closed"
-        self._driver = _Driver(self._worker, on_arrival)
+        self._driver = _Driver(self._worker, on_arrival, peers_write=self._peers_write)
 
     def connect(self, address: bytes) -> Lane:
         assert self._worker is not None, "the transport is closed"
@@ -110,9 +130,14 @@ class UcxTransport:
 class _Driver:
     """Makes progress when UCX's descriptor is readable or something was posted."""
 
-    def __init__(self, worker: libucxx.UCXWorker, on_arrival: OnArrival) -> None:
+    def __init__(
+        self, worker: libucxx.UCXWorker, on_arrival: OnArrival, *, peers_write: bool
+    ) -> None:
         self.worker = worker
         self._on_arrival = on_arrival
+        self._peers_write = peers_write
+        self._kept: list[Array] = []
+        """Memory of failed receives that a peer may still write into."""
         self._operations: list[_Operation] = []
         self._loop = asyncio.get_running_loop()
         self._kick: asyncio.Handle | None = None
@@ -202,7 +227,10 @@ class _Driver:
         num_seen = len(completed) + len(still_open)
         self._operations[:num_seen] = still_open
         for operation in completed:
-            operation.on_done(_error_of(operation.request))
+            error = _error_of(operation.request)
+            if error is not None and operation.lane is None and self._peers_write:
+                self._kept.append(operation.array)
+            operation.on_done(error)
         return True
 
     def _take_arrivals(self) -> bool:
@@ -218,7 +246,7 @@ class _UcxLane:
         self._endpoint: libucxx.UCXEndpoint | None = endpoint
         self._driver = driver
 
-    def send(self, buffer: memoryview, tag: int, on_done: OnDone) -> None:
+    def send(self, buffer: Buffer, tag: int, on_done: OnDone) -> None:
         if self._endpoint is None:
             on_done("the lane was closed")
             return
@@ -247,7 +275,7 @@ class _UcxArrival:
         self.tag: int = probe.sender_tag.value
         self.num_bytes: int = probe.length
 
-    def receive_into(self, buffer: memoryview, on_done: OnDone) -> None:
+    def receive_into(self, buffer: Buffer, on_done: OnDone) -> None:
         # UCX writes as many bytes as the message has, whatever the buffer's size.
         assert buffer.nbytes == self.num_bytes
         array = Array(buffer)

@@ -7,7 +7,6 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.scheduler.decode import DecodeScheduler
 from kvtransfer.receiver import WriteReceived
-from kvtransfer.region import KVRegion
 from protocol.ids import RequestKey, WorkerRole
 from services.decode.loop import Command, DecodeLoop, TurnReport
 from services.decode.transfers import IncomingTransfers
@@ -16,7 +15,7 @@ from services.runtime.config import WorkerConfig
 from services.runtime.engine_thread import EngineThread
 from services.runtime.log import configure_logging
 from services.runtime.worker_host import WorkerHost
-from services.runtime.worker_transfer import open_agent
+from services.runtime.worker_transfer import open_agent, pool_region
 
 
 def run_decode(engine_config: EngineConfig, config: WorkerConfig) -> int:
@@ -65,8 +64,9 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
     agent = open_agent(
         config,
         host.ref,
-        KVRegion.from_address(
+        pool_region(
             engine.kv_pool.data_ptr(),
+            engine.device_blocks,
             num_blocks=engine.pool.num_blocks,
             block_bytes=engine.model.layout.block_bytes,
         ),

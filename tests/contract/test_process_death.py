@@ -7,18 +7,20 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from transfer_process import NUM_BLOCKS, Starter, TransferProcess
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ALL_BLOCKS = list(range(NUM_BLOCKS))
 
 
-@pytest.fixture
-def start() -> Iterator[Starter]:
+@pytest.fixture(params=["host", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def start(request: pytest.FixtureRequest) -> Iterator[Starter]:
     started: list[TransferProcess] = []
     incarnations = itertools.count(1)
 
     def start_process(worker_id: str) -> TransferProcess:
-        process = TransferProcess.start(worker_id, next(incarnations))
+        process = TransferProcess.start(worker_id, next(incarnations), request.param)
         started.append(process)
         return process
 

@@ -8,36 +8,90 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
 
-from kvtransfer import Connection, KVRegion, TransferAgent, TransferConfig, WriteReceived
-from kvtransfer.ucx import UcxTransport
+from kvtransfer import (
+    Connection,
+    DeviceRegion,
+    KVRegion,
+    TransferAgent,
+    TransferConfig,
+    WriteReceived,
+)
+from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS, UcxTransport
 from protocol.errors import TransferError
 
 NUM_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
 CONFIG = TransferConfig(max_message_bytes=4 << 20, window_bytes=16 << 20)
+DEVICE_CONFIG = replace(CONFIG, gather_below_bytes=4 << 20, gathered_message_bytes=4 << 20)
 START_TIMEOUT_S = 60
 ANSWER_TIMEOUT_S = 20
+
+
+class HostPool:
+    """Blocks in host memory."""
+
+    config = CONFIG
+
+    def __init__(self) -> None:
+        self._pool = bytearray(NUM_BLOCKS * BLOCK_BYTES)
+        self.region = KVRegion(
+            memoryview(self._pool), num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES
+        )
+
+    def transport(self) -> UcxTransport:
+        return UcxTransport()
+
+    def fill(self, block_id: int, value: int) -> None:
+        start = block_id * BLOCK_BYTES
+        self._pool[start : start + BLOCK_BYTES] = bytes([value]) * BLOCK_BYTES
+
+
+class CudaPool:
+    """Blocks on the first CUDA device."""
+
+    config = DEVICE_CONFIG
+
+    def __init__(self) -> None:
+        # The processes of host memory do without torch, which takes seconds to load.
+        import torch
+
+        from engine.device_blocks import DeviceBlocks
+
+        self._pool = torch.zeros((NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
+        self._synchronize = torch.cuda.synchronize
+        self._synchronize()
+        self.region = DeviceRegion(
+            DeviceBlocks(self._pool), num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES
+        )
+
+    def transport(self) -> UcxTransport:
+        return UcxTransport(DEVICE_MEMORY_SETTINGS, peers_write=True)
+
+    def fill(self, block_id: int, value: int) -> None:
+        self._pool[block_id].fill_(value)
+        # As `Engine.execute`: what transfers read on their own stream is complete.
+        self._synchronize()
 
 
 class TransferWorker:
     """The child's side."""
 
-    def __init__(self, worker_id: str, incarnation: int) -> None:
-        self._pool = bytearray(NUM_BLOCKS * BLOCK_BYTES)
+    def __init__(self, worker_id: str, incarnation: int, memory: str) -> None:
+        self._pool = HostPool() if memory == "host" else CudaPool()
         self._agent = TransferAgent(
-            UcxTransport(),
-            KVRegion(memoryview(self._pool), num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES),
+            self._pool.transport(),
+            self._pool.region,
             worker_id=worker_id,
             incarnation=incarnation,
             on_write=self._on_write,
-            config=CONFIG,
+            config=self._pool.config,
         )
         self._agent.start()
         self._connections: dict[int, Connection] = {}
@@ -58,13 +112,11 @@ class TransferWorker:
 
     async def fill(self, seed: int) -> None:
         for block_id in range(NUM_BLOCKS):
-            start = block_id * BLOCK_BYTES
-            self._pool[start : start + BLOCK_BYTES] = bytes([(seed + block_id) % 251]) * BLOCK_BYTES
+            self._pool.fill(block_id, (seed + block_id) % 251)
 
     async def holds(self, seed: int, block_ids: list[int]) -> bool:
         return all(
-            self._pool[b * BLOCK_BYTES : (b + 1) * BLOCK_BYTES]
-            == bytes([(seed + b) % 251]) * BLOCK_BYTES
+            bytes(self._pool.region.host_bytes((b, 1))) == bytes([(seed + b) % 251]) * BLOCK_BYTES
             for b in block_ids
         )
 
@@ -130,12 +182,12 @@ class TransferWorker:
         await self._agent.close()
 
 
-def _main(pipe: Pipe, worker_id: str, incarnation: int) -> None:
-    asyncio.run(_obey(pipe, worker_id, incarnation))
+def _main(pipe: Pipe, worker_id: str, incarnation: int, memory: str) -> None:
+    asyncio.run(_obey(pipe, worker_id, incarnation, memory))
 
 
-async def _obey(pipe: Pipe, worker_id: str, incarnation: int) -> None:
-    worker = TransferWorker(worker_id, incarnation)
+async def _obey(pipe: Pipe, worker_id: str, incarnation: int, memory: str) -> None:
+    worker = TransferWorker(worker_id, incarnation, memory)
     readable = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe.fileno(), readable.set)
     method = None
@@ -157,11 +209,11 @@ class TransferProcess:
     pipe: Pipe
 
     @classmethod
-    def start(cls, worker_id: str, incarnation: int) -> "TransferProcess":
+    def start(cls, worker_id: str, incarnation: int, memory: str) -> "TransferProcess":
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         process = spawn.Process(
-            target=_main, args=(theirs, worker_id, incarnation), daemon=True, name=worker_id
+            target=_main, args=(theirs, worker_id, incarnation, memory), daemon=True, name=worker_id
         )
         process.start()
         theirs.close()

@@ -1,0 +1,240 @@
+"""KV transfer between two processes on one GPU: 512 MiB through `Connection.write`.
+
+    python -m benchmarks.gpu.transfer --output benchmarks/results/transfer-gpu.json
+
+Every figure is acknowledged by the receiver, all copies through staging memory included, in 10⁹
+bytes a second. "contiguous" goes from the pool as it lies, "scattered" from random to random
+blocks. "put" forces the sender to write, as workers do; "auto" leaves the choice to UCX. Beside
+them: what gathering and scattering alone reach, and a plain copy on the device.
+"""
+
+import argparse
+import asyncio
+import functools
+import importlib.metadata
+import json
+import multiprocessing
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+
+import torch
+
+from engine.device_blocks import DeviceBlocks
+from kvtransfer import DeviceRegion, TransferAgent, TransferConfig
+from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS, UcxTransport
+
+KIB, MIB = 1 << 10, 1 << 20
+POOL_BYTES = 1024 * MIB
+WRITE_BYTES = 512 * MIB
+SENDER, RECEIVER = 1, 2
+SCHEMES = {
+    "put": DEVICE_MEMORY_SETTINGS,
+    "auto": {k: v for k, v in DEVICE_MEMORY_SETTINGS.items() if k != "RNDV_SCHEME"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the result."""
+
+    scheme: str
+    layout: str
+    block_bytes: int
+    message_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        return WRITE_BYTES // self.block_bytes
+
+    @property
+    def config(self) -> TransferConfig:
+        return TransferConfig(
+            max_message_bytes=self.message_bytes,
+            window_bytes=max(4 * self.message_bytes, 128 * MIB),
+            gather_below_bytes=self.message_bytes,
+            gathered_message_bytes=self.message_bytes,
+        )
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """Source and target blocks."""
+        if self.layout == "contiguous":
+            blocks = list(range(self.num_blocks))
+            return blocks, blocks
+        pool = range(POOL_BYTES // self.block_bytes)
+        generator = random.Random(0)
+        return generator.sample(pool, self.num_blocks), generator.sample(pool, self.num_blocks)
+
+
+def cases() -> list[Case]:
+    contiguous = [Case("put", "contiguous", 2 * MIB, size * MIB) for size in (2, 8, 32, 64)]
+    # A 16-token block of Llama-3.1-8B has 2 MiB in bfloat16, one of SmolLM2-135M 360 KiB.
+    scattered = [
+        Case("put", "scattered", block_bytes, size * MIB)
+        for block_bytes in (2 * MIB, 256 * KIB)
+        for size in (8, 32, 64)
+    ]
+    return [*contiguous, *scattered, Case("auto", "contiguous", 2 * MIB, 64 * MIB)]
+
+
+def open_agent(case: Case, pool: torch.Tensor, incarnation: int) -> TransferAgent:
+    blocks = pool.view(POOL_BYTES // case.block_bytes, case.block_bytes)
+    agent = TransferAgent(
+        UcxTransport(SCHEMES[case.scheme], peers_write=True),
+        DeviceRegion(DeviceBlocks(blocks), num_blocks=len(blocks), block_bytes=case.block_bytes),
+        worker_id=f"worker-{incarnation}",
+        incarnation=incarnation,
+        on_write=lambda _: None,
+        config=case.config,
+    )
+    agent.start()
+    return agent
+
+
+async def receive_case(pipe: Pipe, case: Case, pool: torch.Tensor) -> bool:
+    """The receiving process's part of a case; whether the right bytes arrived."""
+    pool.zero_()
+    torch.cuda.synchronize()
+    agent = open_agent(case, pool, RECEIVER)
+    await agent.connect(pipe.recv())
+    src, dst = case.places
+    agent.expect(1, attempt=0, sender_incarnation=SENDER, block_ids=dst)
+    pipe.send(agent.metadata())
+    finished = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pipe.fileno(), finished.set)
+    await finished.wait()
+    pipe.recv()
+    await agent.close()
+    expected = payload().view(-1, case.block_bytes)[src]
+    return torch.equal(pool.view(-1, case.block_bytes)[dst], expected)
+
+
+def receive_all(pipe: Pipe) -> None:
+    pool = torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
+    for case in cases():
+        pipe.send(asyncio.run(receive_case(pipe, case, pool)))
+
+
+def payload() -> torch.Tensor:
+    """The sender's pool, which the receiver can make for itself."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.randint(
+        0, 256, (POOL_BYTES,), dtype=torch.uint8, device="cuda", generator=generator
+    )
+
+
+async def send_case(pipe: Pipe, case: Case, pool: torch.Tensor, rounds: int) -> list[float]:
+    """Seconds of each round, after one that warms the way."""
+    agent = open_agent(case, pool, SENDER)
+    pipe.send(agent.metadata())
+    connection = await agent.connect(pipe.recv())
+    src, dst = case.places
+    seconds: list[float] = []
+    for write_seq in range(rounds + 1):
+        start = time.perf_counter()
+        await connection.write(
+            ticket_id=1,
+            attempt=0,
+            receiver_incarnation=RECEIVER,
+            src_blocks=src,
+            dst_blocks=dst,
+            write_seq=write_seq,
+        )
+        seconds.append(time.perf_counter() - start)
+    pipe.send("finished")
+    await agent.close()
+    return seconds[1:]
+
+
+def median_gb_per_s(copy: Callable[[], object], rounds: int) -> float:
+    """Of `WRITE_BYTES` copied."""
+    seconds: list[float] = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        copy()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return WRITE_BYTES / sorted(seconds[1:])[rounds // 2] / 1e9
+
+
+def local_copies(pool: torch.Tensor, rounds: int) -> dict[str, float]:
+    """GB/s of copies within this process, counting each byte once."""
+    staging_bytes = 32 * MIB
+    result = {
+        "device_copy": median_gb_per_s(lambda: pool[:WRITE_BYTES].copy_(pool[WRITE_BYTES:]), rounds)
+    }
+    for block_bytes in (2 * MIB, 256 * KIB):
+        blocks = DeviceBlocks(pool.view(-1, block_bytes))
+        staging = blocks.allocate(staging_bytes)
+        count = staging_bytes // block_bytes
+        ids = random.Random(0).sample(range(POOL_BYTES // block_bytes), WRITE_BYTES // block_bytes)
+        pieces = [ids[at : at + count] for at in range(0, len(ids), count)]
+
+        def copy_all(copy: Callable[[list[int]], None], pieces: list[list[int]] = pieces) -> None:
+            for piece in pieces:
+                copy(piece)
+
+        for name, copy in (("gather", staging.gather), ("scatter", staging.scatter)):
+            rate = median_gb_per_s(functools.partial(copy_all, copy), rounds)
+            result[f"{name}_{block_bytes // KIB}_kib"] = rate
+    return {name: round(rate, 1) for name, rate in result.items()}
+
+
+def environment() -> dict[str, object]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ucxx": importlib.metadata.version("ucxx-cu13"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    result = environment()
+    result["local_gb_per_s"] = local_copies(
+        torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda"), arguments.rounds
+    )
+    print(result, flush=True)
+    pool = payload()
+    torch.cuda.synchronize()
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    receiver = multiprocessing.get_context("spawn").Process(target=receive_all, args=(theirs,))
+    receiver.start()
+    lines: list[dict[str, object]] = []
+    for case in cases():
+        seconds = sorted(asyncio.run(send_case(ours, case, pool, arguments.rounds)))
+        if not ours.recv():
+            raise SystemExit(f"{case}: wrong bytes arrived")
+        best, median = (WRITE_BYTES / s / 1e9 for s in (seconds[0], seconds[len(seconds) // 2]))
+        lines.append(
+            asdict(case) | {"gb_per_s": round(best, 1), "median_gb_per_s": round(median, 1)}
+        )
+        print(
+            f"{case.scheme:>5} {case.layout:>10} blocks {case.block_bytes // KIB:>5} KiB  "
+            f"messages {case.message_bytes // MIB:>3} MiB  best {best:6.1f}  median {median:6.1f}",
+            flush=True,
+        )
+    receiver.join()
+    result["results"] = lines
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

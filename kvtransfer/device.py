@@ -1,0 +1,68 @@
+"""A region in the memory of a CUDA device; who copies there is handed in, so no torch is needed.
+
+Between two processes of one host, KV goes by `cuda_ipc`: the *sender* copies into memory that the
+receiver has exported, whenever the device gets to it. It could still do so after it was dropped,
+having been stopped in between. So peers never get a block: every message is received into staging
+memory, and only this process copies from there into blocks, while the write's fence is open. That
+keeps the promise of host memory (no late write can land in the pool) for one more copy on the
+device, which is far faster than the way between processes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from kvtransfer.buffer import Buffer, DeviceBuffer
+from kvtransfer.region import Run, check_block_range
+
+
+class DeviceBlocks(Protocol):
+    """The pool's blocks on the device."""
+
+    def allocate(self, num_bytes: int) -> DeviceBuffer:
+        """New memory that peers may be given."""
+        ...
+
+    def view(self, first: int, count: int) -> DeviceBuffer:
+        """A contiguous run of blocks, not copied."""
+        ...
+
+    def to_host(self, first: int, count: int) -> memoryview:
+        """A copy of a run in host memory."""
+        ...
+
+
+class DeviceRegion:
+    """See `kvtransfer.region.Region`."""
+
+    peers_write = True
+
+    def __init__(self, blocks: DeviceBlocks, *, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self._blocks = blocks
+
+    def allocate(self, num_bytes: int) -> Buffer:
+        return self._blocks.allocate(num_bytes)
+
+    def view(self, run: Run) -> Buffer:
+        return self._blocks.view(*run)
+
+    def host_bytes(self, run: Run) -> memoryview:
+        return self._blocks.to_host(*run)
+
+    def gather(self, runs: Sequence[Run], into: Buffer) -> int:
+        assert not isinstance(into, memoryview)
+        block_ids = _block_ids(runs)
+        into.gather(block_ids)
+        return len(block_ids) * self.block_bytes
+
+    def scatter(self, source: Buffer, runs: Sequence[Run]) -> None:
+        assert not isinstance(source, memoryview)
+        source.scatter(_block_ids(runs))
+
+    def check_range(self, block_ids: Iterable[int]) -> None:
+        check_block_range(block_ids, self.num_blocks)
+
+
+def _block_ids(runs: Sequence[Run]) -> list[int]:
+    return [block_id for first, count in runs for block_id in range(first, first + count)]
