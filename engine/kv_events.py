@@ -44,9 +44,10 @@ class KVEventLog:
 
     def drain(self, snapshot: Callable[[], list[BlocksStored]]) -> list[KVEvent]:
         """All events since the last drain; `snapshot` yields the content if they overflowed."""
-        events = self._events
+        events: list[KVEvent] = self._events
         if self._has_overflown:
-            events = [BlocksCleared(), *snapshot()]
+            events = [BlocksCleared()]
+            events += snapshot()
         self._start_anew([])
         return events
 
