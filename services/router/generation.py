@@ -34,6 +34,10 @@ class GenerationSpec:
     def num_prompt_tokens(self) -> int:
         return sum(len(prompt.token_ids) for prompt in self.prompts)
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.prompts) * self.sampling.n
+
 
 class TokenObserver(Protocol):
     """Hears when tokens come, for the metrics."""
@@ -75,7 +79,7 @@ class Generation:
         n = spec.sampling.n
         self.outputs = [
             Output(self, i, prompt_index=i // n, choice=Choice(tokenizer, spec.sampling))
-            for i in range(len(spec.prompts) * n)
+            for i in range(spec.num_outputs)
         ]
         self._num_unfinished = len(self.outputs)
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out)
@@ -99,7 +103,9 @@ class Generation:
         return sum(output.flight.num_retries for output in self.outputs if output.flight)
 
     def start(self) -> None:
-        """Raises OverloadedError."""
+        """Does nothing if it's over already, in the queue. Raises OverloadedError."""
+        if self.is_done:
+            return
         try:
             for output in self.outputs[:: self.spec.sampling.n]:
                 output.start()
