@@ -41,15 +41,8 @@ def _worker_configs(settings: Settings) -> tuple[EngineConfig, WorkerConfig]:
     engine, worker = settings.config(EngineConfig), settings.config(WorkerConfig)
     _require_redis(worker.redis_url)
     # libgomp reads its environment once, when torch is imported, so this comes before that.
-    cores = usable_cores()
-    os.environ.update(
-        openmp_environment(
-            num_threads=engine.num_threads or cores,
-            num_workers=1,
-            num_cores=cores,
-            environ=os.environ,
-        )
-    )
+    num_threads = engine.num_threads or usable_cores()
+    os.environ.update(openmp_environment(num_threads=num_threads, environ=os.environ))
     return engine, worker
 
 

@@ -119,7 +119,7 @@ class TandemStack:
             address = self.processes()[source]["addresses"]["metrics"]
         text = httpx.get(f"{address}/metrics", timeout=10.0).text
         samples = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
-        assert samples, f"no metric {name} in\n{text}"
+        assert samples or f"# TYPE {name} " in text, f"no metric {name} in\n{text}"
         return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
 
     def _is_ready(self) -> bool:
