@@ -7,8 +7,8 @@ from typing import Any, Protocol, Self, TypeAlias
 class DeviceBuffer(Protocol):
     """Contiguous bytes on a device; transports read the address off `__cuda_array_interface__`.
 
-    `gather` and `scatter` copy between it and blocks of the pool that it was made for, one behind
-    the other from its start, and have copied when they return.
+    `gather` and `scatter` copy between it and runs of blocks (first, count) of the pool that it was
+    made for, one behind the other from its start, and have copied when they return.
     """
 
     @property
@@ -21,9 +21,9 @@ class DeviceBuffer(Protocol):
         """A part of the same memory."""
         ...
 
-    def gather(self, block_ids: Sequence[int]) -> None: ...
+    def gather(self, runs: Sequence[tuple[int, int]]) -> None: ...
 
-    def scatter(self, block_ids: Sequence[int]) -> None: ...
+    def scatter(self, runs: Sequence[tuple[int, int]]) -> None: ...
 
 
 Buffer: TypeAlias = memoryview | DeviceBuffer

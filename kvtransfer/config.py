@@ -5,7 +5,8 @@ from typing import Self
 
 from kvtransfer.plan import MessageLimits
 
-_DEVICE_MESSAGE_BYTES = 32 << 20
+_DEVICE_MESSAGE_BYTES = 64 << 20
+_MAX_IDLE_BUFFERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ class TransferConfig:
 
     @classmethod
     def for_device_memory(cls, *, verify_checksums: bool = False) -> Self:
-        """A message costs 30 µs whatever its size and copies on the device are nearly free, so
-        everything up to a message's size travels together."""
+        """Large messages and many under way, as two processes on one card take turns of about a
+        millisecond. A window's worth of staging memory is taken at either end (256 MiB)."""
         return cls(
             max_message_bytes=_DEVICE_MESSAGE_BYTES,
             window_bytes=4 * _DEVICE_MESSAGE_BYTES,
@@ -34,6 +35,11 @@ class TransferConfig:
             gathered_message_bytes=_DEVICE_MESSAGE_BYTES,
             verify_checksums=verify_checksums,
         )
+
+    @property
+    def max_idle_staging_buffers(self) -> int:
+        """What one connection's window needs, within reason."""
+        return max(1, min(_MAX_IDLE_BUFFERS, self.window_bytes // self.gathered_message_bytes))
 
     def limits(self, block_bytes: int) -> MessageLimits:
         return MessageLimits(

@@ -52,17 +52,12 @@ class DeviceRegion:
 
     def gather(self, runs: Sequence[Run], into: Buffer) -> int:
         assert not isinstance(into, memoryview)
-        block_ids = _block_ids(runs)
-        into.gather(block_ids)
-        return len(block_ids) * self.block_bytes
+        into.gather(runs)
+        return sum(count for _, count in runs) * self.block_bytes
 
     def scatter(self, source: Buffer, runs: Sequence[Run]) -> None:
         assert not isinstance(source, memoryview)
-        source.scatter(_block_ids(runs))
+        source.scatter(runs)
 
     def check_range(self, block_ids: Iterable[int]) -> None:
         check_block_range(block_ids, self.num_blocks)
-
-
-def _block_ids(runs: Sequence[Run]) -> list[int]:
-    return [block_id for first, count in runs for block_id in range(first, first + count)]

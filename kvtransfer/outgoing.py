@@ -19,8 +19,6 @@ from kvtransfer.wire import AgentMessage, DataMessage, WriteDone, WritePart, Wri
 from protocol.errors import TransferCancelledError, TransferError, TransferTimeoutError
 from protocol.ids import Incarnation, TicketId
 
-_MAX_IDLE_STAGING_BUFFERS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class WriteTarget:
@@ -73,7 +71,7 @@ class WriteSender:
         self._staging = StagingPool(
             region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
-            max_idle=_MAX_IDLE_STAGING_BUFFERS,
+            max_idle=config.max_idle_staging_buffers,
         )
         self._writes: dict[int, _Write] = {}
         self._write_ids = itertools.count(1)

@@ -16,8 +16,6 @@ from kvtransfer.transport import Arrival
 from kvtransfer.wire import AgentMessage, DataMessage, WriteDone, WritePart, WriteRefused
 from protocol.ids import Incarnation, TicketId, WorkerId
 
-_MAX_IDLE_STAGING_BUFFERS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class WriteReceived:
@@ -82,7 +80,7 @@ class WriteReceiver:
         self._staging = StagingPool(
             region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
-            max_idle=_MAX_IDLE_STAGING_BUFFERS,
+            max_idle=config.max_idle_staging_buffers,
         )
 
     def expect(

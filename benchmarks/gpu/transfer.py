@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from engine.device_blocks import DeviceBlocks
+from engine.device_blocks import DeviceBlocks, Run
 from kvtransfer import DeviceRegion, TransferAgent, TransferConfig
 from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS, UcxTransport
 
@@ -56,7 +56,7 @@ class Case:
     def config(self) -> TransferConfig:
         return TransferConfig(
             max_message_bytes=self.message_bytes,
-            window_bytes=max(4 * self.message_bytes, 128 * MIB),
+            window_bytes=4 * self.message_bytes,
             gather_below_bytes=self.message_bytes,
             gathered_message_bytes=self.message_bytes,
         )
@@ -166,7 +166,7 @@ def median_gb_per_s(copy: Callable[[], object], rounds: int) -> float:
 
 def local_copies(pool: torch.Tensor, rounds: int) -> dict[str, float]:
     """GB/s of copies within this process, counting each byte once."""
-    staging_bytes = 32 * MIB
+    staging_bytes = 64 * MIB
     result = {
         "device_copy": median_gb_per_s(lambda: pool[:WRITE_BYTES].copy_(pool[WRITE_BYTES:]), rounds)
     }
@@ -175,9 +175,10 @@ def local_copies(pool: torch.Tensor, rounds: int) -> dict[str, float]:
         staging = blocks.allocate(staging_bytes)
         count = staging_bytes // block_bytes
         ids = random.Random(0).sample(range(POOL_BYTES // block_bytes), WRITE_BYTES // block_bytes)
-        pieces = [ids[at : at + count] for at in range(0, len(ids), count)]
+        runs = [(block_id, 1) for block_id in ids]
+        pieces = [runs[at : at + count] for at in range(0, len(runs), count)]
 
-        def copy_all(copy: Callable[[list[int]], None], pieces: list[list[int]] = pieces) -> None:
+        def copy_all(copy: Callable[[list[Run]], None], pieces: list[list[Run]] = pieces) -> None:
             for piece in pieces:
                 copy(piece)
 

@@ -11,7 +11,7 @@ from kvtransfer import DeviceRegion
 NUM_BLOCKS = 64
 
 
-@pytest.mark.parametrize("block_bytes", [24, 4096, 65536, 65552])
+@pytest.mark.parametrize("block_bytes", [24, 4096, 65536, 65552, 4 << 20])
 def test_scatter_is_the_inverse_of_gather(block_bytes: int) -> None:
     pool = torch.randint(0, 256, (NUM_BLOCKS, block_bytes), dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
