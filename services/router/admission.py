@@ -97,8 +97,7 @@ class AdmissionQueue:
     def enter(self, *, client: str, priority: int, num_sequences: int) -> Admission:
         """Raises OverloadedError if the queue is too long, in requests or in expected time."""
         self.update()
-        expected_s = self._num_waiting * (self._s_per_end or 0.0)
-        if self._num_waiting >= self.policy.max_waiting or expected_s > self.policy.max_wait_s:
+        if self._is_full() and self._expects_too_long():
             raise self.overloaded(f"{self._num_waiting} requests are waiting already.")
         admission = Admission(self, client=client, priority=priority, num_sequences=num_sequences)
         admission.arrival_s = self._clock()
@@ -110,8 +109,7 @@ class AdmissionQueue:
 
     def update(self) -> None:
         """Admits whom there is room for. To be called when workers came or went."""
-        capacity = self._capacity()
-        while self._num_waiting and (capacity is None or self._num_admitted < capacity):
+        while self._num_waiting and not self._is_full():
             admission = self._next()
             self._remove(admission)
             self._num_admitted += admission.num_sequences
@@ -142,6 +140,14 @@ class AdmissionQueue:
         return OverloadedError(
             message, retry_after_s=max(self.policy.least_retry_after_s, expected_s)
         )
+
+    def _is_full(self) -> bool:
+        capacity = self._capacity()
+        return capacity is not None and self._num_admitted >= capacity
+
+    def _expects_too_long(self) -> bool:
+        expected_s = self._num_waiting * (self._s_per_end or 0.0)
+        return self._num_waiting >= self.policy.max_waiting or expected_s > self.policy.max_wait_s
 
     def _next(self) -> Admission:
         clients = self._waiting[min(self._waiting)]

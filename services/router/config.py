@@ -1,6 +1,7 @@
 """Settings of a router process, frozen after start."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from protocol.settings import setting
 
@@ -40,6 +41,18 @@ class RouterConfig:
     )
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
+    )
+    local_prefill: Literal["auto", "never", "always"] = setting(
+        "auto",
+        choices=("auto", "never", "always"),
+        help="whether decode workers prefill prompts themselves: when that is cheaper, only "
+        "without prefill workers, or always",
+    )
+    max_queued_requests: int = setting(
+        10_000, minimum=0, help="requests that may wait for workers; others get 429"
+    )
+    queue_timeout_s: float = setting(
+        600.0, minimum=0.0, help="seconds that a request may wait for workers before it gets 429"
     )
     max_body_bytes: int = setting(
         32 * 2**20, minimum=1024, help="longest request body that is read"

@@ -7,6 +7,8 @@ from typing import Self
 
 from starlette.types import Receive
 
+from protocol.errors import TandemError
+from services.router.admission import Admission
 from services.router.generation import Generation
 
 
@@ -21,11 +23,13 @@ class OpenRequest:
     def __init__(
         self,
         generation: Generation,
+        admission: Admission,
         receive: Receive,
         *,
         on_end: Callable[[Generation], None],
     ) -> None:
         self.generation = generation
+        self._admission = admission
         self._receive = receive
         self._on_end = on_end
         self._watch: asyncio.Task[None] | None = None
@@ -51,13 +55,16 @@ class OpenRequest:
             return
         if self._watch is not None:
             self._watch.cancel()
-        if error is None or self.generation.error is error:
-            self.generation.close()
-        else:
+        if isinstance(error, TandemError):
+            self.generation.failed(error)
+        elif error is not None:
             self.generation.abort()
+        self.generation.close()
+        self._admission.leave()
         self._on_end(self.generation)
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.generation.abort()
+        self._admission.leave()

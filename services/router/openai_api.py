@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastapi import Request, Response
 
 from protocol.errors import InvalidRequestError
+from services.router.admission import AdmissionQueue
 from services.router.answers import AnswerFormat, AnswerHead, AnswerOptions
 from services.router.body import BodyReader
 from services.router.chat_answers import ChatAnswers
@@ -35,6 +36,7 @@ class OpenAIApi:
         model: ServedModel,
         encoder: PromptEncoder,
         dispatcher: Dispatcher,
+        admission: AdmissionQueue,
         observer: TokenObserver,
         on_end: Callable[[Generation], None],
         max_body_bytes: int,
@@ -43,6 +45,7 @@ class OpenAIApi:
         self._model = model
         self._encoder = encoder
         self._dispatcher = dispatcher
+        self._admission = admission
         self._observer = observer
         self._on_end = on_end
         self._request_timeout_s = request_timeout_s
@@ -98,6 +101,11 @@ class OpenAIApi:
         answers: AnswerFormat,
         options: AnswerOptions,
     ) -> Response:
+        admission = self._admission.enter(
+            client=request.headers.get("authorization", ""),
+            priority=spec.priority,
+            num_sequences=spec.num_outputs,
+        )
         generation = Generation(
             spec,
             request_id=head.id,
@@ -107,9 +115,10 @@ class OpenAIApi:
             timeout_s=self._request_timeout_s,
         )
         self.num_open += 1
-        opened = OpenRequest(generation, request.receive, on_end=self._ended)
+        opened = OpenRequest(generation, admission, request.receive, on_end=self._ended)
         with opened:
-            generation.start()
+            if await admission.granted():
+                generation.start()
             if options.stream:
                 await generation.news()
             else:

@@ -30,17 +30,23 @@ from protocol.errors import StartupError
 from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, RequestFailed, StepOutputs
 from protocol.settings import setting_info
+from services.router.admission import AdmissionPolicy, AdmissionQueue
 from services.router.app import make_app
-from services.router.cluster import Cluster
+from services.router.candidates import PlacementPolicy
+from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.index import PrefixIndex
+from services.router.ledger import PlacementLedger
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.request_log import RequestReports
+from services.router.reservations import SharedReservations
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
+from services.runtime.kv_feed import KVFeed
 from services.runtime.log import configure_logging
 from services.runtime.metrics import RouterMetrics
 from services.runtime.peers import ChannelEvent, Identity, PeerDown, PeerUp, Received
@@ -84,19 +90,37 @@ class RouterService:
         identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
         self._channel = ControlChannel(identity, self._on_channel)
         self._metrics = RouterMetrics(model_name=model.names[0])
-        self.cluster = Cluster(self._channel, model, on_placed=self._metrics.placed)
-        self._dispatcher = Dispatcher(self.cluster, self._channel.connect)
         self._redis = open_redis(config.redis_url)
+        placement = PlacementState(
+            PrefixIndex(), PlacementLedger(), PlacementPolicy(local_prefill=config.local_prefill)
+        )
+        self._feed = KVFeed(self._redis, placement.index)
+        self._reservations = SharedReservations(
+            self._redis, placement.ledger, router_id=identity.peer_id
+        )
+        self.cluster = Cluster(
+            self._channel, model, placement, self._feed, on_placed=self._metrics.placed
+        )
         self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
+        self.dispatcher = Dispatcher(self.cluster, self._channel.connect)
+        self._admission = AdmissionQueue(
+            self.cluster.capacity,
+            AdmissionPolicy(
+                max_waiting=config.max_queued_requests,
+                max_wait_s=min(config.queue_timeout_s, config.request_timeout_s),
+            ),
+        )
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self.app = self._make_app(config, model, api_keys)
 
     def start(self) -> None:
         self._tasks.start(self._directory.run())
+        self._tasks.start(self._feed.run())
+        self._tasks.start(self._reservations.run())
 
     async def close(self) -> None:
-        self._dispatcher.close()
+        self.dispatcher.close()
         await self._tasks.close()
         await self._channel.close()
         await self._redis.aclose()
@@ -110,7 +134,8 @@ class RouterService:
         openai = OpenAIApi(
             model=model,
             encoder=encoder,
-            dispatcher=self._dispatcher,
+            dispatcher=self.dispatcher,
+            admission=self._admission,
             observer=self._metrics,
             on_end=reports.ended,
             max_body_bytes=config.max_body_bytes,
@@ -129,22 +154,25 @@ class RouterService:
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
+        self._metrics.observe_index(self.cluster.count_index_states())
+        self._metrics.observe_queue(self._admission.num_waiting)
         return generate_latest(self._metrics.registry), CONTENT_TYPE_LATEST
 
     def _on_channel(self, event: ChannelEvent) -> None:
         match event:
             case PeerUp():
-                pass
+                self._admission.update()
             case PeerDown(peer, reason, detail):
                 logger.warning("worker %s is gone: %s %s", peer.peer_id, reason, detail)
                 self.cluster.peer_lost(peer)
-                self._dispatcher.peer_lost(peer)
+                self.dispatcher.peer_lost(peer)
             case Received(peer, StepOutputs() as message):
-                self._dispatcher.outputs_came(peer, message)
+                self.dispatcher.outputs_came(peer, message)
             case Received(peer, LoadReport(load)):
                 self.cluster.load_came(peer, load)
+                self._admission.update()
             case Received(peer, RequestFailed() as message):
-                self._dispatcher.request_failed(peer, message)
+                self.dispatcher.request_failed(peer, message)
             case Received(peer, message):
                 logger.warning("%s sent %s, which a router doesn't take", peer, message)
 

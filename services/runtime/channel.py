@@ -16,6 +16,7 @@ import asyncio
 
 import zmq
 
+from protocol.errors import WorkerLostError
 from protocol.ids import Incarnation, WorkerId, WorkerRef
 from services.runtime.control_client import ControlClient
 from services.runtime.control_server import ControlServer
@@ -50,6 +51,7 @@ class ControlChannel:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._server: ControlServer | None = None
         self._clients: dict[tuple[WorkerId, Incarnation], ControlClient] = {}
+        self._closed = False
 
     def listen(self, address: str) -> str:
         """Opens the server socket at e.g. `tcp://127.0.0.1:0`; returns the endpoint with its port.
@@ -58,7 +60,7 @@ class ControlChannel:
         """
         assert self._server is None, "one server a process"
         server = ControlServer(
-            self.identity, self._handler, context=self._context, timings=self._timings
+            self.identity, self._dispatch, context=self._context, timings=self._timings
         )
         self._server = server
         return server.bind(address)
@@ -67,8 +69,11 @@ class ControlChannel:
         """The connection to this incarnation of the worker, opened if there is none.
 
         Returns at once, maybe with a CONNECTING peer; what is sent to it leaves after the
-        handshake. Failure is reported as PeerDown.
+        handshake. Failure is reported as PeerDown. After `close` every peer is LOST.
         """
+        if self._closed:
+            # A socket opened now would keep ZMQ's context, and so `close`, from ending.
+            return Peer.lost(ref.worker_id, ref.incarnation)
         return self._client(ref).peer
 
     async def connected(self, ref: WorkerRef) -> Peer:
@@ -76,6 +81,8 @@ class ControlChannel:
 
         Raises ProtocolMismatchError or WorkerLostError.
         """
+        if self._closed:
+            raise WorkerLostError(f"{ref.worker_id}: this process is closing its connections")
         return await self._client(ref).ready()
 
     def disconnect(self, ref: WorkerRef) -> None:
@@ -97,7 +104,11 @@ class ControlChannel:
         return [peer for peer in accepted + opened if not peer.is_lost]
 
     async def close(self) -> None:
-        """Says Goodbye to everybody; returns when it has left or after `goodbye_linger_s`."""
+        """Says Goodbye to everybody; returns when it has left or after `goodbye_linger_s`.
+
+        The handler isn't called any more, not even with the PeerDowns of this very closing.
+        """
+        self._closed = True
         for client in list(self._clients.values()):
             client.close()
         if self._server is not None:
@@ -117,4 +128,8 @@ class ControlChannel:
     def _on_client(self, event: ChannelEvent) -> None:
         if isinstance(event, PeerDown):
             del self._clients[event.peer.peer_id, event.peer.incarnation]
-        self._handler(event)
+        self._dispatch(event)
+
+    def _dispatch(self, event: ChannelEvent) -> None:
+        if not self._closed:
+            self._handler(event)

@@ -194,6 +194,9 @@ class RouterMetrics:
         )
         self._retries = make.counter("tandem:request_retries", "Attempts after the first.")
         self._workers = make.gauges("tandem:workers", "Workers by role and state.", "role", "state")
+        self._queued = make.gauge(
+            "tandem:queued_requests", "Requests in the router, beyond what the workers hold."
+        )
         self._index = make.gauges(
             "tandem:prefix_index_workers", "Workers in the prefix index by state.", "state"
         )
@@ -269,6 +272,10 @@ class RouterMetrics:
             self._usage.labels(**labels).set(in_use / total if total else 0.0)
         for (role, state), count in states.items():
             self._workers.labels(**self._labels, role=role, state=state).set(count)
+
+    def observe_queue(self, num_waiting: int) -> None:
+        """Requests in the router's own queue, which no worker has seen yet."""
+        self._queued.set(num_waiting)
 
     def observe_index(self, states: Mapping[str, int]) -> None:
         """Number of workers whose blocks the index knows exactly, or only in part."""

@@ -93,6 +93,11 @@ class PeerLink(Protocol):
     def transmit(self, peer: "Peer", message: ControlMessage) -> None: ...
 
 
+class _Nowhere:
+    def transmit(self, peer: "Peer", message: ControlMessage) -> None:
+        raise AssertionError(f"{message} to {peer}, which is lost")
+
+
 class Peer:
     """Another process, over one connection. A new connection to it makes a new Peer.
 
@@ -110,6 +115,13 @@ class Peer:
         self.silence_s = 0.0
         self.route = route
         self._link = link
+
+    @classmethod
+    def lost(cls, peer_id: str, incarnation: Incarnation) -> "Peer":
+        """A peer to whom there was never a connection."""
+        peer = cls(peer_id, incarnation, link=_Nowhere())
+        peer.signal(PeerSignal.GONE)
+        return peer
 
     def send(self, message: ControlMessage) -> bool:
         """Queues the message without waiting; False if the peer is LOST, now or before.

@@ -274,6 +274,20 @@ async def test_a_silent_peer_is_suspect_before_it_is_lost(
         received.append(dealer.recv())
 
 
+async def test_a_closing_channel_tells_nothing_and_connects_to_nobody(stack: Stack) -> None:
+    _, ref = stack.worker()
+    router = stack.end("router-a")
+    await router.channel.connected(ref)
+    closing = asyncio.create_task(router.channel.close())
+    await asyncio.sleep(0)
+    assert router.channel.connect(ref).is_lost
+    await closing
+    assert not router.channel.connect(ref).send(abort(0))
+    with pytest.raises(WorkerLostError, match="closing"):
+        await router.channel.connected(ref)
+    assert [type(event) for event in router.events.events] == [PeerUp]
+
+
 PEER_PROCESS = """
 import asyncio, sys
 from protocol.ids import WorkerRef

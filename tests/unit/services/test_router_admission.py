@@ -131,6 +131,13 @@ async def test_a_full_queue_refuses() -> None:
     assert setup.queue.num_waiting == 1
 
 
+async def test_without_a_queue_only_what_would_wait_is_refused() -> None:
+    setup = Setup(max_waiting=0)
+    assert setup.enter().is_admitted
+    with pytest.raises(OverloadedError):
+        setup.enter()
+
+
 async def test_a_wait_beyond_the_deadline_is_refused_at_once() -> None:
     setup = Setup(max_wait_s=100.0)
     current = setup.enter()
