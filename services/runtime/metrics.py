@@ -5,12 +5,10 @@ Each process has a registry of its own; docs/metrics.md lists all names.
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from protocol.errors import StartupError
 from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings
-from services.runtime.addresses import announced_host
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -281,24 +279,3 @@ class RouterMetrics:
         """Number of workers whose blocks the index knows exactly, or only in part."""
         for state, count in states.items():
             self._index.labels(**self._labels, state=state).set(count)
-
-
-class MetricsServer:
-    """/metrics of a worker, on a thread of its own."""
-
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int) -> None:
-        """Port 0 takes a free one. Raises StartupError if the address is taken."""
-        try:
-            server, thread = start_http_server(port, addr=host, registry=registry)
-        except OSError as error:
-            raise StartupError(
-                f"--metrics-port: cannot listen on {host}:{port}: {error.strerror}"
-            ) from error
-        self._server = server
-        self._thread = thread
-        self.address = f"http://{announced_host(host)}:{server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

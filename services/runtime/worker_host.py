@@ -27,7 +27,8 @@ from services.runtime.addresses import announced_host
 from services.runtime.channel import ControlChannel
 from services.runtime.config import WorkerConfig
 from services.runtime.engine_thread import EngineThread
-from services.runtime.metrics import MetricsServer, WorkerMetrics
+from services.runtime.metrics import WorkerMetrics
+from services.runtime.metrics_server import MetricsServer
 from services.runtime.peers import ChannelEvent, Identity
 from services.runtime.redis_client import open_redis
 from services.runtime.registry import WorkerRegistration

@@ -2,15 +2,13 @@
 
 import re
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 
-from protocol.errors import StartupError
 from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings
-from services.runtime.metrics import MetricsServer, RouterMetrics, WorkerMetrics
+from services.runtime.metrics import RouterMetrics, WorkerMetrics
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 LOAD = WorkerLoad(
@@ -105,18 +103,3 @@ def test_the_page_lists_every_metric_and_no_other() -> None:
             exported.add(f"{family.name}_total" if family.type == "counter" else family.name)
     listed = set(re.findall(r"`((?:vllm|tandem):[a-z0-9_]+)`", PAGE.read_text()))
     assert listed == exported
-
-
-def test_the_server_serves_and_a_taken_port_is_one_sentence() -> None:
-    registry = used_worker_metrics().registry
-    server = MetricsServer(registry, host="127.0.0.1", port=0)
-    try:
-        with urlopen(f"{server.address}/metrics") as answer:
-            assert answer.read() == generate_latest(registry)
-        port = int(server.address.rpartition(":")[2])
-        with pytest.raises(
-            StartupError, match=f"--metrics-port: cannot listen on 127.0.0.1:{port}"
-        ):
-            MetricsServer(registry, host="127.0.0.1", port=port)
-    finally:
-        server.close()
