@@ -38,6 +38,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_quarantined_blocks: int = 0
     prefill_ms_per_token: float | None = None
     decode_ms_per_step: float | None = None
+    decode_ms_per_sequence: float | None = None  # by which one more of them lengthens a step
     transfer_gb_per_s: dict[WorkerId, float] = {}
     draining: bool = False
 

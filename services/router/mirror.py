@@ -71,4 +71,5 @@ class WorkerMirror:
             max_num_seqs=record.max_num_seqs,
             ms_per_token=load.prefill_ms_per_token,
             ms_per_step=load.decode_ms_per_step,
+            ms_per_sequence=load.decode_ms_per_sequence,
         )
