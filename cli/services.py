@@ -42,7 +42,9 @@ def _worker_configs(settings: Settings) -> tuple[EngineConfig, WorkerConfig]:
     _require_redis(worker.redis_url)
     # libgomp reads its environment once, when torch is imported, so this comes before that.
     num_threads = engine.num_threads or usable_cores()
-    os.environ.update(openmp_environment(num_threads=num_threads, environ=os.environ))
+    os.environ.update(
+        openmp_environment(num_threads=num_threads, is_crowded=False, environ=os.environ)
+    )
     return engine, worker
 
 

@@ -66,7 +66,11 @@ def worker_services(
     num_workers = len(worker_ids)
     cores = usable_cores()
     num_threads = engine.num_threads or threads_per_worker(cores, num_workers)
-    threads_environ = openmp_environment(num_threads=num_threads, environ=os.environ)
+    threads_environ = openmp_environment(
+        num_threads=num_threads,
+        is_crowded=num_threads * num_workers > cores,
+        environ=os.environ,
+    )
     gpu_share = engine.gpu_memory_utilization
     if "gpu_memory_utilization" not in settings.explicit:
         gpu_share = gpu_memory_share(gpu_share, num_workers)

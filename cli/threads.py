@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 # libgomp's busy-waiting rounds before a thread sleeps.
-SPIN_ROUNDS = "1000"
+SHORT_SPIN_ROUNDS = "1000"
 
 
 def usable_cores() -> int:
@@ -23,14 +23,18 @@ def threads_per_worker(num_cores: int, num_workers: int) -> int:
     return max(1, -(-2 * num_cores // num_workers))
 
 
-def openmp_environment(*, num_threads: int, environ: Mapping[str, str]) -> dict[str, str]:
+def openmp_environment(
+    *, num_threads: int, is_crowded: bool, environ: Mapping[str, str]
+) -> dict[str, str]:
     """Variables for a worker process; what the operator has set in `environ` stays as it is.
 
-    OpenMP's threads spin between parallel regions, by default for so long that two workers on the
-    same cores starve each other: a decode step of 32 sequences took 150 to 420 ms beside a busy
-    neighbour. Without spinning each of a step's few hundred regions pays for a wake-up: 14 ms a
-    step instead of 8. A short spin bridges the gaps inside a step and gives the core away between
-    steps (7 ms alone, 52 ms beside a neighbour).
+    OpenMP's threads spin between parallel regions. Alone on its cores that is right: a decode step
+    has a few hundred regions, and each would pay for a wake-up. Where workers have more threads
+    than there are cores (`is_crowded`), long spins starve the neighbour: a step of 32 sequences
+    took 150 to 420 ms beside a busy one, and 52 ms with a short spin that bridges the gaps inside
+    a step and gives the core away between steps.
     """
-    wanted = {"OMP_NUM_THREADS": str(num_threads), "GOMP_SPINCOUNT": SPIN_ROUNDS}
+    wanted = {"OMP_NUM_THREADS": str(num_threads)}
+    if is_crowded:
+        wanted["GOMP_SPINCOUNT"] = SHORT_SPIN_ROUNDS
     return {name: value for name, value in wanted.items() if name not in environ}

@@ -11,12 +11,14 @@ def test_cores_are_shared_once_more_than_two_workers_want_them(num_cores, num_wo
     assert threads_per_worker(num_cores, num_workers) == num_threads
 
 
-def test_threads_spin_but_briefly():
-    environ = openmp_environment(num_threads=2, environ={})
-    assert environ["OMP_NUM_THREADS"] == "2"
-    assert 0 < int(environ["GOMP_SPINCOUNT"]) <= 10_000
+def test_threads_spin_briefly_only_where_others_need_the_core():
+    crowded = openmp_environment(num_threads=2, is_crowded=True, environ={})
+    assert crowded["OMP_NUM_THREADS"] == "2"
+    assert 0 < int(crowded["GOMP_SPINCOUNT"]) <= 10_000
+    alone = openmp_environment(num_threads=2, is_crowded=False, environ={})
+    assert alone == {"OMP_NUM_THREADS": "2"}
 
 
 def test_the_operator_has_the_last_word():
     environ = {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"}
-    assert openmp_environment(num_threads=2, environ=environ) == {}
+    assert openmp_environment(num_threads=2, is_crowded=True, environ=environ) == {}
