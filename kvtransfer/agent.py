@@ -12,7 +12,9 @@ A transfer, from both ends:
    is lost.
 
 Who writes when: a block is written only while a receive that this agent posted into it is open;
-on one host by this process itself, over a network perhaps by the network card. `close_ticket`
+on one host by this process itself, over a network perhaps by the network card. In device memory,
+where a peer process does the writing, receives are posted into staging memory and this process
+copies into blocks (kvtransfer/device.py). `close_ticket`
 waits for these receives, so when it has returned while the sender was connected, no write can land
 in the ticket's blocks. After `drop_peer` that holds for all tickets but those it returned.
 The sender's blocks are read until `write` or `cancel` returns; a receiver may go on reading after
@@ -130,8 +132,9 @@ class TransferAgent:
 
         Returns the tickets whose blocks may still be written, because a receive is in flight that
         needs the peer to go on. That never happens where this process reads the peer's memory (one
-        host with UCX's `cma`), so the list is nearly always empty. Blocks of the tickets in it
-        need quarantine until the peer's process is known to be gone; all others are safe at once.
+        host with UCX's `cma`), nor on a device, so the list is nearly always empty. Blocks of the
+        tickets in it need quarantine until the peer's process is known to be gone; all others are
+        safe at once.
         """
         for namespace, connection in self._connections.items():
             if (connection.worker_id, connection.incarnation) == (worker_id, incarnation):
