@@ -22,6 +22,7 @@ from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
 from protocol.records import KVEvent, WorkerLoad
 from protocol.request import PhaseTimings, Request, SequenceOutput
+from services.runtime.idle_check import IdleCheck
 from services.runtime.load_meter import LoadMeter
 
 
@@ -123,6 +124,7 @@ class DecodeLoop:
         self._scheduler = scheduler
         self._publish = publish
         self._meter = LoadMeter()
+        self._idle_check = IdleCheck(engine.pool)
         self._awaiting_room: list[Sequence] = []
         self._reservations: dict[RequestKey, Reservation] = {}
         self._stopping: dict[RequestKey, Reservation] = {}
@@ -177,8 +179,9 @@ class DecodeLoop:
         return True
 
     def idle(self) -> None:
-        self._engine.pool.check_integrity()
+        # First of all the news: a sender may be waiting for its ticket.
         self._flush()
+        self._idle_check.run()
 
     def _sequence(self, request: Request) -> Sequence:
         root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)

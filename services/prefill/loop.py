@@ -20,6 +20,7 @@ from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
 from protocol.records import KVEvent, WorkerLoad
 from protocol.request import PhaseTimings, Request, SequenceOutput
+from services.runtime.idle_check import IdleCheck
 from services.runtime.load_meter import LoadMeter
 
 
@@ -98,6 +99,7 @@ class PrefillLoop:
         self._scheduler = scheduler
         self._publish = publish
         self._meter = LoadMeter()
+        self._idle_check = IdleCheck(engine.pool)
         self._retained: dict[RequestKey, Sequence] = {}
         self._report = TurnReport()
 
@@ -138,8 +140,9 @@ class PrefillLoop:
         return True
 
     def idle(self) -> None:
-        self._engine.pool.check_integrity()
+        # First of all the news: a sender may be waiting for its ticket.
         self._flush()
+        self._idle_check.run()
 
     def _start(self, request: Request) -> None:
         root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)
