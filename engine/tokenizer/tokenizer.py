@@ -11,10 +11,6 @@ from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.pieces import TokenPieces, decoder_rules
 from protocol.errors import InvalidRequestError, StartupError
 
-# Beyond this many characters the batch call is worth its threads: it computes no offsets and
-# lets other Python threads run.
-_BATCH_CHARS = 4096
-
 
 class Tokenizer:
     """Encodes and decodes text; safe to use from several threads.
@@ -56,8 +52,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around a text."""
-        if len(text) < _BATCH_CHARS:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch call computes no offsets and lets other Python threads run.
         encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encodings[0].ids
 

@@ -11,6 +11,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -36,6 +37,7 @@ from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.http_protocol import HttpProtocol
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
 from services.router.openai_api import OpenAIApi
@@ -194,12 +196,13 @@ def make_server(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Server:
     return _HttpServer(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(drain_timeout_s),
         )
@@ -220,6 +223,9 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     service.start()
+    # Modules, vocabulary and routes live for ever: the collector need not walk them again.
+    gc.collect()
+    gc.freeze()
     failing = asyncio.create_task(service.failed.wait())
     failing.add_done_callback(lambda _: stop())
     logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])

@@ -1,6 +1,7 @@
 """The endpoints around generation: models, tokenizer, health, load, metrics."""
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from fastapi import Request, Response
@@ -13,7 +14,15 @@ from services.router.prompts import PromptEncoder
 from services.router.sampling import check_token_ids
 from services.router.served_model import ServedModel
 
-VERSION = "0.1.0"
+
+def _version() -> str:
+    try:
+        return version("tandem")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that was never installed
+
+
+VERSION = _version()
 
 
 class ClusterStatus(Protocol):
