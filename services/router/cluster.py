@@ -18,7 +18,7 @@ from protocol.ids import RequestKey, WorkerId, WorkerRole
 from protocol.records import WorkerLoad
 from protocol.request import Request
 from services.router.candidates import PlacementPolicy, RequestFacts
-from services.router.dispatch import Route
+from services.router.flight import Route
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
 from services.router.mirror import WorkerMirror

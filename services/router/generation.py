@@ -15,7 +15,8 @@ from protocol.ids import RequestKey
 from protocol.request import PhaseTimings, Request, SequenceOutput
 from protocol.sampling import SamplingParams
 from services.router.choice import Choice
-from services.router.dispatch import Dispatcher, Flight
+from services.router.dispatch import Dispatcher
+from services.router.flight import Flight
 from services.router.http_errors import RequestTimeoutError
 from services.router.prompts import Prompt
 

@@ -15,7 +15,7 @@ from protocol.request import Request
 from protocol.sampling import SamplingParams
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import ADMITTED_PER_SLOT, Cluster, PlacementState
-from services.router.dispatch import Route
+from services.router.flight import Route
 from services.router.index import IndexState, PrefixIndex
 from services.router.ledger import NO_WORK, PlacementLedger
 from services.router.served_model import ServedModel

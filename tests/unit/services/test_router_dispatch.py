@@ -21,7 +21,8 @@ from protocol.messages import (
 )
 from protocol.request import Request, SequenceOutput, TokenLogprobs
 from protocol.sampling import SamplingParams
-from services.router.dispatch import Dispatcher, Flight, RetryPolicy, Route
+from services.router.dispatch import Dispatcher
+from services.router.flight import Flight, RetryPolicy, Route
 from services.router.http_errors import RequestRefusedError
 from services.runtime.peers import Peer
 
