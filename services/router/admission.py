@@ -44,6 +44,8 @@ class Admission:
 
         Raises OverloadedError if that takes longer than the policy allows.
         """
+        if self._decided.done():
+            return self._decided.result()
         try:
             async with asyncio.timeout(self._queue.policy.max_wait_s):
                 return await asyncio.shield(self._decided)

@@ -61,7 +61,8 @@ class OpenRequest:
             self.generation.abort()
         self.generation.close()
         self._admission.leave()
-        self._on_end(self.generation)
+        # Behind the answer's last byte, which needn't wait for it.
+        asyncio.get_running_loop().call_soon(self._on_end, self.generation)
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
