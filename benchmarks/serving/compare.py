@@ -69,14 +69,24 @@ def main() -> None:
                     cells.append(cell)
                     _say(_cell_line(cell))
                 figures.append(_figures(spec, server, repeat, arguments.tokenizer))
+            # After each server, so that a later one's failure costs nothing.
+            _write(arguments.output, specs, cells, figures)
+    _say(f"\n{_table(cells, figures)}\n\nWritten to {arguments.output}")
+
+
+def _write(
+    output: Path,
+    specs: Sequence[ServerSpec],
+    cells: Sequence[Cell],
+    figures: Sequence[ServerFigures],
+) -> None:
     content = {
         "machine": machine(),
         "servers": {spec.name: list(spec.argv) for spec in specs},
         "cells": msgspec.to_builtins(cells),
         "figures": msgspec.to_builtins(figures),
     }
-    arguments.output.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
-    _say(f"\n{_table(cells, figures)}\n\nWritten to {arguments.output}")
+    output.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
 
 
 def _parse() -> argparse.Namespace:

