@@ -31,6 +31,9 @@ def configure(socket: zmq.Socket[bytes], timings: ChannelTimings) -> None:
     """Bounded queues, and pings between the two processes' I/O threads."""
     interval_ms = round(timings.heartbeat_interval_s * 1000)
     timeout_ms = round(timings.transport_timeout_s * 1000)
+    # Set before there is any connection: one that closes on its own, ahead of its socket, lingers
+    # as long as the option said then, and the default is for ever.
+    socket.setsockopt(zmq.LINGER, round(timings.goodbye_linger_s * 1000))
     socket.setsockopt(zmq.SNDHWM, timings.send_queue_messages)
     socket.setsockopt(zmq.RCVHWM, timings.send_queue_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
