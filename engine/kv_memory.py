@@ -13,8 +13,8 @@ from protocol.layout import KVLayout
 # A CPU worker shares its machine: by default it takes a quarter of what is available, and no more
 # than some long sequences or many short ones need. Pages cost memory only once they are used.
 _CPU_SHARE = 0.25
-_CPU_LONG_SEQS = 4
-_CPU_TOKENS_PER_SEQ = 128
+_CPU_LONG_SEQS = 3
+_CPU_TOKENS_PER_SEQ = 112
 _GIB = 2**30
 
 

@@ -1,7 +1,6 @@
 """A decode worker's process, put together."""
 
 import asyncio
-import sys
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -12,6 +11,7 @@ from services.decode.loop import Command, DecodeLoop, TurnReport
 from services.decode.transfers import IncomingTransfers
 from services.decode.worker import DecodeWorker
 from services.runtime.config import WorkerConfig
+from services.runtime.engine_loading import load_engine
 from services.runtime.engine_thread import EngineThread
 from services.runtime.log import configure_logging
 from services.runtime.worker_host import WorkerHost
@@ -24,7 +24,7 @@ def run_decode(engine_config: EngineConfig, config: WorkerConfig) -> int:
     Raises StartupError.
     """
     configure_logging(level=config.log_level, log_format=config.log_format)
-    engine = Engine.load(engine_config, progress=sys.stderr.isatty())
+    engine = load_engine(engine_config)
     return asyncio.run(_serve(engine, engine_config, config))
 
 
