@@ -226,6 +226,8 @@ async def _serve(
     # Modules, vocabulary and routes live for ever: the collector need not walk them again.
     gc.collect()
     gc.freeze()
+    # A request makes about as many objects as the default threshold, none of them in cycles.
+    gc.set_threshold(20_000, 50, 100)
     failing = asyncio.create_task(service.failed.wait())
     failing.add_done_callback(lambda _: stop())
     logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])
