@@ -100,4 +100,6 @@ endif
 $(DEV_STAMP): $(SERVE_STAMP)
 	@echo "Installing the tools for tests and checks …"
 	@$(PIP) --group dev
+	@# torch's CUDA builds bring the Triton they want; elsewhere its interpreter tests our kernels.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton
 	@rm -f $(VENV)/.dev-* && touch $@

@@ -33,7 +33,7 @@ enable-nccl-comm-suspend enable-offline-docs enable-per-request-metrics enable-p
 enable-prompt-embeds enable-prompt-tokens-details enable-request-id-headers
 enable-return-routed-experts enable-scale-out enable-server-load-tracking
 enable-shm-tensor-arena enable-sleep-mode enable-ssl-refresh enable-tokenizer-info-endpoint
-enable-tower-connector-lora enable-trace-replay enforce-eager engram-config eplb-config
+enable-tower-connector-lora enable-trace-replay engram-config eplb-config
 exclude-tools-when-tool-choice-none expert-placement-strategy fail-on-environ-validation
 fault-tolerance-config fingerprint-mode fingerprint-value fully-sharded-loras
 gdn-prefill-backend generation-config gpu-memory-utilization grpc grpc-port

@@ -41,6 +41,15 @@ class EngineConfig:
     max_num_batched_tokens: int = setting(
         2048, minimum=1, help="tokens in one step at most; longer prompts run in chunks"
     )
+    max_num_mixed_tokens: int | None = setting(
+        None,
+        minimum=1,
+        help="prompt tokens in a step that also decodes; default: 512 on a CPU, where a step of "
+        "2,048 stops running streams for a second, else what --max-num-batched-tokens leaves",
+    )
+    enforce_eager: bool = setting(
+        False, help="on a GPU, launch decode steps kernel by kernel instead of as CUDA graphs"
+    )
     enable_prefix_caching: bool = setting(True, help="reuse KV blocks of equal prefixes")
     seed: int = setting(0, help="root of the random numbers of requests without a seed")
     num_threads: int | None = setting(

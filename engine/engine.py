@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.decode_graphs import graph_sizes
 from engine.device_blocks import DeviceBlocks
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
@@ -25,6 +26,8 @@ from protocol.block_hash import BlockHash
 from protocol.errors import StartupError
 from protocol.layout import KVLayout
 
+_CPU_MIXED_TOKENS = 512
+
 
 class Engine:
     """Model, KV pool and the books over its blocks. Made by `load`.
@@ -38,8 +41,10 @@ class Engine:
     device_blocks: DeviceBlocks | None
     """For transfers; None on a CPU."""
 
-    def __init__(self, config: EngineConfig, name: str, model: CausalLM) -> None:
-        """Sizes and allocates the pool, and warms the model up."""
+    def __init__(
+        self, config: EngineConfig, name: str, model: CausalLM, *, progress: bool = False
+    ) -> None:
+        """Sizes and allocates the pool, warms the model up, and captures CUDA graphs."""
         self._config = config
         self._model_config = model.config
         layout = _layout(model, config.block_size)
@@ -67,6 +72,8 @@ class Engine:
         self._thread: int | None = None
         self._num_threads = torch.get_num_threads()
         warm_up(self._runner, self.kv_pool)
+        if self.kv_pool.is_cuda and not config.enforce_eager:
+            self._runner.capture_graphs(graph_sizes(config.max_num_seqs), progress=progress)
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool) -> "Engine":
@@ -84,7 +91,7 @@ class Engine:
             load_format=config.load_format,
             progress=progress,
         )
-        return cls(config, model_name(config.model), model)
+        return cls(config, model_name(config.model), model, progress=progress)
 
     @property
     def scheduler_config(self) -> SchedulerConfig:
@@ -92,6 +99,8 @@ class Engine:
         return SchedulerConfig(
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
+            max_num_mixed_tokens=self._config.max_num_mixed_tokens
+            or (None if self.kv_pool.is_cuda else _CPU_MIXED_TOKENS),
             max_model_len=self.model.max_model_len,
             eos_token_ids=frozenset(self.model.eos_token_ids),
         )

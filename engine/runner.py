@@ -1,13 +1,14 @@
 """Runs a step's plan on the device: arrays, forward pass, logits of the rows that sample, tokens.
 
-The step is eager. Whoever captures decode steps into CUDA graphs replaces `_hidden`: everything
-before it is host arithmetic, everything behind it depends on what samples.
+The forward pass of a decode step may be a captured CUDA graph: everything before it is host
+arithmetic, everything behind it depends on what samples.
 """
 
 import torch
 from torch import Tensor
 
 from engine.batch import PersistentBatch, StepArrays
+from engine.decode_graphs import DecodeGraphs
 from engine.models.causal_lm import CausalLM
 from engine.sampler.sampled import SampledToken
 from engine.sampler.sampler import Sampler
@@ -32,6 +33,11 @@ class ModelRunner:
             root_seed=root_seed,
             device=kv_pool.device,
         )
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, sizes: list[int], *, progress: bool) -> None:
+        """From now on decode steps of up to `sizes[-1]` sequences replay CUDA graphs."""
+        self._graphs = DecodeGraphs(self._model, self._kv_pool, sizes, progress=progress)
 
     @property
     def num_rows(self) -> int:
@@ -53,7 +59,9 @@ class ModelRunner:
             if item.sequence.row is None:
                 self._sampler.add(self._batch.add(item.sequence), item.sequence)
         arrays = self._batch.arrays(plan.scheduled)
-        hidden = self._hidden(arrays)
+        hidden = None if self._graphs is None else self._graphs.hidden(arrays)
+        if hidden is None:
+            hidden = self._hidden(arrays)
         if not len(arrays.sample_rows):
             return []
         sampled = self._sampler.sample(

@@ -14,6 +14,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape
     if size % 2:
         raise ValueError(f"gate_up has an odd last dimension: {tuple(gate_up.shape)}")
+    if gate_up.is_cuda and gate_up.is_contiguous():
+        from kernels.gpu import activation as gpu
+
+        return gpu.silu_and_mul(gate_up)
     kernel = native_kernel(Operation.SILU_AND_MUL, gate_up)
     if kernel is None or not gate_up.is_contiguous():
         return silu_and_mul_reference(gate_up)

@@ -63,15 +63,22 @@ def paged_attention(
     if kv_pool.shape[5] != head_dim or num_heads % kv_pool.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
     assert 0 <= layer < kv_pool.shape[1]
+    if q.is_cuda:
+        _check_layout(q, kv_pool)
+        from kernels.gpu.decode_attention import decode_attention
+        from kernels.gpu.prefill_attention import prefill_attention
+
+        attend = decode_attention if batch.max_query_len == 1 else prefill_attention
+        return attend(
+            q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+        )
     kernel = native_kernel(Operation.PAGED_ATTENTION, q)
     if kernel is None or q.dtype is not kv_pool.dtype:
         return paged_attention_reference(
             q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
         )
-    token_stride, head_stride, element_stride = q.stride()
+    _check_layout(q, kv_pool)
     block_stride, layer_stride, *_ = kv_pool.stride()
-    if head_stride != head_dim or element_stride != 1 or not kv_pool.is_contiguous():
-        raise ValueError("attention needs adjacent heads and a contiguous pool")
     out = torch.empty(q.shape, dtype=q.dtype)
     args = PagedAttentionArgs(
         q=q.data_ptr(),
@@ -86,7 +93,7 @@ def paged_attention(
         num_kv_heads=kv_pool.shape[3],
         head_dim=head_dim,
         block_size=kv_pool.shape[4],
-        q_stride=token_stride,
+        q_stride=q.stride(0),
         block_stride=block_stride,
         window=sliding_window or batch.max_kv_len,
         max_kv_len=batch.max_kv_len,
@@ -97,6 +104,11 @@ def paged_attention(
     if not kernel(byref(args)):
         raise MemoryError("no memory for attention's workspace")
     return out
+
+
+def _check_layout(q: Tensor, kv_pool: Tensor) -> None:
+    if q.stride()[1:] != (q.shape[2], 1) or not kv_pool.is_contiguous():
+        raise ValueError("attention needs adjacent heads and a contiguous pool")
 
 
 def paged_attention_reference(

@@ -96,6 +96,11 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     num_tokens, in_features = x.shape
     if in_features != packed.in_features:
         raise ValueError(f"x is {tuple(x.shape)}, expected [num_tokens, {packed.in_features}]")
+    if x.is_cuda and x.dtype is not torch.float32 and x.stride(1) == 1:
+        from kernels.gpu import linear as gpu
+
+        if 0 < num_tokens <= gpu.MAX_TOKENS:
+            return gpu.linear(x, packed.weight, packed.bias)
     kernel = native_kernel(Operation.LINEAR, x)
     if not packed.is_native or kernel is None:
         return linear_reference(x, packed)

@@ -16,8 +16,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     arithmetic is float32 and rounds once, to `x`'s dtype.
     """
     _check(x, weight)
-    kernel = native_kernel(Operation.RMS_NORM, x)
     dim, size = x.dim(), weight.shape[0]
+    if x.is_cuda and dim <= 3 and x.stride(-1) == 1:
+        from kernels.gpu import norm as gpu
+
+        return gpu.rms_norm(x, weight, eps)
+    kernel = native_kernel(Operation.RMS_NORM, x)
     if kernel is None or weight.dtype is not x.dtype or dim > 3 or x.stride(-1) != 1:
         return rms_norm_reference(x, weight, eps)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -46,12 +50,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
+    is_contiguous = x.is_contiguous() and residual.is_contiguous()
+    if x.is_cuda and is_contiguous:
+        from kernels.gpu import norm as gpu
+
+        return gpu.add_rms_norm(x, residual, weight, eps)
     kernel = native_kernel(Operation.ADD_RMS_NORM, x)
-    if (
-        kernel is None
-        or not (x.dtype is residual.dtype is weight.dtype)
-        or not (x.is_contiguous() and residual.is_contiguous())
-    ):
+    has_one_dtype = x.dtype is residual.dtype is weight.dtype
+    if kernel is None or not has_one_dtype or not is_contiguous:
         return add_rms_norm_reference(x, residual, weight, eps)
     size = weight.shape[0]
     args = AddRmsNormArgs(

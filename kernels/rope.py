@@ -35,7 +35,12 @@ def rope_and_store_kv(
         raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
     assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
-    if kernel is None or not (q.dtype is k.dtype is v.dtype is kv_pool.dtype):
+    if q.is_cuda:
+        _check_layout(q, k, v, cos_sin, kv_pool)
+        from kernels.gpu import rope as gpu
+
+        gpu.rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, layer)
+    elif kernel is None or not (q.dtype is k.dtype is v.dtype is kv_pool.dtype):
         rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
     else:
         _rope_and_store_kv_native(kernel, q, k, v, cos_sin, batch, kv_pool, layer)
@@ -54,9 +59,7 @@ def _rope_and_store_kv_native(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     block_stride, layer_stride, *_ = kv_pool.stride()
-    heads_are_adjacent = all(x.stride()[1:] == (head_dim, 1) for x in (q, k, v))
-    if not (heads_are_adjacent and kv_pool.is_contiguous() and cos_sin.is_contiguous()):
-        raise ValueError("rope needs adjacent heads, and a contiguous pool and table")
+    _check_layout(q, k, v, cos_sin, kv_pool)
     args = RopeArgs(
         q=q.data_ptr(),
         k=k.data_ptr(),
@@ -79,6 +82,12 @@ def _rope_and_store_kv_native(
         num_threads=torch.get_num_threads(),
     )
     kernel(byref(args))
+
+
+def _check_layout(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor) -> None:
+    heads_are_adjacent = all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k, v))
+    if not (heads_are_adjacent and kv_pool.is_contiguous() and cos_sin.is_contiguous()):
+        raise ValueError("rope needs adjacent heads, and a contiguous pool and table")
 
 
 def rope_and_store_kv_reference(

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """`max_model_len` bounds prompt and output together, in tokens. `short_prompts_pass` lets
-    short prompts share a step with a long one before them (policy: prompts.py)."""
+    """`max_model_len` bounds prompt and output together, in tokens. `max_num_mixed_tokens` bounds
+    the prompt tokens of a step that also decodes, None for no bound of their own.
+    `short_prompts_pass` lets short prompts share a step with a long one before them (policy:
+    prompts.py)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    max_num_mixed_tokens: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
     short_prompts_pass: bool = True
 

@@ -53,6 +53,7 @@ class DecodeScheduler:
     def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
         self._pool = pool
         self._budget = config.max_num_batched_tokens
+        self._mixed_budget = config.max_num_mixed_tokens or self._budget
         # Each running sequence takes at least a token of every step.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_ahead = max(1, int(self._max_num_seqs * RESERVE_AHEAD))
@@ -172,8 +173,11 @@ class DecodeScheduler:
         self._join_arrived()
         scheduled = self._schedule_decoding(preempted)
         num_free_places = self._max_num_seqs - self.num_running
+        num_prompt_tokens = self._budget - len(scheduled)
+        if scheduled:
+            num_prompt_tokens = min(num_prompt_tokens, self._mixed_budget)
         scheduled += self._prompts.plan(
-            self._budget - len(scheduled),
+            num_prompt_tokens,
             max_admissions=0 if preempted or self._arrived else num_free_places,
             num_spare_blocks=self._num_spare_blocks,
             # An idle engine gains nothing by keeping a place for a transfer without room.

@@ -31,6 +31,7 @@ NUM_BLOCKS = 10
 MAX_MODEL_LEN = 18
 MAX_NUM_SEQS = 4
 MAX_BATCHED_TOKENS = 6
+MAX_MIXED_TOKENS = 3
 EOS = 3
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=15)
@@ -77,6 +78,7 @@ class DecodeMachine(RuleBasedStateMachine):
             SchedulerConfig(
                 max_num_seqs=MAX_NUM_SEQS,
                 max_num_batched_tokens=MAX_BATCHED_TOKENS,
+                max_num_mixed_tokens=MAX_MIXED_TOKENS,
                 max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=frozenset({EOS}),
             ),

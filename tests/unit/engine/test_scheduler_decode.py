@@ -24,11 +24,15 @@ def make_scheduler(
     *,
     max_num_seqs: int = 8,
     budget: int = 64,
+    mixed_budget: int | None = None,
     enable_prefix_caching: bool = False,
 ) -> tuple[DecodeScheduler, BlockPool]:
     pool = BlockPool(num_blocks, BLOCK_SIZE, enable_prefix_caching=enable_prefix_caching)
     config = SchedulerConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=1000
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_num_mixed_tokens=mixed_budget,
+        max_model_len=1000,
     )
     return DecodeScheduler(pool, config), pool
 
@@ -90,6 +94,17 @@ def test_running_sequences_come_before_prompt_chunks() -> None:
     assert step(scheduler) == {"a": 1, "b": 8}
     assert step(scheduler) == {"a": 1, "b": 8}
     assert step(scheduler) == {"b": 1, "a": 1}
+
+
+def test_prompt_chunks_are_smaller_beside_running_sequences() -> None:
+    scheduler, _ = make_scheduler(budget=8, mixed_budget=4)
+    scheduler.add(make_sequence("a", [1] * 12))
+    assert step(scheduler) == {"a": 8}
+    assert step(scheduler) == {"a": 4}
+    scheduler.add(make_sequence("b", [2] * 6))
+    assert step(scheduler) == {"a": 1, "b": 4}
+    assert step(scheduler) == {"a": 1, "b": 2}
+    assert step(scheduler) == {"a": 1, "b": 1}
 
 
 def test_a_sequence_grows_by_a_block_when_its_last_is_full() -> None:

@@ -4,110 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import MIXED, check, make_batch, make_pool
 
 from kernels.attention import AttentionBatch, paged_attention, paged_attention_reference
 from kernels.native.library import Operation, native_kernel
 
 IMPLEMENTATIONS = [paged_attention, paged_attention_reference]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-def make_batch(lengths: list[tuple[int, int]], block_size: int) -> AttentionBatch:
-    """`lengths` are (num_queries, kv_len); blocks are dealt out in a shuffled order from 1 on."""
-    generator = torch.Generator().manual_seed(len(lengths))
-    num_blocks = [-(-kv_len // block_size) for _, kv_len in lengths]
-    order = torch.randperm(sum(num_blocks), generator=generator) + 1
-    tables = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int32)
-    slots: list[Tensor] = []
-    positions: list[Tensor] = []
-    starts = [0]
-    taken = 0
-    for i, (num_queries, kv_len) in enumerate(lengths):
-        tables[i, : num_blocks[i]] = order[taken : taken + num_blocks[i]]
-        taken += num_blocks[i]
-        position = torch.arange(kv_len - num_queries, kv_len)
-        slots.append(tables[i][position // block_size].long() * block_size + position % block_size)
-        positions.append(position)
-        starts.append(starts[-1] + num_queries)
-    return AttentionBatch(
-        query_starts=torch.tensor(starts, dtype=torch.int32),
-        kv_lens=torch.tensor([kv_len for _, kv_len in lengths], dtype=torch.int32),
-        block_tables=tables,
-        slots=torch.cat(slots),
-        positions=torch.cat(positions),
-        max_query_len=max(n for n, _ in lengths),
-        max_kv_len=max(n for _, n in lengths),
-        num_seqs=len(lengths),
-    )
-
-
-def make_pool(batch: AttentionBatch, heads: int, block_size: int, head_dim: int) -> Tensor:
-    """A pool of two layers, NaN wherever no token of the batch lives."""
-    num_blocks = int(batch.block_tables.max()) + 1
-    pool = torch.full((num_blocks, 2, 2, heads, block_size, head_dim), float("nan"))
-    for table, kv_len in zip(batch.block_tables.tolist(), batch.kv_lens.tolist(), strict=True):
-        for position in range(kv_len):
-            block, offset = table[position // block_size], position % block_size
-            pool[block, :, :, :, offset] = torch.randn(2, 2, heads, head_dim)
-    return pool
-
-
-def attend_naively(
-    q: Tensor,
-    pool: Tensor,
-    layer: int,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    out = torch.empty(q.shape, dtype=torch.float64)
-    group = q.shape[1] // pool.shape[3]
-    for i in range(batch.num_seqs):
-        first, last = batch.query_starts[i : i + 2].tolist()
-        kv_len = int(batch.kv_lens[i])
-        kv = pool[batch.block_tables[i].long(), layer].double()
-        kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, heads, kv, head_dim]
-        for row in range(first, last):
-            end = kv_len - (last - row) + 1
-            begin = max(0, end - sliding_window) if sliding_window else 0
-            k, v = kv[:, :, begin:end].repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,hkd->hk", q[row].double(), k) * scale
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            out[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), v)
-    return out
-
-
-def check(
-    implementation,
-    lengths: list[tuple[int, int]],
-    *,
-    heads: tuple[int, int] = (4, 2),
-    block_size: int = 16,
-    head_dim: int = 64,
-    dtype: torch.dtype = torch.float32,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> None:
-    torch.manual_seed(0)
-    batch = make_batch(lengths, block_size)
-    pool = make_pool(batch, heads[1], block_size, head_dim).to(dtype)
-    # As a model has it: a view of a fused qkv tensor.
-    fused = torch.randn(len(batch.slots), heads[0] + 2, head_dim).to(dtype)
-    q = fused[:, : heads[0]]
-    options = {"scale": head_dim**-0.5, "sliding_window": sliding_window, "softcap": softcap}
-    expected = attend_naively(q, pool, 1, batch, **options)
-    actual = implementation(q, pool, 1, batch, **options)
-    assert actual.dtype is dtype
-    assert actual.is_contiguous()
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
-
-
-MIXED = [(1, 1), (1, 40), (7, 7), (1, 33), (1, 16), (20, 50), (1, 17), (64, 129)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,205 @@
+"""Times engine steps of a model with random weights on a GPU, beside the card's own ceilings.
+
+    python -m benchmarks.gpu.engine [--layers 32] [--out benchmarks/results/gpu-engine.json]
+
+The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
+which share of that the limit that binds it would need: the matrix units for prefill, reading
+weights and KV for decode. Ceilings are measured first, in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import subprocess
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.models.config import read_model_config
+from engine.models.registry import build_model
+from engine.sequence import Sequence
+from engine.step_loop import StepLoop
+from engine.weights.source import DummyWeights
+from protocol.ids import RequestKey
+from protocol.request import Request
+from protocol.sampling import SamplingParams
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 33792,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+PREFILL = ((64, 2048), (8, 8192), (1, 32768))
+DECODE = ((1, 1040), (16, 1040), (64, 1040), (256, 1040), (16, 32640))
+NUM_DECODE_STEPS = 64
+BATCHED_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the card does at best: TFLOP/s of a large bf16 product, GB/s read."""
+
+    matmul_tflops: float
+    read_gb_per_s: float
+
+
+def measure_ceilings() -> Ceilings:
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    matmul_s = time_call(lambda: a @ a)
+    memory = torch.zeros(1 << 30, device="cuda", dtype=torch.float32)
+    read_s = time_call(lambda: memory.sum())
+    return Ceilings(2 * 8192**3 / matmul_s / 1e12, memory.nbytes / read_s / 1e9)
+
+
+def time_call(call: Any, repeats: int = 20) -> float:  # noqa: ANN401
+    """Seconds of the fastest of some calls, by the device's clock."""
+    call()
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+def add_requests(loop: StepLoop, num_seqs: int, prompt_len: int, num_outputs: int) -> None:
+    rng = random.Random(num_seqs)
+    for i in range(num_seqs):
+        request = Request(
+            key=RequestKey(str(i), 0),
+            token_ids=[rng.randrange(1000, 100_000) for _ in range(prompt_len)],
+            num_prompt_tokens=prompt_len,
+            sampling=SamplingParams(temperature=0.0, max_tokens=num_outputs, ignore_eos=True),
+        )
+        loop.add(Sequence(request=request, root=loop.engine.root_hash(None), arrival_s=float(i)))
+
+
+def run(loop: StepLoop) -> list[tuple[int, float]]:
+    """(sequences that sampled, seconds) of each step until nothing is left."""
+    steps: list[tuple[int, float]] = []
+    while loop.has_work:
+        started = time.perf_counter()
+        num_sampled = sum(1 for _ in loop.step())
+        steps.append((num_sampled, time.perf_counter() - started))
+    return steps
+
+
+class Bench:
+    """One engine, and what its model's steps need at least."""
+
+    def __init__(self, model_dir: Path, num_layers: int, ceilings: Ceilings) -> None:
+        shape = LLAMA_8B | {"num_hidden_layers": num_layers}
+        (model_dir / "config.json").write_text(json.dumps(shape))
+        config = EngineConfig(
+            model=str(model_dir),
+            max_num_batched_tokens=BATCHED_TOKENS,
+            enable_prefix_caching=False,
+        )
+        started = time.perf_counter()
+        model = build_model(
+            read_model_config(model_dir),
+            DummyWeights(dtype=torch.bfloat16, device=torch.device("cuda")),
+        )
+        self.engine = Engine(config, "dummy", model, progress=True)
+        self.start_s = time.perf_counter() - started
+        self._ceilings = ceilings
+        hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
+        kv_size = shape["num_key_value_heads"] * shape["head_dim"]
+        self._layer_weights = num_layers * hidden * (2 * hidden + 2 * kv_size + 3 * mlp)
+        self._head_weights = shape["vocab_size"] * hidden
+        self._attention_flops = 4 * hidden * num_layers
+
+    def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
+        """Prompts of one length until each has its first token."""
+        loop = StepLoop(self.engine)
+        add_requests(loop, num_seqs, prompt_len, 1)
+        total_s = sum(seconds for _, seconds in run(loop))
+        flops = 2 * self._layer_weights * prompt_len + self._attention_flops * prompt_len**2 / 2
+        flops = num_seqs * (flops + 2 * self._head_weights)
+        floor_s = flops / self._ceilings.matmul_tflops / 1e12
+        return {
+            "num_seqs": num_seqs,
+            "prompt_len": prompt_len,
+            "tokens_per_s": num_seqs * prompt_len / total_s,
+            "share_of_limit": floor_s / total_s,
+        }
+
+    def decode(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
+        """The median step with all sequences running."""
+        loop = StepLoop(self.engine)
+        num_outputs = NUM_DECODE_STEPS + num_seqs
+        add_requests(loop, num_seqs, prompt_len, num_outputs)
+        steps = [seconds for sampled, seconds in run(loop) if sampled == num_seqs]
+        # The first ones of the full batch are prefill's last.
+        decode_s = median(steps[2 : NUM_DECODE_STEPS + 2])
+        context = prompt_len + num_outputs / 2
+        kv_bytes = self.engine.model.layout.token_bytes * context * num_seqs
+        floor_s = (2 * (self._layer_weights + self._head_weights) + kv_bytes) / (
+            1e9 * self._ceilings.read_gb_per_s
+        )
+        return {
+            "num_seqs": num_seqs,
+            "context": context,
+            "step_ms": 1e3 * decode_s,
+            "share_of_limit": floor_s / decode_s,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    ceilings = measure_ceilings()
+    print(ceilings)
+    with TemporaryDirectory() as model_dir:
+        bench = Bench(Path(model_dir), args.layers, ceilings)
+    print(f"start {bench.start_s:.1f} s")
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "card": torch.cuda.get_device_name(),
+        "layers": args.layers,
+        "ceilings": dataclasses.asdict(ceilings),
+        "start_s": bench.start_s,
+        "prefill": [],
+        "decode": [],
+    }
+    bench.prefill(8, 2048)
+    for num_seqs, prompt_len in PREFILL:
+        results["prefill"].append(bench.prefill(num_seqs, prompt_len))
+        print(results["prefill"][-1], flush=True)
+    for num_seqs, prompt_len in DECODE:
+        results["decode"].append(bench.decode(num_seqs, prompt_len))
+        print(results["decode"][-1], flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""RoPE of q in place, and of k on its way into the paged pool, with v beside it."""
+
+# A launch takes compile options beside the kernel's arguments.
+# pyright: reportCallIssue=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import AttentionBatch
+from kernels.gpu.sizes import ceil_div, next_power_of_2
+
+_HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _rotate(source, target, cos, sin, heads, head_stride, target_stride, half, columns, mask):
+    """Writes the rotated first 2 * half elements of each head of `source` to `target`."""
+    first_at = heads[:, None] * head_stride + columns[None, :]
+    first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
+    at = heads[:, None] * target_stride + columns[None, :]
+    tl.store(target + at, first * cos - second * sin, mask=mask)
+    tl.store(target + at + half, second * cos + first * sin, mask=mask)
+
+
+@triton.jit
+def _copy_heads(source, target, heads, head_stride, target_stride, columns, mask):
+    values = tl.load(source + heads[:, None] * head_stride + columns[None, :], mask=mask)
+    tl.store(target + heads[:, None] * target_stride + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def _rope_and_store_kv_kernel(
+    q,
+    k,
+    v,
+    pool,
+    cos_sin,
+    positions,
+    slots,
+    num_heads,
+    num_kv_heads,
+    q_stride,
+    k_stride,
+    v_stride,
+    block_stride,
+    kv_stride,
+    head_dim,
+    half,
+    block_size,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    position = tl.load(positions + token)
+    columns = tl.arange(0, HALF)
+    in_half = columns < half
+    cos = tl.load(cos_sin + position * 2 * half + columns, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(cos_sin + position * 2 * half + half + columns, mask=in_half, other=0.0)[None, :]
+    num_q_groups = tl.cdiv(num_heads, HEADS)
+    if group < num_q_groups:
+        heads = group * HEADS + tl.arange(0, HEADS)
+        mask = (heads < num_heads)[:, None] & in_half[None, :]
+        row = q + token * q_stride
+        _rotate(row, row, cos, sin, heads, head_dim, head_dim, half, columns, mask)
+    else:
+        slot = tl.load(slots + token)
+        # A padded row of a captured graph has no slot.
+        if slot >= 0:
+            heads = (group - num_q_groups) * HEADS + tl.arange(0, HEADS)
+            is_head = (heads < num_kv_heads)[:, None]
+            mask = is_head & in_half[None, :]
+            target = pool + (slot // block_size) * block_stride + (slot % block_size) * head_dim
+            stride = block_size * head_dim
+            row = k + token * k_stride
+            _rotate(row, target, cos, sin, heads, head_dim, stride, half, columns, mask)
+            whole = tl.arange(0, DIM)
+            is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
+            _copy_heads(row, target, heads, head_dim, stride, whole, is_rest)
+            is_value = is_head & (whole < head_dim)[None, :]
+            row = v + token * v_stride
+            _copy_heads(row, target + kv_stride, heads, head_dim, stride, whole, is_value)
+
+
+def rope_and_store_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: AttentionBatch,
+    kv_pool: Tensor,
+    layer: int,
+) -> None:
+    """`kernels.rope.rope_and_store_kv`; heads of a token lie side by side. Slots below 0 store
+    nothing."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = kv_pool.shape[3:5]
+    half = cos_sin.shape[1] // 2
+    num_groups = ceil_div(num_heads, _HEADS_PER_PROGRAM)
+    num_groups += ceil_div(num_kv_heads, _HEADS_PER_PROGRAM)
+    if not num_tokens:
+        return
+    _rope_and_store_kv_kernel[(num_tokens, num_groups)](
+        q,
+        k,
+        v,
+        kv_pool.select(1, layer),
+        cos_sin,
+        batch.positions,
+        batch.slots,
+        num_heads,
+        num_kv_heads,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        kv_pool.stride(0),
+        kv_pool.stride(2),
+        head_dim,
+        half,
+        block_size,
+        HEADS=_HEADS_PER_PROGRAM,
+        HALF=next_power_of_2(half),
+        DIM=next_power_of_2(head_dim),
+        num_warps=4,
+    )

@@ -1,0 +1,167 @@
+"""Triton's kernels against the references: compiled on a GPU, in the interpreter elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import MIXED, check, make_batch, make_pool
+from torch import Tensor
+
+from kernels.activation import silu_and_mul_reference
+from kernels.attention import AttentionBatch
+from kernels.norm import add_rms_norm_reference, rms_norm_reference
+from kernels.rope import rope_and_store_kv_reference
+
+pytest.importorskip("triton")
+from kernels.gpu import activation, linear, norm, rope
+from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter multiplies bfloat16's bits as integers.
+DOT_DTYPES = DTYPES if DEVICE == "cuda" else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+DECODE = [(1, 1), (1, 40), (1, 33), (1, 16), (1, 129), (1, 64)]
+
+
+def moved(batch: AttentionBatch) -> AttentionBatch:
+    """The batch with its tensors on the device."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: x.to(DEVICE) for name, x in tensors.items() if isinstance(x, Tensor)}
+    return replace(batch, **tensors)
+
+
+def on_device(attend: Callable[..., Tensor], **extra: Any) -> Callable[..., Tensor]:
+    def run(q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options: Any) -> Tensor:
+        out = attend(q.to(DEVICE), pool.to(DEVICE), layer, moved(batch), **options, **extra)
+        return out.cpu()
+
+    return run
+
+
+SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
+KERNELS = [
+    pytest.param(on_device(decode_attention), DECODE, id="decode"),
+    pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
+    pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
+]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("attend", "lengths"), KERNELS)
+class TestAttention:
+    @pytest.mark.parametrize("dtype", DOT_DTYPES)
+    def test_dtypes(self, attend, lengths, dtype):
+        check(attend, lengths, dtype=dtype)
+
+    @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (8, 1), (14, 2)])
+    def test_head_groups(self, attend, lengths, heads):
+        check(attend, lengths, heads=heads)
+
+    @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+    def test_head_dims(self, attend, lengths, head_dim):
+        check(attend, lengths, head_dim=head_dim)
+
+    @pytest.mark.parametrize("block_size", [1, 5, 128])
+    def test_block_sizes(self, attend, lengths, block_size):
+        check(attend, lengths, block_size=block_size)
+
+    @pytest.mark.parametrize("sliding_window", [1, 5, 64, 1000])
+    def test_sliding_windows(self, attend, lengths, sliding_window):
+        check(attend, lengths, sliding_window=sliding_window)
+
+    def test_softcap(self, attend, lengths):
+        check(attend, lengths, softcap=2.0)
+
+    def test_a_long_context(self, attend, lengths):
+        check(attend, [(1, 700), lengths[0]], heads=(2, 1))
+
+
+def test_padded_decode_rows_get_zeros_and_store_nothing() -> None:
+    batch = make_batch([(1, 20), (1, 5)], 16)
+    pool = make_pool(batch, 2, 16, 64).to(DEVICE)
+    padded = replace(
+        moved(batch),
+        kv_lens=torch.tensor([20, 0], dtype=torch.int32, device=DEVICE),
+        slots=torch.tensor([int(batch.slots[0]), -1], device=DEVICE),
+    )
+    q, k, v = (torch.randn(2, heads, 64, device=DEVICE) for heads in (4, 2, 2))
+    before = pool.clone()
+    rope.rope_and_store_kv(q, k, v, torch.ones(64, 64, device=DEVICE), padded, pool, 0)
+    block, offset = divmod(int(batch.slots[0]), 16)
+    assert torch.equal(pool[block, 0, 1, :, offset], v[0])
+    pool[block, 0, :, :, offset] = before[block, 0, :, :, offset]
+    assert torch.equal(pool.nan_to_num(7.0), before.nan_to_num(7.0))
+    options = {"scale": 0.125, "sliding_window": None, "softcap": None}
+    out = decode_attention(q, pool, 0, padded, **options)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert out[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [64, 40])
+def test_rope_and_store_kv(dtype: torch.dtype, rotary_dim: int) -> None:
+    torch.manual_seed(0)
+    batch = make_batch([(3, 20), (1, 5), (17, 17)], 8)
+    heads, kv_heads, head_dim = 9, 3, 64
+    qkv = torch.randn(len(batch.slots), heads + 2 * kv_heads, head_dim).to(dtype)
+    cos_sin = torch.randn(64, rotary_dim)
+    pool = torch.zeros(int(batch.block_tables.max()) + 1, 2, 2, kv_heads, 8, head_dim, dtype=dtype)
+    actual_qkv, actual_pool = qkv.to(DEVICE, copy=True), pool.to(DEVICE, copy=True)
+    sizes = [heads, kv_heads, kv_heads]
+    rope_and_store_kv_reference(*qkv.split(sizes, 1), cos_sin, batch, pool, 1)
+    split = actual_qkv.split(sizes, 1)
+    rope.rope_and_store_kv(*split, cos_sin.to(DEVICE), moved(batch), actual_pool, 1)
+    close(actual_qkv, qkv)
+    close(actual_pool, pool)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 576, 4096])
+def test_norms(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 5, size).to(dtype)
+    weight = torch.randn(size).to(dtype)
+    device_weight = weight.to(DEVICE)
+    close(norm.rms_norm(x.to(DEVICE), device_weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+    heads = torch.randn(5, 4, size).to(dtype)[:, 1:3]
+    expected = rms_norm_reference(heads, weight, 1e-5)
+    close(norm.rms_norm(heads.to(DEVICE), device_weight, 1e-5), expected)
+    copies = x.to(DEVICE, copy=True), residual.to(DEVICE, copy=True)
+    actual = norm.add_rms_norm(*copies, device_weight, 1e-5)
+    for found, wanted in zip(
+        actual, add_rms_norm_reference(x, residual, weight, 1e-5), strict=True
+    ):
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [10, 1536])
+def test_silu_and_mul(dtype: torch.dtype, size: int) -> None:
+    gate_up = torch.randn(3, 2 * size).to(dtype)
+    close(activation.silu_and_mul(gate_up.to(DEVICE)), silu_and_mul_reference(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 33, 64])
+@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 576), (200, 1100)])
+def test_linear(
+    dtype: torch.dtype, num_tokens: int, splits: int | None, out_features: int, in_features: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, in_features).to(dtype)
+    weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
+    bias = torch.randn(out_features).to(dtype)
+    expected = (x.double() @ weight.double().T + bias.double()).to(dtype)
+    tile = None if splits is None else linear.LinearTile(splits=splits)
+    for _ in range(2):  # the second finds the counters as the first left them
+        actual = linear.linear(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), tile=tile)
+        close(actual, expected)
