@@ -99,7 +99,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     if x.is_cuda and x.dtype is not torch.float32 and x.stride(1) == 1:
         from kernels.gpu import linear as gpu
 
-        if 0 < num_tokens <= gpu.MAX_TOKENS:
+        if num_tokens and gpu.is_fastest(num_tokens, packed.out_features, in_features):
             return gpu.linear(x, packed.weight, packed.bias)
     kernel = native_kernel(Operation.LINEAR, x)
     if not packed.is_native or kernel is None:

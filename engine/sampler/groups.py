@@ -61,7 +61,7 @@ class LogprobRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowGroups:
-    """A step's rows by need; None where no row needs it. All None: greedy, and nothing else."""
+    """A step's rows by need; None where no row needs it."""
 
     random: RandomRows | None
     greedy: Tensor | None  # places of the rows without temperature, where there are both kinds
@@ -69,6 +69,12 @@ class RowGroups:
     biased: BiasEntries | None
     stops: StopEntries | None
     logprobs: LogprobRows | None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Every row takes the largest logit as it comes, and nothing else is wanted."""
+        needs = (self.random, self.penalized, self.biased, self.stops, self.logprobs)
+        return all(need is None for need in needs)
 
 
 def group_rows(table: SamplingTable, rows: NDArray[np.int64], device: torch.device) -> RowGroups:

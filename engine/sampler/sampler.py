@@ -82,6 +82,8 @@ class Sampler:
         `positions[i]` is the index among row i's output tokens of the one to sample.
         """
         groups = self._groups_of(rows)
+        if groups.is_plain_greedy and logits.is_cuda:
+            return SampledRows(logits.argmax(-1).tolist(), None)
         scores = self._load(logits)
         wanted = groups.logprobs
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]

@@ -16,6 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
 from kernels.gpu.sizes import next_power_of_2
 
 # The least side of a matrix instruction; smaller groups are padded to it.
@@ -66,7 +71,10 @@ def _decode_kernel(
     TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     # Splits of one sequence and head are neighbours: they end together.
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -142,7 +150,10 @@ def _merge_kernel(
     DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, SPLITS)
     columns = tl.arange(0, DIM)
@@ -225,6 +236,7 @@ def decode_attention(
         HAS_SOFTCAP=softcap is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(q.device),
     )
     if splits > 1:
         _merge_kernel[(num_seqs * num_heads,)](
@@ -236,5 +248,6 @@ def decode_attention(
             NUM_SPLITS=splits,
             SPLITS=next_power_of_2(splits),
             num_warps=4,
+            **launch_options(q.device),
         )
     return out

@@ -15,11 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    prefetch_to_l2,
+    wait_for_predecessor,
+)
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 MAX_TOKENS = 64
 _MIN_TOKENS = 16
-_MAX_SPLITS = 8
+_FEW_TOKENS = 32
+_MANY_ROWS = 16384
+_LONG_ROWS = 8192
+LINE = tl.constexpr(64)  # elements of 16 bits
+PREFETCHED_TILES = tl.constexpr(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +40,10 @@ class LinearTile:
     inner: int = 128
     splits: int = 1
     num_warps: int = 4
-    num_stages: int = 5
+    num_stages: int = 6
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x,
     weight,
@@ -51,6 +61,7 @@ def _linear_kernel(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row_tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -65,6 +76,14 @@ def _linear_kernel(
     last = tl.minimum(first + tiles_per_split, num_tiles)
     # Rows past the end are read again from the last one, and not stored.
     weight_rows = weight + tl.minimum(rows, out_features - 1).to(tl.int64)[:, None] * in_features
+    if PDL and IS_EVEN:
+        # Nobody writes weights: their first tiles are on the way while the predecessor ends.
+        lines = first * INNER + tl.arange(0, INNER // LINE) * LINE
+        for ahead in tl.static_range(PREFETCHED_TILES):
+            at = tl.minimum(lines + ahead * INNER, in_features - LINE)
+            prefetch_to_l2(weight_rows + at[None, :])
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     for tile in range(first, last):
         columns = tile * INNER + inner
@@ -84,11 +103,11 @@ def _linear_kernel(
                 other=0.0,
             )
         sums = tl.dot(w, values, sums, input_precision="ieee")
-    at = tokens[None, :] * out_features + rows[:, None]
+    out_at = tokens[None, :] * out_features + rows[:, None]
     mask = is_row[:, None] & is_token[None, :]
     if SPLITS > 1:
         size = num_tokens * out_features
-        tl.store(partial + split * size + at, sums, mask=mask)
+        tl.store(partial + split * size + out_at, sums, mask=mask)
         # Every thread's partial sums are written before the one that counts says so.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + row_tile, 1, sem="acq_rel")
@@ -97,11 +116,13 @@ def _linear_kernel(
         tl.debug_barrier()
         sums = tl.zeros([ROWS, TOKENS], tl.float32)
         for other in range(SPLITS):
-            sums += tl.load(partial + other * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+            sums += tl.load(
+                partial + other * size + out_at, mask=mask, other=0.0, cache_modifier=".cg"
+            )
         tl.store(arrivals + row_tile, 0)
     if HAS_BIAS:
         sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + at, sums, mask=mask)
+    tl.store(out + out_at, sums, mask=mask)
 
 
 def linear(
@@ -109,6 +130,7 @@ def linear(
 ) -> Tensor:
     """`x @ weight.T + bias` for at most `MAX_TOKENS` rows of `x`, contiguous in the last dimension.
 
+    All are of one type of 16 bits.
     `weight` is [out_features, in_features], contiguous. `tile` is for benchmarks.
     """
     num_tokens, in_features = x.shape
@@ -140,17 +162,28 @@ def linear(
         IS_EVEN=in_features % tile.inner == 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(x.device),
     )
     return out
 
 
+def is_fastest(num_tokens: int, out_features: int, in_features: int) -> bool:
+    """Whether this beats the library on an H100 (benchmarks/gpu/kernels.py)."""
+    if num_tokens <= _FEW_TOKENS:
+        return True
+    return num_tokens <= MAX_TOKENS and (out_features >= _MANY_ROWS or in_features >= _LONG_ROWS)
+
+
 def tile_for(num_tokens: int, out_features: int, in_features: int) -> LinearTile:
     """What measured fastest on an H100 for shapes like this (benchmarks/gpu/kernels.py)."""
-    num_row_tiles = ceil_div(out_features, 64)
-    splits = 1
-    while splits < _MAX_SPLITS and num_row_tiles * splits < 256 and in_features >= 1024 * splits:
-        splits *= 2
-    return LinearTile(splits=splits, num_stages=5 if num_tokens <= 32 else 4)
+    is_few = num_tokens <= _FEW_TOKENS
+    if out_features >= _MANY_ROWS and not is_few:
+        return LinearTile(rows=128, num_stages=4)
+    if in_features >= _LONG_ROWS:
+        return LinearTile(splits=2)
+    if out_features <= in_features and is_few:
+        return LinearTile(inner=256, num_stages=4)
+    return LinearTile()
 
 
 _counters: dict[torch.device, Tensor] = {}

@@ -8,6 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
 from kernels.gpu.sizes import next_power_of_2
 
 
@@ -22,7 +27,10 @@ def _rms_norm_kernel(
     size,
     eps,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < size
@@ -34,7 +42,9 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _add_rms_norm_kernel(x, residual, weight, size, eps, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(x, residual, weight, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < size
@@ -68,6 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             eps,
             BLOCK=block,
             num_warps=_num_warps(block),
+            **launch_options(x.device),
         )
     return out
 
@@ -78,7 +89,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     block = next_power_of_2(size)
     if x.numel():
         _add_rms_norm_kernel[(x.numel() // size,)](
-            x, residual, weight, size, eps, BLOCK=block, num_warps=_num_warps(block)
+            x,
+            residual,
+            weight,
+            size,
+            eps,
+            BLOCK=block,
+            num_warps=_num_warps(block),
+            **launch_options(x.device),
         )
     return x, residual
 

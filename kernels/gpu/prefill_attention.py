@@ -16,9 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
 from kernels.gpu.sizes import next_power_of_2
 
-# Keeps the largest accumulator in registers.
 _MIN_ROWS = 16
 
 
@@ -37,7 +41,7 @@ def _tile(head_dim: int, element_bytes: int) -> PrefillTile:
         return PrefillTile(rows=32, tokens=32, num_warps=4, num_stages=1)
     if head_dim > 128:
         return PrefillTile(rows=64, tokens=64, num_warps=8, num_stages=2)
-    return PrefillTile(rows=128, tokens=64, num_warps=8, num_stages=3)
+    return PrefillTile(rows=128, tokens=64, num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -124,7 +128,7 @@ def _attend_tiles(
     return highest, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_kernel(
     q,
     pool,
@@ -150,10 +154,14 @@ def _prefill_kernel(
     TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     # Late tiles see the longest contexts: they start first, short ones fill the gaps at the end.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    kv_head = tl.program_id(0)
+    # Tiles of one head run side by side, so that its keys and values are read once into the L2.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
     seq = _sequence_of(query_starts, tile, num_seqs, QUERIES)
     seq_start = tl.load(query_starts + seq)
     num_queries = tl.load(query_starts + seq + 1) - seq_start
@@ -224,7 +232,7 @@ def prefill_attention(
     queries = rows // group
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     num_tiles = num_tokens // queries + batch.num_seqs
-    _prefill_kernel[(num_kv_heads, num_tiles)](
+    _prefill_kernel[(num_tiles, num_kv_heads)](
         q,
         kv_pool.select(1, layer),
         out,
@@ -251,5 +259,6 @@ def prefill_attention(
         HAS_SOFTCAP=softcap is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(q.device),
     )
     return out

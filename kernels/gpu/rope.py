@@ -8,6 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 _HEADS_PER_PROGRAM = 8
@@ -52,7 +57,10 @@ def _rope_and_store_kv_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     position = tl.load(positions + token)
@@ -125,4 +133,5 @@ def rope_and_store_kv(
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         num_warps=4,
+        **launch_options(q.device),
     )

@@ -149,7 +149,7 @@ def test_silu_and_mul(dtype: torch.dtype, size: int) -> None:
     close(activation.silu_and_mul(gate_up.to(DEVICE)), silu_and_mul_reference(gate_up))
 
 
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DOT_DTYPES if dtype.itemsize == 2])
 @pytest.mark.parametrize("num_tokens", [1, 3, 33, 64])
 @pytest.mark.parametrize("splits", [None, 1, 4])
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 576), (200, 1100)])
@@ -161,7 +161,7 @@ def test_linear(
     weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
     bias = torch.randn(out_features).to(dtype)
     expected = (x.double() @ weight.double().T + bias.double()).to(dtype)
-    tile = None if splits is None else linear.LinearTile(splits=splits)
+    tile = None if splits is None else linear.LinearTile(splits=splits, num_stages=2)
     for _ in range(2):  # the second finds the counters as the first left them
         actual = linear.linear(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), tile=tile)
         close(actual, expected)
