@@ -20,13 +20,13 @@ _HOPPER = 9
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr) -> None:
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
 def let_successor_start(PDL: tl.constexpr) -> None:
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
