@@ -23,6 +23,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.13 python3; do 
 	&& echo $$candidate && break; done)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 TORCH_PIP_ARGS ?=
 PIP_ARGS ?=
 ARGS ?=
@@ -36,7 +37,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --no-input --constraint constraints.txt $(PIP_ARGS)
 # A changed dependency, pin or torch gives another stamp, and so another installation.
-KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TORCH_PIP_ARGS) $(PIP_ARGS)') | cksum | tr -d ' ')
+KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TRITON) $(TORCH_PIP_ARGS) $(PIP_ARGS)') | cksum | tr -d ' ')
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
@@ -100,6 +101,6 @@ endif
 $(DEV_STAMP): $(SERVE_STAMP)
 	@echo "Installing the tools for tests and checks …"
 	@$(PIP) --group dev
-	@# torch's CUDA builds bring the Triton they want; elsewhere its interpreter tests our kernels.
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton
+	@# torch's CUDA builds bring their Triton; elsewhere its interpreter runs our kernels in tests.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
 	@rm -f $(VENV)/.dev-* && touch $@

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from engine.outputs import CompletionOutput, Logprob, RequestOutput, TokensPrompt
     from protocol.sampling import SamplingParams
+    from protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -17,6 +18,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokensPrompt",
 ]
 
@@ -26,6 +28,7 @@ _MODULES = {
     "Logprob": "engine.outputs",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "protocol.sampling",
+    "StructuredOutputsParams": "protocol.structured_outputs",
     "TokensPrompt": "engine.outputs",
 }
 

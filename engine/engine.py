@@ -9,6 +9,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
 from engine.device_blocks import DeviceBlocks
+from engine.grammar import GrammarCompiler
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
@@ -40,9 +41,17 @@ class Engine:
     pool: BlockPool
     device_blocks: DeviceBlocks | None
     """For transfers; None on a CPU."""
+    grammars: GrammarCompiler | None
+    """For structured outputs; None for a model without a tokenizer."""
 
     def __init__(
-        self, config: EngineConfig, name: str, model: CausalLM, *, progress: bool = False
+        self,
+        config: EngineConfig,
+        name: str,
+        model: CausalLM,
+        *,
+        grammars: GrammarCompiler | None = None,
+        progress: bool = False,
     ) -> None:
         """Sizes and allocates the pool, warms the model up, and captures CUDA graphs."""
         self._config = config
@@ -68,7 +77,8 @@ class Engine:
             vocab_size=model.config.vocab_size,
             eos_token_ids=model.config.eos_token_ids,
         )
-        self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed)
+        self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed, grammars=grammars)
+        self.grammars = grammars
         self._thread: int | None = None
         self._num_threads = torch.get_num_threads()
         warm_up(self._runner, self.kv_pool)
@@ -91,7 +101,13 @@ class Engine:
             load_format=config.load_format,
             progress=progress,
         )
-        return cls(config, model_name(config.model), model, progress=progress)
+        grammars = GrammarCompiler(
+            model_dir / "tokenizer.json",
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+        )
+        name = model_name(config.model)
+        return cls(config, name, model, grammars=grammars, progress=progress)
 
     @property
     def scheduler_config(self) -> SchedulerConfig:

@@ -114,6 +114,8 @@ class LLM:
 
     def _job(self, prompt: Prompt, sampling: SamplingParams) -> _Job:
         sampling.validate()
+        if sampling.structured_outputs is not None and self.engine.grammars is not None:
+            self.engine.grammars.check(sampling.structured_outputs, "structured_outputs")
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.batch import PersistentBatch, StepArrays
 from engine.decode_graphs import DecodeGraphs
+from engine.grammar import GrammarCompiler
 from engine.models.causal_lm import CausalLM
 from engine.sampler.sampled import SampledToken
 from engine.sampler.sampler import Sampler
@@ -21,7 +22,14 @@ from kernels.attention import AttentionBatch
 class ModelRunner:
     """One model with one KV pool and the sequences that run on them."""
 
-    def __init__(self, model: CausalLM, kv_pool: Tensor, *, root_seed: int) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_pool: Tensor,
+        *,
+        root_seed: int,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         """`kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
         self._model = model
         self._kv_pool = kv_pool
@@ -32,6 +40,7 @@ class ModelRunner:
             eos_token_ids=model.config.eos_token_ids,
             root_seed=root_seed,
             device=kv_pool.device,
+            grammars=grammars,
         )
         self._graphs: DecodeGraphs | None = None
 

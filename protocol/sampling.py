@@ -5,6 +5,7 @@ import math
 import msgspec
 
 from protocol.errors import InvalidRequestError
+from protocol.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 
@@ -33,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -66,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                     f"got {token_id}: {bias}.",
                     field="logit_bias",
                 )
+        if self.structured_outputs is not None:
+            self.structured_outputs.validate("structured_outputs")
         if any(not text for text in self.stop):
             raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")
 

@@ -4,9 +4,11 @@ import secrets
 import time
 from collections.abc import Callable
 
+import msgspec
 from fastapi import Request, Response
 
 from protocol.errors import InvalidRequestError
+from protocol.sampling import SamplingParams
 from services.router.admission import AdmissionQueue
 from services.router.answers import AnswerFormat, AnswerHead, AnswerOptions
 from services.router.body import BodyReader
@@ -21,6 +23,7 @@ from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from services.router.prompts import MAX_PROMPTS, PromptEncoder
 from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
 from services.router.served_model import ServedModel
+from services.router.structured_outputs import StructuredOutputs
 from services.router.unsupported import refuse_unsupported
 
 # nginx's word for "the client closed the connection"; nobody is there to read it.
@@ -35,6 +38,7 @@ class OpenAIApi:
         *,
         model: ServedModel,
         encoder: PromptEncoder,
+        structured_outputs: StructuredOutputs,
         dispatcher: Dispatcher,
         admission: AdmissionQueue,
         observer: TokenObserver,
@@ -44,6 +48,7 @@ class OpenAIApi:
     ) -> None:
         self._model = model
         self._encoder = encoder
+        self._structured_outputs = structured_outputs
         self._dispatcher = dispatcher
         self._admission = admission
         self._observer = observer
@@ -58,6 +63,7 @@ class OpenAIApi:
         head = self._head(body, "chatcmpl")
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
+        sampling = await self._structured(body, sampling)
         prompt = await self._encoder.chat_prompt(body.messages, body)
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
@@ -79,6 +85,7 @@ class OpenAIApi:
             )
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
+        sampling = await self._structured(body, sampling)
         prompts = await self._encoder.completion_prompts(body)
         if len(prompts) * sampling.n > MAX_PROMPTS:
             raise InvalidRequestError(
@@ -136,6 +143,12 @@ class OpenAIApi:
                 )
             opened.keep()
         return EventStream(opened, answers, include_usage=options.include_usage)
+
+    async def _structured(self, body: SamplingBody, sampling: SamplingParams) -> SamplingParams:
+        params = await self._structured_outputs.read(body)
+        if params is None:
+            return sampling
+        return msgspec.structs.replace(sampling, structured_outputs=params)
 
     def _ended(self, generation: Generation) -> None:
         self.num_open -= 1

@@ -4,7 +4,7 @@ Fields that Tandem doesn't know are ignored, as OpenAI and vLLM do; those that i
 honour are declared in `Unsupported`, so that they're refused where they would change the output.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,10 +26,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     chat_template: Json = None
     function_call: Json = None
     functions: Json = None
-    guided_choice: Json = None
-    guided_grammar: Json = None
-    guided_json: Json = None
-    guided_regex: Json = None
     kv_transfer_params: Json = None
     length_penalty: Json = None
     logits_processors: Json = None
@@ -37,9 +33,7 @@ class Unsupported(msgspec.Struct, kw_only=True):
     modalities: Json = None
     prompt_embeds: Json = None
     prompt_logprobs: Json = None
-    response_format: Json = None
     structural_tag: Json = None
-    structured_outputs: Json = None
     suffix: Json = None
     thinking_token_budget: Json = None
     tool_choice: Json = None
@@ -47,6 +41,32 @@ class Unsupported(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: Json = None
     use_beam_search: Json = None
     web_search_options: Json = None
+
+
+class NamedSchema(msgspec.Struct, kw_only=True):
+    """OpenAI's envelope of a JSON Schema; every output is held to it, `strict` or not."""
+
+    schema: dict[str, Json]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputsBody(msgspec.Struct, kw_only=True):
+    """vLLM's `structured_outputs`: exactly one of the first five, and how to write JSON."""
+
+    json: str | dict[str, Json] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: Json = None
+    disable_any_whitespace: bool | None = None
 
 
 class SamplingBody(Unsupported, kw_only=True):
@@ -77,6 +97,12 @@ class SamplingBody(Unsupported, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsBody | None = None
+    guided_json: str | dict[str, Json] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):

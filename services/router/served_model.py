@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from engine.grammar import GrammarCompiler
 from engine.models.config import ModelConfig, read_model_config
 from engine.tokenizer import Tokenizer
 from protocol.errors import ModelNotFoundError
@@ -20,12 +21,14 @@ class ServedModel:
         tokenizer: Tokenizer,
         config: ModelConfig,
         limits: SamplingLimits,
+        grammars: GrammarCompiler,
     ) -> None:
         assert names, "a model has a name"
         self.names = names
         self.tokenizer = tokenizer
         self.config = config
         self.limits = limits
+        self.grammars = grammars
         self.created = int(time.time())
 
     @classmethod
@@ -41,7 +44,12 @@ class ServedModel:
             vocab_size=config.vocab_size,
             defaults=read_generation_defaults(path),
         )
-        return cls(names, tokenizer, config, limits)
+        grammars = GrammarCompiler(
+            path / "tokenizer.json",
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+        )
+        return cls(names, tokenizer, config, limits, grammars)
 
     def adopt_worker(self, *, fingerprint: str, max_model_len: int) -> None:
         """The workers were started with these, whatever our copy of the directory says."""

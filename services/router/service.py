@@ -46,6 +46,7 @@ from services.router.request_log import RequestReports
 from services.router.reservations import SharedReservations
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
+from services.router.structured_outputs import StructuredOutputs
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed
@@ -133,9 +134,11 @@ class RouterService:
     ) -> FastAPI:
         encoder = PromptEncoder(model, self._executor)
         reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
+        self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
         openai = OpenAIApi(
             model=model,
             encoder=encoder,
+            structured_outputs=self.structured_outputs,
             dispatcher=self.dispatcher,
             admission=self._admission,
             observer=self._metrics,

@@ -1,0 +1,115 @@
+"""Outputs of a real model obey what they were held to, in one process and through P→D."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import jsonschema
+import openai
+import pytest
+from schema_suite import SCHEMAS
+from tandem_stack import MODEL, TandemStack
+
+from engine import LLM, SamplingParams, StructuredOutputsParams
+from protocol.errors import InvalidRequestError
+
+PROMPT = "Answer in JSON."
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(kv_cache_memory_bytes=1 << 28)
+
+
+def held_to(params: StructuredOutputsParams, **sampling: object) -> SamplingParams:
+    options = {"temperature": 1.0, "max_tokens": 300, "seed": 0, **sampling}
+    return SamplingParams(structured_outputs=params, **options)
+
+
+def test_every_schema_of_the_suite_is_obeyed(llm: LLM) -> None:
+    assert len(SCHEMAS) >= 100
+    sampling = [held_to(StructuredOutputsParams(json=schema)) for schema in SCHEMAS.values()]
+    outputs = llm.generate([PROMPT] * len(SCHEMAS), sampling, use_tqdm=False)
+    wrong: dict[str, str] = {}
+    for (name, schema), output in zip(SCHEMAS.items(), outputs, strict=True):
+        text = output.outputs[0].text
+        assert output.outputs[0].finish_reason == "stop", (name, text)
+        try:
+            jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+        except (ValueError, jsonschema.ValidationError) as error:
+            wrong[name] = f"{text!r}: {error}"
+    assert not wrong
+
+
+def test_regexes_choices_and_grammars_are_obeyed(llm: LLM) -> None:
+    expression = 'root ::= term (" + " term)*\nterm ::= [0-9] | "(" root ")"'
+    cases = {
+        r"[A-Z][a-z]{2,6} \d{2,4}": StructuredOutputsParams(regex=r"[A-Z][a-z]{2,6} [0-9]{2,4}"),
+        "yes|no|maybe so": StructuredOutputsParams(choice=("yes", "no", "maybe so")),
+        r"[0-9+ ()]+": StructuredOutputsParams(grammar=expression),
+        r"\{.*\}": StructuredOutputsParams(json_object=True),
+    }
+    for pattern, params in cases.items():
+        for seed in range(4):
+            sampling = held_to(params, seed=seed, max_tokens=64)
+            [output] = llm.generate(PROMPT, sampling, use_tqdm=False)
+            if output.outputs[0].finish_reason == "stop":
+                assert re.fullmatch(pattern, output.outputs[0].text), pattern
+
+
+def test_free_and_held_sequences_share_a_batch(llm: LLM) -> None:
+    free = SamplingParams(temperature=0.0, max_tokens=24)
+    [alone] = llm.generate(PROMPT, free, use_tqdm=False)
+    choice = held_to(StructuredOutputsParams(choice=("left", "right")), temperature=0.0)
+    together = llm.generate([PROMPT] * 3, [choice, free, choice], use_tqdm=False)
+    assert together[1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert {together[0].outputs[0].text, together[2].outputs[0].text} <= {"left", "right"}
+
+
+def test_the_end_of_a_grammar_wins_over_min_tokens(llm: LLM) -> None:
+    sampling = held_to(StructuredOutputsParams(choice=("no",)), min_tokens=50)
+    [output] = llm.generate(PROMPT, sampling, use_tqdm=False)
+    assert output.outputs[0].text == "no"
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_what_is_no_grammar_is_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="structured_outputs"):
+        llm.generate(PROMPT, held_to(StructuredOutputsParams(regex="(")), use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TandemStack]:
+    log = tmp_path_factory.mktemp("stack") / "log"
+    with TandemStack(log, "--disable-log-requests") as running:
+        yield running
+
+
+def test_json_schemas_through_prefill_and_decode(stack: TandemStack) -> None:
+    """The first token, made by the prefill worker, obeys too."""
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+    for name in ("everyday-0", "everyday-3", "array-9", "choice-4"):
+        schema = SCHEMAS[name]
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": f"{name}: {PROMPT}"}],
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            stream=True,
+            seed=1,
+            max_tokens=300,
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        jsonschema.validate(json.loads(text), schema)
+
+
+def test_vllms_older_names_through_prefill_and_decode(stack: TandemStack) -> None:
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+    answer = client.completions.create(
+        model=MODEL,
+        prompt="Is the sky blue? ",
+        max_tokens=16,
+        n=3,
+        extra_body={"guided_choice": ["yes", "no"]},
+    )
+    assert {choice.text for choice in answer.choices} <= {"yes", "no"}
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}

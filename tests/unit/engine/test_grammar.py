@@ -1,0 +1,135 @@
+"""Grammars over the built-in model's vocabulary, and the sampler that follows them."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from engine.grammar import GrammarCompiler, GrammarMatcher
+from engine.sampler.sampler import Sampler
+from engine.sequence import Sequence
+from engine.tokenizer import Tokenizer
+from engine.weights.model_dir import resolve_model
+from protocol.errors import InvalidRequestError
+from protocol.ids import RequestKey
+from protocol.request import Request
+from protocol.sampling import SamplingParams
+from protocol.structured_outputs import StructuredOutputsParams
+
+EOS, VOCAB_SIZE = 2, 49152
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_dir(resolve_model(None, progress=False))
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    file = resolve_model(None, progress=False) / "tokenizer.json"
+    return GrammarCompiler(file, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+
+
+def allowed(matcher: GrammarMatcher, compiler: GrammarCompiler) -> set[int]:
+    mask = ctypes.create_string_buffer(compiler.mask_bytes)
+    matcher.write_allowed(ctypes.addressof(mask), compiler.mask_bytes)
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+    return set(bits.nonzero()[0].tolist())
+
+
+def test_exactly_the_prefixes_of_what_may_come_are_allowed(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    choices = ("left", "lemon")
+    matcher = compiler.matcher(StructuredOutputsParams(choice=choices))
+    pieces = {i: tokenizer.token_bytes(i).decode(errors="replace") for i in range(17, VOCAB_SIZE)}
+    expected = {
+        i for i, text in pieces.items() if text and any(c.startswith(text) for c in choices)
+    }
+    assert allowed(matcher, compiler) == expected
+    assert matcher.accept(tokenizer.encode("le")[0])
+    assert not matcher.accept(tokenizer.encode("x")[0])
+    assert matcher.is_over
+    assert matcher.error
+
+
+def test_matchers_of_one_grammar_do_not_share_their_state(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    params = StructuredOutputsParams(regex="ab|b")
+    first, second = compiler.matcher(params), compiler.matcher(params)
+    assert first.accept(tokenizer.encode("b")[0])
+    assert allowed(first, compiler) == {EOS}
+    assert second.accept(tokenizer.encode("a")[0])
+    assert allowed(second, compiler) == set(tokenizer.encode("b"))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        StructuredOutputsParams(regex="("),
+        StructuredOutputsParams(json="{"),
+        StructuredOutputsParams(json={"type": "nothing"}),
+        StructuredOutputsParams(grammar="start: nowhere"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_refused(
+    compiler: GrammarCompiler, params: StructuredOutputsParams
+) -> None:
+    with pytest.raises(InvalidRequestError, match="`guided`") as refusal:
+        compiler.check(params, "guided")
+    assert refusal.value.field == "guided"
+
+
+def sequence(params: StructuredOutputsParams, outputs: list[int], **sampling: object) -> Sequence:
+    request = Request(
+        key=RequestKey("r", 1),
+        token_ids=[5, 6, *outputs],
+        num_prompt_tokens=2,
+        sampling=SamplingParams(temperature=0.0, structured_outputs=params, **sampling),
+    )
+    return Sequence(request=request, root=b"", arrival_s=0.0)
+
+
+@pytest.fixture
+def sampler(compiler: GrammarCompiler) -> Sampler:
+    return Sampler(
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=(EOS,),
+        root_seed=0,
+        device=torch.device("cpu"),
+        grammars=compiler,
+    )
+
+
+def test_a_sequence_that_comes_with_outputs_goes_on_behind_them(
+    sampler: Sampler, tokenizer: Tokenizer
+) -> None:
+    """As after a transfer or a preemption."""
+    params = StructuredOutputsParams(choice=("no", "north"))
+    sampler.add(0, sequence(params, tokenizer.encode("no")))
+    sampler.add(1, sequence(params, tokenizer.encode("no")))
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, tokenizer.encode("x")[0]] = 9.0
+    logits[0, EOS] = 5.0
+    logits[1, tokenizer.encode("rth")[0]] = 5.0
+    sampled = sampler.sample(logits, np.array([0, 1]), np.array([1, 1]))
+    assert sampled.token_ids[0] == EOS
+    assert tokenizer.decode(sampled.token_ids[1:]).startswith("r")
+
+
+def test_a_row_is_free_again_when_its_sequence_is_gone(sampler: Sampler) -> None:
+    sampler.add(0, sequence(StructuredOutputsParams(choice=("no",)), []))
+    sampler.remove(0)
+    request = Request(
+        key=RequestKey("free", 1),
+        token_ids=[5, 6],
+        num_prompt_tokens=2,
+        sampling=SamplingParams(temperature=0.0),
+    )
+    sampler.add(0, Sequence(request=request, root=b"", arrival_s=0.0))
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 4242] = 1.0
+    assert sampler.sample(logits, np.array([0]), np.array([0])).token_ids == [4242]

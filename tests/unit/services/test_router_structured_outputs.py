@@ -1,0 +1,110 @@
+"""Structured outputs as clients ask for them: what is passed on, and what is refused."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from router_stack import RouterStack, open_router_stack
+
+from protocol.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
+from services.router.openai_bodies import ChatBody
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RouterStack]:
+    async with open_router_stack(tmp_path_factory.mktemp("router")) as stack:
+        await stack.add_worker()
+        yield stack
+
+
+ASKED: list[tuple[dict[str, Any], StructuredOutputsParams | None]] = [
+    ({}, None),
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, StructuredOutputsParams(json_object=True)),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
+            }
+        },
+        StructuredOutputsParams(json=SCHEMA),
+    ),
+    ({"guided_json": SCHEMA}, StructuredOutputsParams(json=SCHEMA)),
+    ({"guided_json": '{"type": "null"}'}, StructuredOutputsParams(json='{"type": "null"}')),
+    ({"guided_regex": "a+"}, StructuredOutputsParams(regex="a+")),
+    ({"guided_choice": ["a", "b"]}, StructuredOutputsParams(choice=("a", "b"))),
+    ({"guided_grammar": 'root ::= "a"'}, StructuredOutputsParams(grammar='root ::= "a"')),
+    ({"structured_outputs": {"regex": "a"}}, StructuredOutputsParams(regex="a")),
+    ({"structured_outputs": {"json_object": True}}, StructuredOutputsParams(json_object=True)),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), ASKED, ids=str)
+async def test_workers_get_what_was_asked(
+    stack: RouterStack, fields: dict[str, Any], expected: StructuredOutputsParams | None
+) -> None:
+    body = msgspec.convert({"messages": MESSAGES, **fields}, ChatBody)
+    assert await stack.service.structured_outputs.read(body) == expected
+    answer = await stack.client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
+    assert answer.status_code == 200, answer.text
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
+        "response_format",
+    ),
+    ({"guided_json": "{"}, "guided_json"),
+    ({"guided_json": {"$ref": "#/nowhere"}}, "guided_json"),
+    ({"guided_json": {"$ref": "https://example.org/schema.json"}}, "guided_json"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"guided_regex": "(?=a)b"}, "guided_regex"),
+    ({"guided_regex": "x" * MAX_GRAMMAR_BYTES}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": ["a", ""]}, "guided_choice"),
+    ({"guided_choice": "a"}, "guided_choice"),
+    ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(("fields", "field"), REFUSED, ids=lambda value: str(value)[:60])
+async def test_what_cannot_be_followed_is_a_400_that_names_the_field(
+    stack: RouterStack, path: str, fields: dict[str, Any], field: str
+) -> None:
+    prompt = {"messages": MESSAGES} if "chat" in path else {"prompt": "hi"}
+    answer = await stack.client.post(path, json={**prompt, **fields})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+HOSTILE: list[dict[str, Any]] = [
+    {"guided_regex": "((a+)+)+b"},
+    {"guided_regex": "(a{1,10000}){1,10000}"},
+    {"guided_json": {"$ref": "#"}},
+    {"guided_json": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}},
+    {"guided_json": {"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$"}},
+    {"guided_grammar": "root ::= root root | root"},
+    {"guided_choice": [str(number) for number in range(20_000)]},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=lambda value: str(value)[:60])
+async def test_hostile_grammars_are_answered(stack: RouterStack, fields: dict[str, Any]) -> None:
+    answer = await stack.client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
+    assert answer.status_code in (200, 400), answer.text
