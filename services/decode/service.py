@@ -4,6 +4,7 @@ import asyncio
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.loading import load_engine
 from engine.scheduler.decode import DecodeScheduler
 from kvtransfer.receiver import WriteReceived
 from protocol.ids import RequestKey, WorkerRole
@@ -11,7 +12,6 @@ from services.decode.loop import Command, DecodeLoop, TurnReport
 from services.decode.transfers import IncomingTransfers
 from services.decode.worker import DecodeWorker
 from services.runtime.config import WorkerConfig
-from services.runtime.engine_loading import load_engine
 from services.runtime.engine_thread import EngineThread
 from services.runtime.log import configure_logging
 from services.runtime.worker_host import WorkerHost

@@ -4,6 +4,7 @@ import asyncio
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.loading import load_engine
 from engine.scheduler.prefill import PrefillScheduler
 from kvtransfer.receiver import WriteReceived
 from protocol.ids import WorkerRole
@@ -11,7 +12,6 @@ from services.prefill.links import DecodeLinks
 from services.prefill.loop import Command, PrefillLoop, TurnReport
 from services.prefill.worker import PrefillWorker
 from services.runtime.config import WorkerConfig
-from services.runtime.engine_loading import load_engine
 from services.runtime.engine_thread import EngineThread
 from services.runtime.log import configure_logging
 from services.runtime.worker_host import WorkerHost
