@@ -21,7 +21,7 @@ disable-log-stats disable-nccl-for-dp-synchronization disable-sliding-window
 disable-uvicorn-access-log distributed-executor-backend distributed-timeout-seconds
 download-dir dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s
 dp-supervisor-probe-timeout-s dp-sync-interval dtype ec-manager-config ec-transfer-config
-elastic-ep-max-dp-size enable-auto-tool-choice enable-batch-sharded-sampling
+elastic-ep-max-dp-size enable-batch-sharded-sampling
 enable-chunked-prefill enable-cumem-allocator enable-dbo enable-elastic-ep
 enable-ep-weight-filter enable-eplb enable-expert-parallel enable-fault-tolerance
 enable-flash-late-interaction enable-flashinfer-autotune enable-force-include-usage
@@ -63,7 +63,7 @@ otlp-traces-endpoint override-generation-config per-request-spec-decode-metrics
 performance-mode pipeline-parallel-size pooler-config port prefill-context-parallel-size
 prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo
 prefix-match-unit profiler-config pt-load-map-location quantization quantization-config
-ray-workers-use-nsight reasoning-config reasoning-parser reasoning-parser-plugin
+ray-workers-use-nsight reasoning-config reasoning-parser-plugin
 renderer-num-workers replayssm-buffer-len response-role return-sampling-mask
 return-tokens-as-token-ids revision root-path runner safetensors-load-strategy
 safetensors-prefetch-block-size safetensors-prefetch-num-threads scheduler-cls
@@ -73,7 +73,7 @@ sleep-mode-offload-cudagraph sleep-preserve-parameter-names sparse-indexer-topk-
 spec-method spec-model spec-tokens specialize-active-lora speculative-config
 sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile
 stream-interval structured-outputs-config swa-bounded-replay tensor-parallel-size tokenizer
-tokenizer-mode tokenizer-revision tokens-only tool-call-parser tool-parser-plugin tool-server
+tokenizer-mode tokenizer-revision tokens-only tool-parser-plugin tool-server
 tool-strict-level trust-remote-code trust-request-chat-template trust-request-mm-kwargs
 ubatch-size uds use-fp64-gumbel use-replayssm use-tqdm-on-load uvicorn-log-level
 video-pruning-method video-pruning-rate watermark watermark-config weight-transfer-config

@@ -50,10 +50,14 @@ class GrammarRows:
         masks = np.zeros((len(constrained), max(mask_bytes, -(-width // 8))), dtype=np.uint8)
         for mask, (_, matcher) in zip(masks, constrained, strict=True):
             matcher.write_allowed(mask.ctypes.data, mask_bytes)
-        allowed = np.unpackbits(masks, axis=1, count=width, bitorder="little")
-        places = torch.tensor([place for place, _ in constrained], device=scores.device)
-        forbidden = torch.from_numpy(allowed == 0).to(scores.device)
-        scores[places] = scores[places].masked_fill_(forbidden, -torch.inf)
+        # Inverted while eight tokens are a byte still.
+        bits = np.unpackbits(np.invert(masks), axis=1, count=width, bitorder="little")
+        forbidden = torch.from_numpy(bits.view(np.bool_)).to(scores.device)
+        if len(constrained) == scores.shape[0]:
+            scores.masked_fill_(forbidden, -torch.inf)
+        else:
+            places = torch.tensor([place for place, _ in constrained], device=scores.device)
+            scores[places] = scores[places].masked_fill_(forbidden, -torch.inf)
         for place, matcher in constrained:
             if matcher.is_over:
                 # Even if `min_tokens` wanted more: there is nothing more to say.

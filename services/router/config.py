@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from protocol.settings import setting
+from services.router.reasoning_parsers import REASONING_FORMATS
+from services.router.tool_parsers import TOOL_FORMATS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,17 @@ class RouterConfig:
     )
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
+    )
+    enable_auto_tool_choice: bool = setting(
+        False, help="let the model decide whether to call a tool; needs --tool-call-parser"
+    )
+    tool_call_parser: str | None = setting(
+        None, choices=tuple(TOOL_FORMATS), help="how the model writes tool calls"
+    )
+    reasoning_parser: str | None = setting(
+        None,
+        choices=tuple(REASONING_FORMATS),
+        help="how the model marks its thoughts, which are answered as `reasoning_content`",
     )
     local_prefill: Literal["auto", "never", "always"] = setting(
         "auto",

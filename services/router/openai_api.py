@@ -24,6 +24,7 @@ from services.router.prompts import MAX_PROMPTS, PromptEncoder
 from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
+from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
 from services.router.unsupported import refuse_unsupported
 
 # nginx's word for "the client closed the connection"; nobody is there to read it.
@@ -39,6 +40,7 @@ class OpenAIApi:
         model: ServedModel,
         encoder: PromptEncoder,
         structured_outputs: StructuredOutputs,
+        chat_rules: ChatRules,
         dispatcher: Dispatcher,
         admission: AdmissionQueue,
         observer: TokenObserver,
@@ -49,6 +51,7 @@ class OpenAIApi:
         self._model = model
         self._encoder = encoder
         self._structured_outputs = structured_outputs
+        self._chat_rules = chat_rules
         self._dispatcher = dispatcher
         self._admission = admission
         self._observer = observer
@@ -63,14 +66,16 @@ class OpenAIApi:
         head = self._head(body, "chatcmpl")
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
-        sampling = await self._structured(body, sampling)
-        prompt = await self._encoder.chat_prompt(body.messages, body)
+        tools = self._chat_rules.tools.read(body)
+        sampling = await self._structured(body, sampling, tools)
+        prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
         spec = GenerationSpec([prompt], [max_tokens], sampling, body.cache_salt, body.priority or 0)
         options = _options(body)
-        answers = ChatAnswers(head, options, self._names(body))
+        reading = self._chat_rules.reading(tools, sampling)
+        answers = ChatAnswers(head, options, self._names(body), reading)
         return await self._answer(request, spec, head, answers, options)
 
     async def completions(self, request: Request) -> Response:
@@ -144,11 +149,18 @@ class OpenAIApi:
             opened.keep()
         return EventStream(opened, answers, include_usage=options.include_usage)
 
-    async def _structured(self, body: SamplingBody, sampling: SamplingParams) -> SamplingParams:
-        params = await self._structured_outputs.read(body)
-        if params is None:
+    async def _structured(
+        self, body: SamplingBody, sampling: SamplingParams, tools: ToolUse = NO_TOOLS
+    ) -> SamplingParams:
+        """`sampling` with what the output is held to. Raises InvalidRequestError."""
+        params = await self._structured_outputs.read(body, for_tools=tools.structure)
+        if params is None and not tools.keeps_special_tokens:
             return sampling
-        return msgspec.structs.replace(sampling, structured_outputs=params)
+        return msgspec.structs.replace(
+            sampling,
+            structured_outputs=params,
+            skip_special_tokens=sampling.skip_special_tokens and not tools.keeps_special_tokens,
+        )
 
     def _ended(self, generation: Generation) -> None:
         self.num_open -= 1

@@ -36,8 +36,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     structural_tag: Json = None
     suffix: Json = None
     thinking_token_budget: Json = None
-    tool_choice: Json = None
-    tools: Json = None
     truncate_prompt_tokens: Json = None
     use_beam_search: Json = None
     web_search_options: Json = None
@@ -114,6 +112,27 @@ class CompletionBody(SamplingBody, kw_only=True):
     add_special_tokens: bool | None = None
 
 
+class FunctionDefinition(msgspec.Struct, kw_only=True, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Json] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class FunctionName(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, kw_only=True):
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
 class FunctionCall(msgspec.Struct, kw_only=True):
     name: str
     arguments: str | dict[str, Json] = ""
@@ -152,6 +171,9 @@ class ChatBody(SamplingBody, kw_only=True):
     chat_template_kwargs: dict[str, Json] | None = None
     documents: list[dict[str, Json]] | None = None
     reasoning_effort: str | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):

@@ -1,7 +1,7 @@
 """From a body's prompt or messages to token ids."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +46,12 @@ class PromptEncoder:
         messages: Sequence[Message],
         options: ChatBody | TokenizeBody,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         field: str = "messages",
     ) -> Prompt:
         """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
         chat = template_messages(messages)
-        render = template_options(options)
+        render = template_options(options) | {"tools": tools}
         add_special_tokens = options.add_special_tokens is True
         num_chars = sum(len(message["content"]) for message in chat if message["content"])
 

@@ -42,11 +42,13 @@ from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
+from services.router.reasoning_parsers import REASONING_FORMATS
 from services.router.request_log import RequestReports
 from services.router.reservations import SharedReservations
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.router.structured_outputs import StructuredOutputs
+from services.router.tool_choice import ChatRules, ToolPolicy
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed
@@ -89,6 +91,7 @@ class RouterService:
         self, config: RouterConfig, model: ServedModel, *, api_keys: tuple[str, ...] = ()
     ) -> None:
         assert config.redis_url is not None, "checked at the start"
+        self._chat_rules = _chat_rules(config)
         self.failed = asyncio.Event()
         identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
         self._channel = ControlChannel(identity, self._on_channel)
@@ -139,6 +142,7 @@ class RouterService:
             model=model,
             encoder=encoder,
             structured_outputs=self.structured_outputs,
+            chat_rules=self._chat_rules,
             dispatcher=self.dispatcher,
             admission=self._admission,
             observer=self._metrics,
@@ -259,6 +263,17 @@ def _listener(config: RouterConfig) -> socket.socket:
             f"Can't listen on {config.host}:{config.port}: {error.strerror or error}."
         ) from error
     return listener
+
+
+def _chat_rules(config: RouterConfig) -> ChatRules:
+    """Raises StartupError."""
+    if config.enable_auto_tool_choice and config.tool_call_parser is None:
+        raise StartupError("--enable-auto-tool-choice needs --tool-call-parser.")
+    parser = config.reasoning_parser
+    return ChatRules(
+        ToolPolicy.of(config.tool_call_parser, enable_auto=config.enable_auto_tool_choice),
+        None if parser is None else REASONING_FORMATS[parser],
+    )
 
 
 def _keys_in_file(name: str | None) -> tuple[str, ...]:

@@ -26,9 +26,14 @@ class StructuredOutputs:
         self._executor = executor
         self._known: dict[bytes, None] = {}  # in the order of their last use
 
-    async def read(self, body: SamplingBody) -> StructuredOutputsParams | None:
-        """None if the output is free. Raises InvalidRequestError that names the client's field."""
-        found = _requested(body)
+    async def read(
+        self, body: SamplingBody, *, for_tools: StructuredOutputsParams | None = None
+    ) -> StructuredOutputsParams | None:
+        """None if the output is free; `for_tools` is what a forced tool call asks for.
+
+        Raises InvalidRequestError that names the client's field.
+        """
+        found = _requested(body, for_tools)
         if found is None:
             return None
         field, params = found
@@ -57,9 +62,12 @@ class StructuredOutputs:
             ) from error
 
 
-def _requested(body: SamplingBody) -> tuple[str, StructuredOutputsParams] | None:
+def _requested(
+    body: SamplingBody, for_tools: StructuredOutputsParams | None
+) -> tuple[str, StructuredOutputsParams] | None:
     """The field that asks for something, and what."""
     found = {
+        "tools": for_tools,
         "response_format": _response_format(body.response_format),
         "structured_outputs": _vllm(body.structured_outputs),
         "guided_json": _given(json=body.guided_json),

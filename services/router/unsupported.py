@@ -16,21 +16,15 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "use_beam_search": (False,),
 }
 
 
 def refuse_unsupported(body: Unsupported) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
-    # A client that offers tools and forbids their use gets what it wants.
-    forbids_tools = body.tool_choice == "none"
     for name in Unsupported.__struct_fields__:
         value = getattr(body, name)
         if value is None or value in _HARMLESS.get(name, ()):
-            continue
-        if name == "tools" and forbids_tools:
             continue
         raise InvalidRequestError(
             f"`{name}` is not supported by this server.", field=name, code="unsupported_parameter"

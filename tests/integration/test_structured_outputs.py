@@ -113,3 +113,51 @@ def test_vllms_older_names_through_prefill_and_decode(stack: TandemStack) -> Non
     )
     assert {choice.text for choice in answer.choices} <= {"yes", "no"}
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+CITY = {"type": "string", "pattern": "^[A-Z][a-z]{1,10}$"}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": CITY, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "get_time"}},
+]
+QUESTION = [{"role": "user", "content": "How is the weather in Paris?"}]
+
+
+def test_a_named_tool_is_called_with_valid_arguments(stack: TandemStack) -> None:
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    stream = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice=choice, stream=True, seed=3
+    )
+    pieces = [
+        piece
+        for chunk in stream
+        for piece in (chunk.choices[0].delta.tool_calls or [])
+        if piece.function
+    ]
+    assert [piece.function.name for piece in pieces if piece.function.name] == ["get_weather"]
+    assert len(pieces) > 2, "arguments are streamed"
+    arguments = "".join(piece.function.arguments or "" for piece in pieces)
+    jsonschema.validate(json.loads(arguments), PARAMETERS)
+
+
+def test_a_required_call_is_made(stack: TandemStack) -> None:
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        tools=[TOOLS[0]],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        seed=3,
+    )
+    [call] = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert call.function.name == "get_weather"
+    jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)

@@ -131,7 +131,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"messages": USER, "logprobs": 3}, "logprobs"),
     ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"messages": USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"messages": USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
     ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
     ({"messages": USER, "functions": [{"name": "f"}]}, "functions"),
     ({"messages": USER, "modalities": ["audio"]}, "modalities"),

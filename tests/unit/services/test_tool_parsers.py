@@ -1,0 +1,148 @@
+"""Tool calls and thoughts in text: examples of each format, and any text cut anywhere."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.router.reasoning_parsers import REASONING_FORMATS, Thought
+from services.router.tool_parsers import (
+    TOOL_FORMATS,
+    NamedCallParser,
+    Parsed,
+    ToolParser,
+    required_calls_parser,
+)
+
+WEATHER = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+TIME = '{"name": "get_time", "parameters": {}}'
+PARSERS: dict[str, Callable[[], ToolParser]] = {
+    **{name: tool_format.make for name, tool_format in TOOL_FORMATS.items()},
+    "named": lambda: NamedCallParser("f"),
+    "required": required_calls_parser,
+}
+
+
+def parse(parser: ToolParser, *texts: str) -> Parsed:
+    parsed = Parsed()
+    for text in texts:
+        parsed.add(parser.push(text))
+    parsed.add(parser.finish())
+    return parsed
+
+
+def joined(parsed: Parsed) -> tuple[str, dict[int, tuple[str, str]]]:
+    """Content, and (name, arguments) of each call by index."""
+    calls: dict[int, tuple[str, str]] = {}
+    for piece in parsed.calls:
+        name, arguments = calls.get(piece.index, ("", ""))
+        calls[piece.index] = name + (piece.name or ""), arguments + piece.arguments
+    return parsed.content, calls
+
+
+ONE = [("get_weather", {"city": "Paris"})]
+TWO = [*ONE, ("get_time", {})]
+EXAMPLES = [
+    ("hermes", f"<tool_call>\n{WEATHER}\n</tool_call>", "", ONE),
+    ("hermes", f"Let me see. <tool_call>{WEATHER}</tool_call>", "Let me see. ", ONE),
+    ("qwen", f"<tool_call>{WEATHER}</tool_call>\n<tool_call>{TIME}</tool_call>", "\n", TWO),
+    ("hermes", f"<tool_call>{WEATHER}", "", ONE),
+    ("hermes", "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+    ("hermes", "a <tool_box> b", "a <tool_box> b", []),
+    ("hermes", "a <tool_", "a <tool_", []),
+    ("llama3_json", WEATHER, "", ONE),
+    ("llama3_json", f"<|python_tag|>{WEATHER}; {TIME}", "", TWO),
+    ("llama3_json", "Hello {there}", "Hello {there}", []),
+    ("llama3_json", '{"no": "call"}', '{"no": "call"}', []),
+    ("mistral", f"[TOOL_CALLS][{WEATHER}, {TIME}]", "", TWO),
+    ("mistral", f"Well. [TOOL_CALLS] [{WEATHER}]", "Well. ", ONE),
+    ("granite", f"<|tool_call|>[{WEATHER}]", "", ONE),
+    ("pythonic", '[get_weather(city="Paris"), get_time()]', "", TWO),
+    ("pythonic", "[1, 2, 3]", "[1, 2, 3]", []),
+    ("pythonic", "[f(x=g())]", "[f(x=g())]", []),
+    ("pythonic", "no list", "no list", []),
+    ("required", f"[{WEATHER}, {TIME}]", "", TWO),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), EXAMPLES)
+def test_examples(name: str, text: str, content: str, calls: list[tuple[str, dict]]) -> None:
+    found_content, found = joined(parse(PARSERS[name](), text))
+    assert found_content == content
+    assert [(call, json.loads(arguments)) for call, arguments in found.values()] == calls
+
+
+def test_a_named_calls_arguments_come_as_they_are_written() -> None:
+    parser = NamedCallParser("f")
+    assert [piece.name for piece in parse(parser, '{"a"', ": 1}").calls] == ["f", None]
+    assert joined(parse(NamedCallParser("f"), '{"a"', ": 1}"))[1] == {0: ("f", '{"a": 1}')}
+
+
+def test_words_before_a_call_are_not_held_back() -> None:
+    parser = TOOL_FORMATS["hermes"].make()
+    assert parser.push("Let me <").content == "Let me "
+    assert parser.push("b> see").content == "<b> see"
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|tool_call|>", "<|python_tag|>", WEATHER, TIME,
+    "[", "]", "{", "}", ";", ", ", '"', "\\", "f(a=1)", "<", "<t", "think>", "<think>", "</think>",
+    " ", "\n", "word", "é", "🙂", '{"name": "f", "arguments": {"x": NaN}}',
+]  # fmt: skip
+texts = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=12).map("".join)
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    ends = sorted(place % (len(text) + 1) for place in places)
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@settings(max_examples=300, deadline=None)
+@given(text=texts, places=st.lists(st.integers(0, 200), max_size=8))
+def test_cuts_make_no_difference_and_arguments_are_json(
+    name: str, text: str, places: list[int]
+) -> None:
+    whole = joined(parse(PARSERS[name](), text))
+    assert joined(parse(PARSERS[name](), *cut(text, places))) == whole
+    assert joined(parse(PARSERS[name](), *text)) == whole
+    if name != "named":
+        for _, arguments in whole[1].values():
+            assert isinstance(json.loads(arguments, parse_constant=pytest.fail), dict)
+
+
+def think(name: str, *texts: str) -> tuple[str, str]:
+    parser = REASONING_FORMATS[name]()
+    thoughts = [parser.push(text) for text in texts] + [parser.finish()]
+    return "".join(t.reasoning for t in thoughts), "".join(t.content for t in thoughts)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("qwen3", "<think>hm</think>yes", ("hm", "yes")),
+        ("qwen3", "\n<think>hm", ("hm", "")),
+        ("qwen3", "yes", ("", "yes")),
+        ("qwen3", "<thin", ("", "<thin")),
+        ("deepseek_r1", "hm</think>yes", ("hm", "yes")),
+        ("deepseek_r1", "<think>hm</think>yes", ("hm", "yes")),
+        ("deepseek_r1", "hm", ("hm", "")),
+        ("deepseek_r1", "hm</thi", ("hm</thi", "")),
+    ],
+)
+def test_thoughts(name: str, text: str, expected: tuple[str, str]) -> None:
+    assert think(name, text) == expected
+
+
+@pytest.mark.parametrize("name", REASONING_FORMATS)
+@settings(max_examples=300, deadline=None)
+@given(text=texts, places=st.lists(st.integers(0, 200), max_size=8))
+def test_cuts_make_no_difference_to_thoughts(name: str, text: str, places: list[int]) -> None:
+    assert think(name, *cut(text, places)) == think(name, text) == think(name, *text)
+
+
+def test_thoughts_are_not_held_back() -> None:
+    parser = REASONING_FORMATS["qwen3"]()
+    assert parser.push("<think>I wonder <") == Thought(reasoning="I wonder ")
