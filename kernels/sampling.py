@@ -10,7 +10,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from kernels.native.arguments import FilterWeightsArgs, PenalizeArgs
+from kernels.native.arguments import FilterWeightsArgs, PenalizeArgs, RuleOutArgs
 from kernels.native.library import Operation, native_kernel
 
 # The reference sorts a row as a whole only if its floor isn't among so many largest weights.
@@ -149,6 +149,44 @@ def penalize_reference(
     logits.addcmul_(frequency.unsqueeze(-1), counts, value=-1.0)
     logits.addcmul_(presence.unsqueeze(-1), in_output, value=-1.0)
     scores[places, :vocab_size] = logits
+
+
+def rule_out(scores: Tensor, *, places: Tensor, allowed: Tensor) -> None:
+    """Sets to -inf, in place, the scores of rows `places` that their masks don't allow.
+
+    `scores` is float32 [num_rows, width], `places` int64 [n] on its device, `allowed` int32
+    [n, words] on the CPU: bit i % 32 of word i // 32 for score i. What a mask is too short for is
+    not allowed.
+    """
+    if allowed.dim() != 2 or len(allowed) != len(places) or not allowed.is_contiguous():
+        raise ValueError(f"{tuple(allowed.shape)} is not one contiguous mask for a row")
+    kernel = native_kernel(Operation.RULE_OUT, scores)
+    if kernel is None or scores.stride(1) != 1:
+        rule_out_reference(scores, places=places, allowed=allowed)
+        return
+    args = RuleOutArgs(
+        scores=scores.data_ptr(),
+        places=places.data_ptr(),
+        allowed=allowed.data_ptr(),
+        rows=len(places),
+        n=scores.shape[1],
+        words=allowed.shape[1],
+        score_stride=scores.stride(0),
+        num_threads=torch.get_num_threads(),
+    )
+    kernel(byref(args))
+
+
+def rule_out_reference(scores: Tensor, *, places: Tensor, allowed: Tensor) -> None:
+    """`rule_out` in torch."""
+    width = scores.shape[1]
+    bits = torch.arange(32, dtype=torch.int32, device=scores.device)
+    allowed = allowed.to(scores.device, non_blocking=True)
+    forbidden = ((allowed.unsqueeze(-1) >> bits) & 1 == 0).flatten(1)[:, :width]
+    missing = width - forbidden.shape[1]
+    if missing > 0:
+        forbidden = torch.nn.functional.pad(forbidden, (0, missing), value=True)
+    scores[places] = scores[places].masked_fill_(forbidden, -torch.inf)
 
 
 def _floors(ranked: Tensor, totals: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.grammar import GrammarCompiler, GrammarMatcher
 from engine.sequence import Sequence
+from kernels.sampling import rule_out
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,13 @@ class GrammarRows:
     def rule_out(self, scores: Tensor, constrained: list[tuple[int, GrammarMatcher]]) -> None:
         """Sets the scores [num_rows, padded_vocab_size] of what no grammar allows to -inf."""
         assert self._compiler is not None, "else nothing is constrained"
-        width = scores.shape[1]
         mask_bytes = self._compiler.mask_bytes
-        masks = np.zeros((len(constrained), max(mask_bytes, -(-width // 8))), dtype=np.uint8)
-        for mask, (_, matcher) in zip(masks, constrained, strict=True):
-            matcher.write_allowed(mask.ctypes.data, mask_bytes)
-        # Inverted while eight tokens are a byte still.
-        bits = np.unpackbits(np.invert(masks), axis=1, count=width, bitorder="little")
-        forbidden = torch.from_numpy(bits.view(np.bool_)).to(scores.device)
-        if len(constrained) == scores.shape[0]:
-            scores.masked_fill_(forbidden, -torch.inf)
-        else:
-            places = torch.tensor([place for place, _ in constrained], device=scores.device)
-            scores[places] = scores[places].masked_fill_(forbidden, -torch.inf)
+        masks = torch.empty((len(constrained), mask_bytes // 4), dtype=torch.int32)
+        address = masks.data_ptr()
+        for i, (_, matcher) in enumerate(constrained):
+            matcher.write_allowed(address + i * mask_bytes, mask_bytes)
+        places = torch.tensor([place for place, _ in constrained], device=scores.device)
+        rule_out(scores, places=places, allowed=masks)
         for place, matcher in constrained:
             if matcher.is_over:
                 # Even if `min_tokens` wanted more: there is nothing more to say.

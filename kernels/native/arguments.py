@@ -96,3 +96,11 @@ class PenalizeArgs(Structure):
         pointers="scores places slots output_counts in_prompt repetition presence frequency",
         sizes="rows n score_stride num_threads",
     )
+
+
+class RuleOutArgs(Structure):
+    """sampling.c: struct rule_out_args."""
+
+    _fields_: ClassVar = _fields(
+        pointers="scores places allowed", sizes="rows n words score_stride num_threads"
+    )

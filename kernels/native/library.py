@@ -30,6 +30,7 @@ class Operation(Enum):
     PACKED_ROWS = "packed_rows"
     FILTER_WEIGHTS = "filter_weights"
     PENALIZE = "penalize"
+    RULE_OUT = "rule_out"
 
 
 # A call that takes microseconds keeps Python's interpreter lock: handing it to another thread and
@@ -41,10 +42,11 @@ _LONG = frozenset(
         Operation.PACK_WEIGHT,
         Operation.FILTER_WEIGHTS,
         Operation.PENALIZE,
+        Operation.RULE_OUT,
     }
 )
 _BFLOAT16_DOT = (Operation.LINEAR, Operation.PACK_WEIGHT, Operation.PACKED_ROWS)
-_FLOAT32 = (Operation.FILTER_WEIGHTS, Operation.PENALIZE)
+_FLOAT32 = (Operation.FILTER_WEIGHTS, Operation.PENALIZE, Operation.RULE_OUT)
 _ANY_CPU = tuple(
     operation for operation in Operation if operation not in (*_BFLOAT16_DOT, *_FLOAT32)
 )

@@ -3,6 +3,7 @@
  * A filter is a floor under a row's weights. Non-negative floats order as their bits do, so the
  * floor is found digit by digit from the top (a radix select), over the few weights that can be
  * it. A row's result depends on the row alone. */
+#include <math.h>
 #include <stdlib.h>
 
 #include "vec.h"
@@ -26,6 +27,13 @@ struct penalize_args {
     const uint8_t *in_prompt;     /* [slots, n] */
     const float *repetition, *presence, *frequency; /* [rows] */
     int64_t rows, n, score_stride, num_threads;
+};
+
+struct rule_out_args {
+    float *scores;           /* row r starts at r * score_stride */
+    const int64_t *places;   /* [rows], the rows to change */
+    const uint32_t *allowed; /* [rows, words], bit i % 32 of word i / 32 for score i */
+    int64_t rows, n, words, score_stride, num_threads;
 };
 
 /* Where a walk from the largest value down reaches its goal. */
@@ -210,5 +218,31 @@ int tandem_penalize_f32(const struct penalize_args *args)
         penalize_row(a.scores + a.places[i] * a.score_stride, a.output_counts + a.slots[i] * a.n,
                      a.in_prompt + a.slots[i] * a.n, a.n, a.repetition[i], a.presence[i],
                      a.frequency[i]);
+    return 1;
+}
+
+static void rule_out_row(float *restrict scores, const uint32_t *restrict allowed, int64_t n,
+                         int64_t words)
+{
+    for (int64_t w = 0; w < words && 32 * w < n; w++) {
+        uint32_t bits = allowed[w];
+        int64_t count = n - 32 * w < 32 ? n - 32 * w : 32;
+        float *s = scores + 32 * w;
+        if (bits == UINT32_MAX)
+            continue;
+        for (int64_t i = 0; i < count; i++)
+            s[i] = bits >> i & 1 ? s[i] : -INFINITY;
+    }
+    for (int64_t i = 32 * words; i < n; i++)
+        scores[i] = -INFINITY;
+}
+
+int tandem_rule_out_f32(const struct rule_out_args *args)
+{
+    const struct rule_out_args a = *args;
+#pragma omp parallel for num_threads((int)a.num_threads) if (a.rows > 1)
+    for (int64_t i = 0; i < a.rows; i++)
+        rule_out_row(a.scores + a.places[i] * a.score_stride, a.allowed + i * a.words, a.n,
+                     a.words);
     return 1;
 }

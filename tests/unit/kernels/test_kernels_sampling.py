@@ -9,6 +9,8 @@ from kernels.sampling import (
     filter_weights_reference,
     penalize,
     penalize_reference,
+    rule_out,
+    rule_out_reference,
 )
 
 WIDTHS = [5, 256, 1000, 49_152]
@@ -126,3 +128,30 @@ def test_penalties_follow_the_formula(implementation, vocab_size):
         frequency=frequency,
     )
     torch.testing.assert_close(scores.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [rule_out, rule_out_reference])
+@pytest.mark.parametrize("width", [5, 32, 100, 160])
+def test_only_what_is_allowed_keeps_its_score(implementation, width):
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(5, width, generator=generator)
+    bits = torch.rand(3, 96, generator=generator) < 0.5
+    bits[1, 32:64] = True
+    places = torch.tensor([4, 0, 2])
+    words = (bits.view(3, 3, 32).long() << torch.arange(32)).sum(-1)
+    expected = scores.clone()
+    for i, place in enumerate(places.tolist()):
+        for token in range(width):
+            if token >= 96 or not bits[i, token]:
+                expected[place, token] = -torch.inf
+    implementation(scores, places=places, allowed=words.to(torch.int32))
+    assert torch.equal(scores, expected)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="mask for a row"):
+        rule_out(
+            torch.zeros(2, 32),
+            places=torch.tensor([0, 1]),
+            allowed=torch.zeros(1, 1, dtype=torch.int32),
+        )
