@@ -14,6 +14,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """One sequence's sampling parameters; `n` is for the router and `LLM`, which ask n times.
 
     Stop strings are matched where text exists (router, `LLM`); workers see `stop_token_ids` only.
+    `allowed_token_ids` are the only ones that may be chosen, besides an end; none of
+    `bad_words_token_ids` comes as a whole.
     """
 
     n: int = 1
@@ -35,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def is_greedy(self) -> bool:
@@ -70,6 +74,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 )
         if self.structured_outputs is not None:
             self.structured_outputs.validate("structured_outputs")
+        if self.allowed_token_ids is not None and min(self.allowed_token_ids, default=-1) < 0:
+            raise InvalidRequestError(
+                "`allowed_token_ids` must hold at least one token id, none below 0.",
+                field="allowed_token_ids",
+            )
+        if any(not word or min(word) < 0 for word in self.bad_words_token_ids):
+            raise InvalidRequestError(
+                "`bad_words_token_ids` must hold token ids, none below 0.",
+                field="bad_words_token_ids",
+            )
         if any(not text for text in self.stop):
             raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")
 

@@ -1,8 +1,9 @@
 """From a step's logits to its tokens, vectorised over rows.
 
 Order, as in vLLM: logprobs are taken from the logits as they come; then bias, minimum length,
-penalties, what a grammar forbids; greedy rows take the largest; the others divide by their
-temperature, filter, and choose by a random number that is a function of (seed, output position).
+penalties, constraints (grammar, allowed tokens, bad words); greedy rows take the largest; the
+others divide by their temperature, filter, and choose by a random number that is a function of
+(seed, output position).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.grammar import GrammarCompiler
 from engine.sampler.choice import CHUNK, argmax_rows, choose_rows
-from engine.sampler.grammars import GrammarRows
+from engine.sampler.constraints import Constraints
 from engine.sampler.groups import RandomRows, RowGroups, StopEntries, group_rows
 from engine.sampler.logprobs import token_logprobs
 from engine.sampler.penalties import PenaltyCounts
@@ -56,7 +57,9 @@ class Sampler:
             vocab_size=vocab_size, eos_token_ids=eos_token_ids, root_seed=root_seed
         )
         self._penalty_counts = PenaltyCounts(vocab_size=vocab_size, device=device)
-        self._grammars = GrammarRows(grammars, eos_token_ids=eos_token_ids)
+        self._constraints = Constraints(
+            grammars, vocab_size=vocab_size, eos_token_ids=eos_token_ids
+        )
         self._groups: RowGroups | None = None
         self._grouped: tuple[int, bytes] | None = None
         # Chunked search wants whole chunks; the surplus logits are -inf.
@@ -72,10 +75,10 @@ class Sampler:
                 sequence.token_ids[:num_prompt_tokens], sequence.token_ids[num_prompt_tokens:]
             )
         self._table.add(row, sequence, slot)
-        self._grammars.add(row, sequence)
+        self._constraints.add(row, sequence)
 
     def remove(self, row: int) -> None:
-        self._grammars.remove(row)
+        self._constraints.remove(row)
         slot = self._table.remove(row)
         if slot is not None:
             self._penalty_counts.remove(slot)
@@ -88,7 +91,7 @@ class Sampler:
         `positions[i]` is the index among row i's output tokens of the one to sample.
         """
         groups = self._groups_of(rows)
-        constrained = self._grammars.constrained(rows)
+        constrained = self._constraints.of(rows)
         if groups.is_plain_greedy and logits.is_cuda and not constrained:
             return SampledRows(logits.argmax(-1).tolist(), None)
         scores = self._load(logits)
@@ -96,12 +99,12 @@ class Sampler:
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
         self._adjust(scores, groups, positions)
         if constrained:
-            self._grammars.rule_out(scores, constrained)
+            self._constraints.rule_out(scores, constrained)
         chosen = self._choose(scores, groups, positions)
         if groups.penalized is not None:
             self._penalty_counts.count(groups.penalized, chosen)
         token_ids: list[int] = chosen.tolist()
-        self._grammars.accept(constrained, token_ids)
+        self._constraints.accept(constrained, token_ids)
         if wanted is None or unadjusted is None:
             return SampledRows(token_ids, None)
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)

@@ -44,6 +44,11 @@ class RouterConfig:
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
     )
+    guided_decoding_backend: str = setting(
+        "auto",
+        choices=("auto", "guidance"),
+        help="library that holds outputs to grammars; there is one, llguidance",
+    )
     enable_auto_tool_choice: bool = setting(
         False, help="let the model decide whether to call a tool; needs --tool-call-parser"
     )

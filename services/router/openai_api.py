@@ -14,13 +14,14 @@ from services.router.answers import AnswerFormat, AnswerHead, AnswerOptions
 from services.router.body import BodyReader
 from services.router.chat_answers import ChatAnswers
 from services.router.completion_answers import CompletionAnswers
+from services.router.constraints import token_constraints
 from services.router.dispatch import Dispatcher
 from services.router.event_stream import EventStream
 from services.router.generation import Generation, GenerationSpec, TokenObserver
 from services.router.logprobs import TokenNames
 from services.router.open_request import OpenRequest
 from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
-from services.router.prompts import MAX_PROMPTS, PromptEncoder
+from services.router.prompts import MAX_PROMPTS, PromptEncoder, truncated
 from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
@@ -67,8 +68,9 @@ class OpenAIApi:
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
         tools = self._chat_rules.tools.read(body)
-        sampling = await self._structured(body, sampling, tools)
+        sampling = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
+        prompt = truncated(prompt, body.truncate_prompt_tokens, sampling, self._model.limits)
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
@@ -90,8 +92,11 @@ class OpenAIApi:
             )
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
-        sampling = await self._structured(body, sampling)
-        prompts = await self._encoder.completion_prompts(body)
+        sampling = await self._constrained(body, sampling)
+        prompts = [
+            truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
+            for prompt in await self._encoder.completion_prompts(body)
+        ]
         if len(prompts) * sampling.n > MAX_PROMPTS:
             raise InvalidRequestError(
                 f"A request may have at most {MAX_PROMPTS} outputs.", field="n"
@@ -149,18 +154,17 @@ class OpenAIApi:
             opened.keep()
         return EventStream(opened, answers, include_usage=options.include_usage)
 
-    async def _structured(
+    async def _constrained(
         self, body: SamplingBody, sampling: SamplingParams, tools: ToolUse = NO_TOOLS
     ) -> SamplingParams:
         """`sampling` with what the output is held to. Raises InvalidRequestError."""
+        changes = token_constraints(body, self._model.limits, self._model.tokenizer)
         params = await self._structured_outputs.read(body, for_tools=tools.structure)
-        if params is None and not tools.keeps_special_tokens:
-            return sampling
-        return msgspec.structs.replace(
-            sampling,
-            structured_outputs=params,
-            skip_special_tokens=sampling.skip_special_tokens and not tools.keeps_special_tokens,
-        )
+        if params is not None:
+            changes["structured_outputs"] = params
+        if tools.keeps_special_tokens:
+            changes["skip_special_tokens"] = False
+        return msgspec.structs.replace(sampling, **changes) if changes else sampling
 
     def _ended(self, generation: Generation) -> None:
         self.num_open -= 1

@@ -19,9 +19,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Unsupported(msgspec.Struct, kw_only=True):
     """Known fields with no effect here; see `unsupported.py` for the values that are harmless."""
 
-    allowed_token_ids: Json = None
     audio: Json = None
-    bad_words: Json = None
     best_of: Json = None
     chat_template: Json = None
     function_call: Json = None
@@ -36,7 +34,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     structural_tag: Json = None
     suffix: Json = None
     thinking_token_budget: Json = None
-    truncate_prompt_tokens: Json = None
     use_beam_search: Json = None
     web_search_options: Json = None
 
@@ -101,6 +98,9 @@ class SamplingBody(Unsupported, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):

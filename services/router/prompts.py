@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from protocol.errors import ContextLengthError, InvalidRequestError
+from protocol.sampling import SamplingParams
 from services.router.openai_bodies import ChatBody, CompletionBody, Message, TokenizeBody
-from services.router.sampling import check_token_ids
+from services.router.sampling import SamplingLimits, check_token_ids
 from services.router.served_model import ServedModel
 
 MAX_PROMPTS = 2048
@@ -102,6 +103,28 @@ class PromptEncoder:
         if not prompt.token_ids:
             raise InvalidRequestError(f"`{field}` must have at least one token.", field=field)
         return prompt
+
+
+def truncated(
+    prompt: Prompt, num_tokens: int | None, sampling: SamplingParams, limits: SamplingLimits
+) -> Prompt:
+    """The prompt's last `num_tokens` tokens; -1 is as many as leave room for the output.
+
+    Raises InvalidRequestError for a number that makes no sense.
+    """
+    if num_tokens is None:
+        return prompt
+    if num_tokens == -1:
+        num_tokens = max(1, limits.max_model_len - (sampling.max_tokens or 1))
+    elif not 1 <= num_tokens <= limits.max_model_len:
+        raise InvalidRequestError(
+            f"`truncate_prompt_tokens` must be -1 or between 1 and {limits.max_model_len}, "
+            f"got {num_tokens}.",
+            field="truncate_prompt_tokens",
+        )
+    if len(prompt.token_ids) <= num_tokens:
+        return prompt
+    return Prompt(None, prompt.token_ids[-num_tokens:])
 
 
 def split_prompt(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

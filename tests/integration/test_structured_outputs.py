@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import openai
@@ -11,6 +12,7 @@ from schema_suite import SCHEMAS
 from tandem_stack import MODEL, TandemStack
 
 from engine import LLM, SamplingParams, StructuredOutputsParams
+from engine.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
 
 PROMPT = "Answer in JSON."
@@ -161,3 +163,24 @@ def test_a_required_call_is_made(stack: TandemStack) -> None:
     assert answer.choices[0].finish_reason == "tool_calls"
     assert call.function.name == "get_weather"
     jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+
+
+def test_bad_words_allowed_tokens_and_truncated_prompts(
+    stack: TandemStack, model_dir: Path
+) -> None:
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+
+    def ask(prompt: object, **extra: object) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt=prompt, temperature=0, max_tokens=24, extra_body=extra
+        )
+        return answer.choices[0].text
+
+    free = ask("The capital of France is")
+    word = free.split()[0].strip(".,")
+    assert word in free
+    assert word not in ask("The capital of France is", bad_words=[word])
+    allowed = [Tokenizer.from_dir(model_dir).encode(digit)[0] for digit in "0123456789"]
+    assert set(ask("One, two, three:", allowed_token_ids=allowed)) <= set("0123456789")
+    tokens = list(range(1000, 1064))
+    assert ask(tokens, truncate_prompt_tokens=20) == ask(tokens[-20:])

@@ -84,7 +84,16 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 3}, "best_of"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
-    ({"bad_words": ["x"]}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"bad_words": ["x" * 300]}, "bad_words"),
+    ({"bad_words": ["x"] * 300}, "bad_words"),
+    ({"bad_words": "x"}, "bad_words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 10**6}, "truncate_prompt_tokens"),
 ]
 
 

@@ -1,0 +1,125 @@
+"""The rows of a step that may not choose freely: grammars, allowed tokens, bad words."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.grammar import GrammarCompiler, GrammarMatcher
+from engine.sequence import Sequence
+from kernels.sampling import rule_out
+
+logger = logging.getLogger(__name__)
+
+Mask = NDArray[np.uint32]
+"""Bit i % 32 of word i // 32 is whether token i may come."""
+
+
+@dataclass(slots=True, eq=False)
+class Constraint:
+    """What one sequence is held to, as far as its tokens have come."""
+
+    sequence: Sequence
+    matcher: GrammarMatcher | None
+    allowed: Mask | None
+    bad_words: tuple[tuple[int, ...], ...]
+
+    def write(self, mask: Mask) -> None:
+        """Overwrites `mask`."""
+        if self.matcher is None:
+            mask.fill(0xFFFFFFFF)
+        else:
+            self.matcher.write_allowed(mask.ctypes.data, mask.nbytes)
+        if self.allowed is not None:
+            mask &= self.allowed
+        if self.bad_words:
+            outputs = self.sequence.token_ids[self.sequence.request.num_prompt_tokens :]
+            _clear(mask, (word[-1] for word in self.bad_words if _is_due(word, outputs)))
+
+
+class Constraints:
+    """A constraint for each row that has one."""
+
+    def __init__(
+        self, compiler: GrammarCompiler | None, *, vocab_size: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        """Without a compiler (a model without a tokenizer) grammars are not followed."""
+        self._compiler = compiler
+        self._vocab_size = vocab_size
+        self._num_words = -(-vocab_size // 32)
+        self._eos_token_ids = list(eos_token_ids)
+        self._rows: dict[int, Constraint] = {}
+
+    def add(self, row: int, sequence: Sequence) -> None:
+        """Nothing happens if `sequence` is free to say what it likes."""
+        sampling = sequence.request.sampling
+        matcher, allowed = self._matcher(sequence), None
+        if sampling.allowed_token_ids:
+            allowed = np.zeros(self._num_words, dtype=np.uint32)
+            _set(allowed, (i for i in sampling.allowed_token_ids if i < self._vocab_size))
+            if not sampling.ignore_eos:
+                _set(allowed, self._eos_token_ids)
+        bad_words = tuple(w for w in sampling.bad_words_token_ids if max(w) < self._vocab_size)
+        if matcher is not None or allowed is not None or bad_words:
+            self._rows[row] = Constraint(sequence, matcher, allowed, bad_words)
+
+    def remove(self, row: int) -> None:
+        self._rows.pop(row, None)
+
+    def of(self, rows: NDArray[np.int64]) -> list[tuple[int, Constraint]]:
+        """The places in `rows` that have a constraint, each with it."""
+        if not self._rows:
+            return []
+        found = ((place, self._rows.get(row)) for place, row in enumerate(rows.tolist()))
+        return [(place, constraint) for place, constraint in found if constraint is not None]
+
+    def rule_out(self, scores: Tensor, constrained: list[tuple[int, Constraint]]) -> None:
+        """Sets the scores [num_rows, padded_vocab_size] of what may not come to -inf."""
+        masks = np.empty((len(constrained), self._num_words), dtype=np.uint32)
+        for mask, (_, constraint) in zip(masks, constrained, strict=True):
+            constraint.write(mask)
+        places = torch.tensor([place for place, _ in constrained], device=scores.device)
+        rule_out(scores, places=places, allowed=torch.from_numpy(masks.view(np.int32)))
+        for mask, (place, constraint) in zip(masks, constrained, strict=True):
+            matcher = constraint.matcher
+            if not mask.any() or (matcher is not None and matcher.is_over):
+                # Even if `min_tokens` wanted more: there is nothing more to say.
+                scores[place] = -torch.inf
+                scores[place, self._eos_token_ids] = 0.0
+
+    @staticmethod
+    def accept(constrained: list[tuple[int, Constraint]], token_ids: list[int]) -> None:
+        """Each constrained row has got its token of `token_ids`, one for each row of the step."""
+        for place, constraint in constrained:
+            matcher = constraint.matcher
+            if matcher is not None and not matcher.accept(token_ids[place]):
+                logger.warning("an output is cut short, its grammar failed: %s", matcher.error)
+
+    def _matcher(self, sequence: Sequence) -> GrammarMatcher | None:
+        params = sequence.request.sampling.structured_outputs
+        if params is None or self._compiler is None:
+            return None
+        matcher = self._compiler.matcher(params)
+        for token_id in sequence.token_ids[sequence.request.num_prompt_tokens :]:
+            matcher.accept(token_id)
+        return matcher
+
+
+def _is_due(word: tuple[int, ...], outputs: list[int]) -> bool:
+    """Whether the word's last token would complete it now."""
+    begun = len(word) - 1
+    return begun == 0 or tuple(outputs[-begun:]) == word[:-1]
+
+
+def _set(mask: Mask, token_ids: Iterable[int]) -> None:
+    for token_id in token_ids:
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+
+def _clear(mask: Mask, token_ids: Iterable[int]) -> None:
+    for token_id in token_ids:
+        mask[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
