@@ -1,9 +1,16 @@
 """Fixtures that tests of several packages share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from redis_process import RedisServer
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. Here, because it's decided when Triton is imported,
+    # and Triton's own functions with it: whichever test's libraries do that first.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
