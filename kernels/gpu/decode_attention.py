@@ -25,7 +25,8 @@ from kernels.gpu.sizes import next_power_of_2
 
 # The least side of a matrix instruction; smaller groups are padded to it.
 _MIN_ROWS = 16
-_LOG2_E = 1.4426950408889634
+# The hardware's exponential is to base 2.
+LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 64
 # Programs on the card at a time that keep its memory busy, over those that start one after another.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -110,9 +111,9 @@ def _decode_kernel(
         key = tl.load(in_pool, mask=present, other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
-            scores = softcap * _tanh(scores * (scale / softcap)) * 1.4426950408889634
+            scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
         else:
-            scores = scores * (scale * 1.4426950408889634)
+            scores = scores * (scale * LOG2_E)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])

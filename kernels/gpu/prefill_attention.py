@@ -24,6 +24,8 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.sizes import next_power_of_2
 
 _MIN_ROWS = 16
+# The hardware's exponential is to base 2.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,9 @@ def _attend_tiles(
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = 2.0 * tl.sigmoid(2.0 * scores * (scale / softcap)) - 1.0
-            scores = softcap * capped * 1.4426950408889634
+            scores = softcap * capped * LOG2_E
         else:
-            scores = scores * (scale * 1.4426950408889634)
+            scores = scores * (scale * LOG2_E)
         if IS_MASKED:
             distance = positions[:, None] - tokens[None, :]
             visible = distance >= 0
