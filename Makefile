@@ -10,6 +10,7 @@
 # Variables:
 #   PYTHON=python3.12               the interpreter to build .venv with (3.11 or newer)
 #   TORCH=torch==2.12.1             another torch release (2.11 to 2.13)
+#   TRITON=triton==3.7.1            the Triton whose interpreter runs kernels in tests, without a GPU
 #   TORCH_PIP_ARGS="--index-url …"  where to take torch from, say an index of CPU builds
 #   SYSTEM_TORCH=1                  use the torch that PYTHON can import already; 0 never does
 #   PIP_ARGS="…"                    added to every pip call

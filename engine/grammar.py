@@ -70,7 +70,10 @@ class GrammarCompiler:
         self._prototype = functools.lru_cache(_NUM_CACHED_GRAMMARS)(self._make_prototype)
 
     def matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
-        """A new matcher at the output's start. What is no grammar has an `error`, and is over."""
+        """A new matcher at the output's start. What is no grammar has an `error`, and is over.
+
+        Raises ValueError for what can't even be read as one.
+        """
         return GrammarMatcher(self._prototype(params.key).deep_copy())
 
     def check(self, params: StructuredOutputsParams, field: str) -> None:

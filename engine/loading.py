@@ -12,7 +12,7 @@ def load_engine(config: EngineConfig) -> Engine:
 
     Each thread that computes has OpenMP threads of its own for as long as it lives. Were the
     loader's still there, OpenMP would count more of them than cores and put those of the engine
-    thread to sleep between any two operations: a third of a single stream's step.
+    thread to sleep between any two operations.
     """
     with ThreadPoolExecutor(1, "engine-loader") as executor:
         return executor.submit(Engine.load, config, progress=sys.stderr.isatty()).result()

@@ -43,8 +43,8 @@ HOST_MEMORY_SETTINGS: Mapping[str, str] = {
     "POSIX_ERROR_HANDLING": "y",
     "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
-    # A read of 4 MiB is as fast as the kernel copies; the default of 512 KiB loses an eighth. So
-    # many reads in one turn of progress, about 1 ms.
+    # Long reads, so that their calls weigh little; and few in one turn of progress, which keeps
+    # the event loop for about 1 ms then.
     "CMA_SEG_SIZE": "4m",
     "CMA_TX_QUOTA": "4",
     "RNDV_FRAG_MEM_TYPE": "host",

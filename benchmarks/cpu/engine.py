@@ -195,6 +195,7 @@ def main() -> None:
         results.append(result)
     report = {
         "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": options.threads,

@@ -168,10 +168,16 @@ class Bench:
         }
 
 
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
     args = parser.parse_args()
     ceilings = measure_ceilings()
     print(ceilings)
@@ -180,9 +186,7 @@ def main() -> None:
     print(f"start {bench.start_s:.1f} s")
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": args.commit,
         "card": torch.cuda.get_device_name(),
         "layers": args.layers,
         "ceilings": dataclasses.asdict(ceilings),

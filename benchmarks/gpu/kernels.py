@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -206,10 +207,16 @@ def bench_decode() -> list[dict[str, Any]]:
     return rows
 
 
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("parts", nargs="*", default=["linear", "prefill", "decode"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
     parser.add_argument("--compile-share", help="k/n: only compile part k of n of the tiles")
     args = parser.parse_args()
     if args.compile_share:
@@ -218,6 +225,7 @@ def main() -> None:
     benches = {"linear": bench_linear, "prefill": bench_prefill, "decode": bench_decode}
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": args.commit,
         "card": torch.cuda.get_device_name(),
     }
     for part in args.parts:

@@ -281,6 +281,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {
         "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "cores": psutil.cpu_count(),
         "python": platform.python_version(),
         "load_average_before": psutil.getloadavg()[0],

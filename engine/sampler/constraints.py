@@ -37,8 +37,14 @@ class Constraint:
         if self.allowed is not None:
             mask &= self.allowed
         if self.bad_words:
-            outputs = self.sequence.token_ids[self.sequence.request.num_prompt_tokens :]
-            _clear(mask, (word[-1] for word in self.bad_words if _is_due(word, outputs)))
+            _clear(mask, (word[-1] for word in self.bad_words if self._is_due(word)))
+
+    def _is_due(self, word: tuple[int, ...]) -> bool:
+        """Whether the word's last token would complete it now."""
+        token_ids = self.sequence.token_ids
+        start = len(token_ids) - len(word) + 1
+        is_output = start >= self.sequence.request.num_prompt_tokens
+        return is_output and tuple(token_ids[start:]) == word[:-1]
 
 
 class Constraints:
@@ -57,8 +63,16 @@ class Constraints:
     def add(self, row: int, sequence: Sequence) -> None:
         """Nothing happens if `sequence` is free to say what it likes."""
         sampling = sequence.request.sampling
-        matcher, allowed = self._matcher(sequence), None
-        if sampling.allowed_token_ids:
+        matcher: GrammarMatcher | None = None
+        allowed: Mask | None = None
+        try:
+            matcher = self._matcher(sequence)
+        except ValueError as error:
+            # The router lets nothing through that doesn't compile there. Should this process think
+            # otherwise, one output ends at once, and nobody else's fails.
+            logger.warning("an output ends at once, its grammar doesn't compile: %s", error)
+            allowed = np.zeros(self._num_words, dtype=np.uint32)
+        if sampling.allowed_token_ids and allowed is None:
             allowed = np.zeros(self._num_words, dtype=np.uint32)
             _set(allowed, (i for i in sampling.allowed_token_ids if i < self._vocab_size))
             if not sampling.ignore_eos:
@@ -100,6 +114,7 @@ class Constraints:
                 logger.warning("an output is cut short, its grammar failed: %s", matcher.error)
 
     def _matcher(self, sequence: Sequence) -> GrammarMatcher | None:
+        """Raises ValueError if the grammar can't be read."""
         params = sequence.request.sampling.structured_outputs
         if params is None or self._compiler is None:
             return None
@@ -107,12 +122,6 @@ class Constraints:
         for token_id in sequence.token_ids[sequence.request.num_prompt_tokens :]:
             matcher.accept(token_id)
         return matcher
-
-
-def _is_due(word: tuple[int, ...], outputs: list[int]) -> bool:
-    """Whether the word's last token would complete it now."""
-    begun = len(word) - 1
-    return begun == 0 or tuple(outputs[-begun:]) == word[:-1]
 
 
 def _set(mask: Mask, token_ids: Iterable[int]) -> None:

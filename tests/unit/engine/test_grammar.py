@@ -65,16 +65,15 @@ def test_matchers_of_one_grammar_do_not_share_their_state(
     assert allowed(second, compiler) == set(tokenizer.encode("b"))
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        StructuredOutputsParams(regex="("),
-        StructuredOutputsParams(json="{"),
-        StructuredOutputsParams(json={"type": "nothing"}),
-        StructuredOutputsParams(grammar="start: nowhere"),
-    ],
-    ids=str,
-)
+BROKEN = [
+    StructuredOutputsParams(regex="("),
+    StructuredOutputsParams(json="{"),
+    StructuredOutputsParams(json={"type": "nothing"}),
+    StructuredOutputsParams(grammar="start: nowhere"),
+]
+
+
+@pytest.mark.parametrize("params", BROKEN, ids=str)
 def test_what_cannot_be_compiled_is_refused(
     compiler: GrammarCompiler, params: StructuredOutputsParams
 ) -> None:
@@ -118,6 +117,18 @@ def test_a_sequence_that_comes_with_outputs_goes_on_behind_them(
     sampled = sampler.sample(logits, np.array([0, 1]), np.array([1, 1]))
     assert sampled.token_ids[0] == EOS
     assert tokenizer.decode(sampled.token_ids[1:]).startswith("r")
+
+
+@pytest.mark.parametrize("params", BROKEN, ids=str)
+def test_what_does_not_compile_ends_its_own_output_only(
+    sampler: Sampler, params: StructuredOutputsParams
+) -> None:
+    sampler.add(0, sequence(params, [], min_tokens=5))
+    sampler.add(1, sequence(StructuredOutputsParams(regex="[a-z]+"), []))
+    logits = torch.zeros(2, VOCAB_SIZE)
+    sampled = sampler.sample(logits, np.array([0, 1]), np.array([0, 0]))
+    assert sampled.token_ids[0] == EOS
+    assert sampled.token_ids[1] != EOS
 
 
 def test_a_row_is_free_again_when_its_sequence_is_gone(sampler: Sampler) -> None:
