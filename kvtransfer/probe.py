@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtransfer.buffer import Buffer
-from kvtransfer.host import is_same_host, measure_memcpy_gb_per_s, shared_memory_obstacles
+from kvtransfer.host import is_same_host, measure_memcpy_gb_per_s, memory_access_obstacles
 from kvtransfer.transport import Arrival, OnDone
 from kvtransfer.wire import AgentMessage, HostIdentity, ProbeDone, ProbeStart
 from protocol.errors import TransferCancelledError, TransferTimeoutError
@@ -157,11 +157,11 @@ def judge_path(
     is_slow = same_host and rates.receive < SLOW_FRACTION * memcpy_gb_per_s
     warning = None
     if is_slow:
-        obstacles = shared_memory_obstacles(ours, theirs)
-        cause = " and ".join(obstacles) or "UCX_TLS, a full /dev/shm, or no free processor"
+        obstacles = memory_access_obstacles(ours, theirs)
+        cause = " and ".join(obstacles) or "UCX_TLS, ptrace restrictions, or no free processor"
         warning = (
             f"KV transfer runs at {rates.receive:.2f} GB/s between two workers on {ours.hostname}, "
-            f"where one thread copies {memcpy_gb_per_s:.1f} GB/s, as if without shared memory "
-            f"or CUDA IPC; likely cause: {cause}."
+            f"where one thread copies {memcpy_gb_per_s:.1f} GB/s, as if over TCP, not "
+            f"process memory (CMA) or CUDA IPC; likely cause: {cause}."
         )
     return PathReport(transport, rates.round_trip, memcpy_gb_per_s, same_host, is_slow, warning)

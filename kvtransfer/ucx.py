@@ -1,13 +1,17 @@
-"""Transport over UCX: RDMA, shared memory or TCP, whichever the two processes share.
+"""Transport over UCX: RDMA, memory of another process, or TCP, whichever the two processes share.
 
 How one host is made fast *and* safe; found by killing peers in mid-transfer:
 
 - Endpoints always have error handling. Without it UCX aborts the whole process when it reads from
   a dead one ("process_vm_readv … No such process").
-- UCX keeps its shared-memory transports out of such endpoints unless they claim to support it
-  (`*_ERROR_HANDLING`, `CMA_MEMORY_INVALIDATE`), and falls silently to TCP. UCX calls the claim
-  for `cma` provisional; it holds here as long as `cma` is used to read, not to write, and reading
-  is what UCX 1.21 chooses by itself: a stopped or cut-off sender then can't write late.
+- UCX keeps `cma`, which copies between processes, out of such endpoints unless it claims to support
+  them (`CMA_MEMORY_INVALIDATE`), and falls silently to TCP. UCX calls the claim provisional; it
+  holds here as long as `cma` is used to read, not to write, and reading is what UCX 1.21 chooses
+  by itself: a stopped or cut-off sender then can't write late.
+- The same claim for shared-memory queues (`POSIX_ERROR_HANDLING`, `SYSV_ERROR_HANDLING`) would be
+  false. A receiver has one queue for all its peers, and a sender that dies between taking a place
+  in it and filling it blocks it for good, for everyone. So announcements go over TCP, which has a
+  connection for each peer, and only the bytes of blocks go past the kernel's network.
 - The scheme isn't forced (`RNDV_SCHEME`), because forcing a read makes TCP send whole messages
   unasked. So over other transports a sender may write into a receive that is open; those are
   counted, and `drop_peer` names their tickets.
@@ -40,8 +44,6 @@ from kvtransfer.transport import Lane, OnArrival, OnDone
 from protocol.errors import TransferError
 
 HOST_MEMORY_SETTINGS: Mapping[str, str] = {
-    "POSIX_ERROR_HANDLING": "y",
-    "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
     # Long reads, so that their calls weigh little; and few in one turn of progress, which keeps
     # the event loop for about 1 ms then.
@@ -51,8 +53,6 @@ HOST_MEMORY_SETTINGS: Mapping[str, str] = {
 }
 
 DEVICE_MEMORY_SETTINGS: Mapping[str, str] = {
-    "POSIX_ERROR_HANDLING": "y",
-    "SYSV_ERROR_HANDLING": "y",
     "CMA_MEMORY_INVALIDATE": "y",
     "RNDV_SCHEME": "put_zcopy",
 }
@@ -61,8 +61,8 @@ PROGRESS_BUDGET_S = 0.001
 """Longest time that progress keeps the event loop from others."""
 
 PROGRESS_GUARD_S = 0.001
-"""While operations are open, progress is made this often even if UCX's descriptor stays silent:
-nothing wakes a sender when a full shared-memory queue has room again."""
+"""While operations are open, progress is made this often even if UCX's descriptor stays silent;
+not every transport reports all that it has to do."""
 
 FINISH_BUDGET_S = 0.02
 """Reading a full window takes less; what takes longer waits for the peer."""

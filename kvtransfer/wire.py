@@ -20,13 +20,12 @@ MAX_CONTROL_BYTES = 8000
 
 
 class HostIdentity(msgspec.Struct, frozen=True):
-    """Tells whether two processes can share memory; namespaces are those of Linux."""
+    """Tells whether two processes can reach each other's memory; namespaces are those of Linux."""
 
     boot_id: str
     hostname: str
     pid_namespace: str
     ipc_namespace: str
-    shm_device: str
 
 
 class AgentMetadata(msgspec.Struct, frozen=True, kw_only=True):

@@ -63,12 +63,12 @@ class OutputSink(Protocol):
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """`no_worker_s` bounds how long a flight is without any route, `give_up_s` the time from an
-    attempt's failure to the next one's first token."""
+    attempt's failure to the next one's first token; a lone worker restarts in less."""
 
     max_attempts: int = 4
     poll_s: float = 0.05
     no_worker_s: float = 3.0
-    give_up_s: float = 3.0
+    give_up_s: float = 4.0
 
 
 @dataclass(slots=True, eq=False)

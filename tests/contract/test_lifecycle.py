@@ -242,4 +242,7 @@ async def test_a_hundred_connections_leave_nothing_behind(cluster: Cluster):
     before = resources()
     for ticket_id in range(1, 101):
         await connect_once(ticket_id)
-    assert resources() == before
+    # UCX closes the sockets of the last ones when it hears of their end.
+    async with asyncio.timeout(10):
+        while any(count > before[kind] for kind, count in resources().items()):
+            await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transfer_process import NUM_BLOCKS, Starter, TransferProcess
+from transfer_process import BLOCK_BYTES, NUM_BLOCKS, Starter, TransferProcess
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ALL_BLOCKS = list(range(NUM_BLOCKS))
@@ -45,13 +45,16 @@ def wait_for_writes(receiver: TransferProcess, num_writes: int) -> None:
         assert time.monotonic() < deadline, "no writes arrive"
 
 
-def test_two_processes_of_one_host_use_shared_memory(start: Starter):
+def test_two_processes_of_one_host_reach_each_others_memory(start: Starter):
     sender, receiver = start("p"), start("d")
     sender.connect_to(receiver)
     assert sender.call("is_same_host", receiver.incarnation)
     check_transfer(sender, receiver, ticket_id=5)
-    assert sender.call("num_tcp_connections") == 0
-    assert receiver.call("num_tcp_connections") == 0
+    # Announcements only.
+    assert 0 < sender.call("num_bytes_sent_over_tcp") < BLOCK_BYTES
+    # A process that dies in a queue that others share would block them.
+    queues = sender.call("shared_writable_memory") & receiver.call("shared_writable_memory")
+    assert not queues
     sender.stop()
     receiver.stop()
     assert (sender.process.exitcode, receiver.process.exitcode) == (0, 0)

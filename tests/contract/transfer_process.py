@@ -7,10 +7,13 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -174,12 +177,29 @@ class TransferWorker:
     async def is_same_host(self, incarnation: int) -> bool:
         return (await self._connections[incarnation].measure()).same_host
 
-    async def num_tcp_connections(self) -> int:
+    async def num_bytes_sent_over_tcp(self) -> int:
         connections = psutil.Process().net_connections(kind="tcp")
-        return sum(connection.status == psutil.CONN_ESTABLISHED for connection in connections)
+        return sum(
+            _num_bytes_acknowledged(connection.fd)
+            for connection in connections
+            if connection.status == psutil.CONN_ESTABLISHED
+        )
+
+    async def shared_writable_memory(self) -> set[tuple[str, str]]:
+        """Device and inode of each mapping that others may have, too."""
+        fields = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        return {(field[3], field[4]) for field in fields if field[1] == "rw-s"}
 
     async def close(self) -> None:
         await self._agent.close()
+
+
+def _num_bytes_acknowledged(fd: int) -> int:
+    """Of a connected TCP socket, from the kernel's `struct tcp_info`."""
+    with socket.socket(fileno=os.dup(fd)) as connection:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    (num_bytes,) = struct.unpack_from("=Q", info, 120)
+    return num_bytes
 
 
 def _main(pipe: Pipe, worker_id: str, incarnation: int, memory: str) -> None:
