@@ -187,11 +187,15 @@ class TransferWorker:
 
     async def shared_writable_memory(self) -> set[tuple[str, str]]:
         """Device and inode of each mapping that others may have, too."""
-        fields = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-        return {(field[3], field[4]) for field in fields if field[1] == "rw-s"}
+        return _shared_writable_memory()
 
     async def close(self) -> None:
         await self._agent.close()
+
+
+def _shared_writable_memory() -> set[tuple[str, str]]:
+    fields = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {(field[3], field[4]) for field in fields if field[1] == "rw-s"}
 
 
 def _num_bytes_acknowledged(fd: int) -> int:
