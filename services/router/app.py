@@ -1,28 +1,18 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
-from typing import Any
-
-import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from protocol.errors import TandemError
+from services.router.answers import encode_json
 from services.router.auth import ApiKeyGuard
 from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
-from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.openapi import openapi_document
 from services.router.status_api import VERSION, StatusApi
-
-_BODIES: dict[str, type[msgspec.Struct]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-}
 
 
 def make_app(
@@ -34,7 +24,7 @@ def make_app(
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
     app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_routes(app, openai, status)
+    _add_routes(app, openai, status, has_keys=bool(api_keys))
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
@@ -46,7 +36,7 @@ def make_app(
     return app
 
 
-def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
+def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi, *, has_keys: bool) -> None:
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
@@ -60,7 +50,6 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,
         "/health": status.health,
-        "/ping": status.health,
         "/version": status.version,
         "/load": status.load,
         "/load_config": status.load_config,
@@ -68,31 +57,14 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
-    app.add_api_route("/ping", status.health, methods=["POST"], response_model=None)
-    schema = _openapi_schema(app)
+    # One route with all its methods, so that a 405 names them.
+    app.add_api_route("/ping", status.health, methods=["GET", "POST"], response_model=None)
+    description = encode_json(openapi_document(version=VERSION, has_keys=has_keys))
 
-    async def openapi() -> dict[str, Any]:
-        return schema
+    async def openapi() -> Response:
+        return Response(description, media_type="application/json")
 
-    app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-
-
-def _openapi_schema(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's own, with the paths whose bodies are described by msgspec."""
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    bodies, components = msgspec.json.schema_components(
-        _BODIES.values(), ref_template="#/components/schemas/{name}"
-    )
-    schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    for path, body in zip(_BODIES, bodies, strict=True):
-        content = {"application/json": {"schema": body}}
-        schema["paths"][path] = {
-            "post": {
-                "requestBody": {"required": True, "content": content},
-                "responses": {"200": {"description": "Successful Response"}},
-            }
-        }
-    return schema
+    app.add_api_route("/openapi.json", openapi, methods=["GET"])
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

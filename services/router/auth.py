@@ -12,6 +12,10 @@ from services.router.http_errors import HttpError, error_reply
 _GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config")
 
 
+def is_guarded(path: str) -> bool:
+    return path.startswith(_GUARDED)
+
+
 class ApiKeyGuard:
     """ASGI middleware: 401 for guarded paths without `Authorization: Bearer <one of the keys>`."""
 
@@ -33,7 +37,7 @@ class ApiKeyGuard:
 
     def _refuses(self, scope: Scope) -> bool:
         # A browser asks with OPTIONS, and without key, whether it may send one.
-        if scope["method"] == "OPTIONS" or not scope["path"].startswith(_GUARDED):
+        if scope["method"] == "OPTIONS" or not is_guarded(scope["path"]):
             return False
         headers: dict[bytes, bytes] = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
