@@ -3,6 +3,7 @@
 #   make serve ARGS="--port 9000"   serve the built-in model on 127.0.0.1 (flags: docs/configuration.md)
 #   make test ARGS="-k scheduler"   run the tests
 #   make check                      lint, types and import rules
+#   make fuzz                       send the router 100,000 broken requests, others each day
 #   make format                     let ruff repair what it can
 #   make docs                       write docs/configuration.md anew
 #   make clean                      remove the environment and all caches of this folder
@@ -42,7 +43,7 @@ KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TRITON) $(T
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test check lint types imports format docs clean setup
+.PHONY: help serve test fuzz check lint types imports format docs clean setup
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -54,6 +55,10 @@ serve: $(SERVE_STAMP)
 
 test: $(DEV_STAMP)
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(DEV_STAMP)
+	@exec $(BIN)/python -m pytest tests/fuzz/test_raw_http.py -s --timeout 0 -o faulthandler_timeout=0 \
+		--fuzz-requests 100000 --fuzz-seed $$(date +%Y%m%d000000) $(ARGS)
 
 check: lint types imports
 

@@ -1,6 +1,7 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
 from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -15,6 +16,18 @@ from services.router.openapi import openapi_document
 from services.router.status_api import VERSION, StatusApi
 
 
+class _CorsRules(CORSMiddleware):
+    """Refuses in the API's own words."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        headers = {name: value for name, value in response.headers.items() if "content" not in name}
+        text = f"{bytes(response.body).decode()}."
+        return error_reply(HttpError(400, text, code="cors_refused", headers=headers)).response
+
+
 def make_app(
     openai: OpenAIApi,
     status: StatusApi,
@@ -23,7 +36,13 @@ def make_app(
     allowed_origins: tuple[str, ...] = (),
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
-    app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # A redirect would go to whatever host the client named.
+        redirect_slashes=False,
+    )
     _add_routes(app, openai, status, has_keys=bool(api_keys))
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
@@ -31,7 +50,7 @@ def make_app(
         app.add_middleware(ApiKeyGuard, keys=api_keys)
     if allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            _CorsRules, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return app
 

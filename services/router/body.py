@@ -1,5 +1,6 @@
 """Reads request bodies: bounded, strict, and precise about what is wrong with them."""
 
+import asyncio
 import json
 import math
 import re
@@ -11,6 +12,9 @@ from fastapi import Request
 
 from protocol.errors import InvalidRequestError
 from services.router.http_errors import HttpError
+
+# How long a client may pause inside of a body.
+SILENCE_S = 60.0
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -52,17 +56,29 @@ class BodyReader(Generic[Body]):
 
 
 async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
-    """The whole body. Raises HttpError as soon as it is known to be longer than `max_bytes`."""
+    """The whole body. Raises HttpError as soon as it's known to be longer than `max_bytes`, or when
+    nothing more of it comes."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_long(max_bytes)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise _too_long(max_bytes)
-        parts.append(part)
+    now_s = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(SILENCE_S) as patience:
+            async for part in request.stream():
+                size += len(part)
+                if size > max_bytes:
+                    raise _too_long(max_bytes)
+                parts.append(part)
+                patience.reschedule(now_s() + SILENCE_S)
+    except TimeoutError as error:
+        raise HttpError(
+            408,
+            f"Nothing more of the request's body came in {SILENCE_S:.0f} s.",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from error
     return b"".join(parts)
 
 
@@ -96,6 +112,8 @@ def _malformed(data: bytes, text: str) -> InvalidRequestError:
     except (ValueError, RecursionError):
         path = None
     if path is not None:
+        # Unlike msgspec, the json module lets half a surrogate pair through.
+        path = path.encode(errors="replace").decode()
         return InvalidRequestError(f"`{path}` must be a finite number.", field=path)
     return InvalidRequestError(
         f"The request body isn't valid JSON: {text}.", field=None, code="invalid_json"

@@ -1,14 +1,22 @@
-"""uvicorn's HTTP protocol, with a response's head and the first part of its body in one write.
+"""uvicorn's HTTP protocol, for clients in a hurry and for those that mean no good.
 
-Apart they are two system calls here and two wakeups of the client, a sixth of the CPU time of a
-short request.
+A response's head and the first part of its body leave in one write: apart they are two system calls
+here and two wakeups of the client, a sixth of the CPU time of a short request. What is no HTTP is
+refused in the API's own words, a request's head is bounded in size and time, and everybody whose
+client is gone hears of it.
 """
 
 import asyncio
+import http
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from services.router.http_errors import HttpError, error_reply
+
+MAX_HEAD_BYTES = 64 << 10
+HEAD_TIMEOUT_S = 60.0
 _HEAD = b"HTTP/1."
 
 
@@ -61,5 +69,91 @@ class HeadGatheringTransport(asyncio.Transport):
 
 
 class HttpProtocol(HttpToolsProtocol):
+    """`cycle` is the request whose bytes come in; with pipelining an earlier one is `_answered`."""
+
+    _answered: RequestResponseCycle | None = None
+    _refusal: HttpError | None = None
+    _in_head = False
+    _num_head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(HeadGatheringTransport(transport))
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._in_head:
+            self._num_head_bytes += len(data)
+            self._start_head_timer()
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._refusal = _too_long()
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._num_head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_head_timer()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            self._refusal = _too_long()
+            raise self._refusal  # stops the parser, which has `send_400_response` called
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what isn't HTTP, after the answer to what was."""
+        self._in_head = False
+        self._stop_head_timer()
+        running = self._answered
+        if running is not None and not running.response_complete:
+            is_whole = running is not self.cycle or not running.more_body
+            if is_whole:
+                # A second answer in the middle of the first would garble it.
+                self.pipeline.clear()
+                running.keep_alive = False
+                return
+            if running.response_started:
+                self.transport.close()
+                return
+        error = self._refusal or HttpError(400, f"{msg}".strip(), code="invalid_http")
+        reply = error_reply(error)
+        phrase = http.HTTPStatus(reply.status).phrase
+        head = (
+            f"HTTP/1.1 {reply.status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(reply.body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + reply.body)
+        self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def _too_long() -> HttpError:
+    return HttpError(
+        431, f"A request's head may have at most {MAX_HEAD_BYTES} bytes.", code="head_too_large"
+    )

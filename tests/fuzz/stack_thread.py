@@ -52,7 +52,7 @@ class StackThread:
             "admitted": service._admission.num_admitted,
             "placed": len(service.cluster._ledger._places),
             "sequences": sum(worker.num_running for worker in self.stack.workers),
-            "tasks": len(asyncio.all_tasks(self._loop)) - self._num_tasks,
+            "tasks": max(0, len(asyncio.all_tasks(self._loop)) - self._num_tasks),
         }
 
     def wait_idle(self) -> None:
