@@ -22,7 +22,12 @@ from services.router.logprobs import TokenNames
 from services.router.open_request import OpenRequest
 from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from services.router.prompts import MAX_PROMPTS, PromptEncoder, truncated
-from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
+from services.router.sampling import (
+    bounded_max_tokens,
+    chat_sampling,
+    completion_sampling,
+    is_prompt_only,
+)
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
 from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
@@ -74,8 +79,15 @@ class OpenAIApi:
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
-        spec = GenerationSpec([prompt], [max_tokens], sampling, body.cache_salt, body.priority or 0)
-        options = _options(body)
+        spec = GenerationSpec(
+            [prompt],
+            [max_tokens],
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+        )
+        options = _options(body, logprobs=body.logprobs is True)
         reading = self._chat_rules.reading(tools, sampling)
         answers = ChatAnswers(head, options, self._names(body), reading)
         return await self._answer(request, spec, head, answers, options)
@@ -84,12 +96,6 @@ class OpenAIApi:
         body = await self._completion_bodies.read(request)
         head = self._head(body, "cmpl")
         refuse_unsupported(body)
-        if body.echo and body.logprobs is not None:
-            raise InvalidRequestError(
-                "`echo` with `logprobs` is not supported by this server.",
-                field="echo",
-                code="unsupported_parameter",
-            )
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
         sampling = await self._constrained(body, sampling)
@@ -105,8 +111,16 @@ class OpenAIApi:
             bounded_max_tokens(sampling, len(prompt.token_ids), limits, prompt_field="prompt")
             for prompt in prompts
         ]
-        spec = GenerationSpec(prompts, max_tokens, sampling, body.cache_salt, body.priority or 0)
-        options = _options(body, echo=body.echo is True)
+        spec = GenerationSpec(
+            prompts,
+            max_tokens,
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+            is_prompt_only=is_prompt_only(body),
+        )
+        options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
         return await self._answer(request, spec, head, answers, options)
 
@@ -179,7 +193,7 @@ class OpenAIApi:
         return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
 
 
-def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
+def _options(body: SamplingBody, *, logprobs: bool, echo: bool = False) -> AnswerOptions:
     stream_options = body.stream_options
     return AnswerOptions(
         stream=body.stream is True,
@@ -188,4 +202,6 @@ def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
         and stream_options.continuous_usage_stats is True,
         return_token_ids=body.return_token_ids is True,
         echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )
