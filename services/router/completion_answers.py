@@ -29,7 +29,7 @@ class CompletionAnswers:
         self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
 
-    def whole(self, generation: Generation) -> bytes:
+    async def whole(self, generation: Generation) -> bytes:
         choices = [self._choice(output, output.choice.take()) for output in generation.outputs]
         return encode_json(
             {
@@ -57,8 +57,8 @@ class CompletionAnswers:
             choice = encode_json(self._choice(output, delta))
         return self._writer.choices(choice, output.generation)
 
-    def usage_chunk(self, generation: Generation) -> bytes:
-        return self._writer.usage(generation)
+    async def end(self, generation: Generation) -> bytes:
+        return self._writer.end(generation)
 
     def _choice(self, output: Output, delta: Delta) -> dict[str, Any]:
         is_first = output.index not in self._opened
