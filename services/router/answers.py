@@ -7,6 +7,7 @@ import msgspec
 
 from services.router.choice import Delta
 from services.router.generation import Generation, Output
+from services.router.http_errors import error_reply
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -36,15 +37,17 @@ class AnswerHead:
 
 
 class AnswerFormat(Protocol):
-    """Writes one request's answer, whole or as a stream: chat's or completion's form."""
+    """Writes one request's answer, whole or as a stream, in the form of one of the APIs."""
 
-    def whole(self, generation: Generation) -> bytes: ...
+    async def whole(self, generation: Generation) -> bytes: ...
 
     def chunk(self, output: Output, delta: Delta) -> bytes:
         """The event or events of one output's news."""
         ...
 
-    def usage_chunk(self, generation: Generation) -> bytes: ...
+    async def end(self, generation: Generation) -> bytes:
+        """The events behind the last chunk, also where the generation failed."""
+        ...
 
 
 def best_outputs(generation: Generation) -> list[tuple[int, Output, Delta]]:
@@ -107,7 +110,11 @@ class ChunkWriter:
             return b'%b,"choices":[%b],"usage":%b}\n\n' % (self._opening, choices, usage)
         return b'%b,"choices":[%b]%b' % (self._opening, choices, self._closing)
 
-    def usage(self, generation: Generation) -> bytes:
-        """The last event of a stream that was asked for its usage."""
+    def end(self, generation: Generation) -> bytes:
+        """An error, or the usage if the stream was asked for it; then the mark of its end."""
+        if generation.error is not None:
+            return event(error_reply(generation.error).body) + STREAM_END
+        if generation.aborted or not self._options.include_usage:
+            return STREAM_END
         usage = encode_json(usage_of(generation))
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._opening, usage)
+        return b'%b,"choices":[],"usage":%b}\n\n' % (self._opening, usage) + STREAM_END

@@ -34,7 +34,7 @@ class ChatAnswers:
         self._writer = ChunkWriter(head, "chat.completion.chunk", options)
         self._opened: set[int] = set()
 
-    def whole(self, generation: Generation) -> bytes:
+    async def whole(self, generation: Generation) -> bytes:
         choices = [self._choice(*answered) for answered in best_outputs(generation)]
         answer: dict[str, Any] = {
             "id": self._head.id,
@@ -64,8 +64,8 @@ class ChatAnswers:
             return opening + self._event(output, content, self._extras(delta))
         return opening + self._read_chunk(output, delta)
 
-    def usage_chunk(self, generation: Generation) -> bytes:
-        return self._writer.usage(generation)
+    async def end(self, generation: Generation) -> bytes:
+        return self._writer.end(generation)
 
     def _read_chunk(self, output: Output, delta: Delta) -> bytes:
         """An event for each part that is read out of the text; none if all is held back."""

@@ -31,7 +31,7 @@ class CompletionAnswers:
         self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
 
-    def whole(self, generation: Generation) -> bytes:
+    async def whole(self, generation: Generation) -> bytes:
         choices = [self._choice(*answered) for answered in best_outputs(generation)]
         return encode_json(
             {
@@ -59,8 +59,8 @@ class CompletionAnswers:
             choice = encode_json(self._choice(output.index, output, delta))
         return self._writer.choices(choice, output.generation)
 
-    def usage_chunk(self, generation: Generation) -> bytes:
-        return self._writer.usage(generation)
+    async def end(self, generation: Generation) -> bytes:
+        return self._writer.end(generation)
 
     def _choice(self, index: int, output: Output, delta: Delta) -> dict[str, Any]:
         is_first = output.index not in self._opened
