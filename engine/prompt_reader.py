@@ -16,6 +16,7 @@ from engine.sampler.logprobs import token_logprobs
 from engine.sampler.sampled import NO_REPORT, PromptReport
 from engine.scheduler.plan import ScheduledSequence
 from engine.sequence import Sequence
+from protocol.pooling import PoolingParams
 from protocol.request import TokenLogprobs
 
 # Logits of so many tokens at once: 128 MB for a vocabulary of 128k, in float32.
@@ -68,19 +69,19 @@ class PromptReader:
             return NO_REPORT
         request = sequence.request
         pooled = None
-        if reading.vector is not None:
-            if request.pooling == "mean":
-                reading.vector /= request.num_prompt_tokens
-            pooled = reading.vector.cpu().numpy().tobytes()
+        if reading.vector is not None and request.pooling is not None:
+            vector = _finished(reading.vector, request.pooling, request.num_prompt_tokens)
+            pooled = vector.cpu().numpy().astype("<f4").tobytes()
         has_logprobs = request.sampling.prompt_logprobs is not None
         return PromptReport(reading.logprobs if has_logprobs else None, pooled)
 
     def _read(self, item: ScheduledSequence, reading: _Reading, hidden: Tensor) -> None:
         request = item.sequence.request
-        if request.pooling == "mean":
+        pooling = request.pooling
+        if pooling is not None and pooling.type == "mean":
             total = hidden.sum(0, dtype=torch.float32)
             reading.vector = total if reading.vector is None else reading.vector + total
-        elif request.pooling == "last" and item.samples:
+        elif pooling is not None and item.samples:
             reading.vector = hidden[-1].float()
         num_top = request.sampling.prompt_logprobs
         if num_top is not None:
@@ -92,3 +93,12 @@ class PromptReader:
                 logits = self._model.logits(hidden[first : first + len(some)]).float()
                 token_ids = torch.tensor(some, device=logits.device)
                 reading.logprobs += token_logprobs(logits, token_ids, [num_top] * len(some))
+
+
+def _finished(vector: Tensor, pooling: PoolingParams, num_tokens: int) -> Tensor:
+    """From the sum of hidden states, or the last one, to what was asked for."""
+    if pooling.type == "mean":
+        vector = vector / num_tokens
+    if pooling.dimensions is not None:
+        vector = vector[: pooling.dimensions]
+    return torch.nn.functional.normalize(vector, dim=0) if pooling.normalize else vector

@@ -5,10 +5,10 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from protocol.ids import RequestKey
+from protocol.pooling import PoolingParams
 from protocol.sampling import SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
-PoolingType: TypeAlias = Literal["last", "mean"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,8 +18,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     output's: the new attempt goes on behind it. `sampling.max_tokens` counts all output tokens,
     those included; it's never None here, because the router bounds it by the context length.
 
-    `pooling` asks for one vector of the prompt: the last token's hidden state, or the mean of all
-    tokens'. It comes with the first token, which is then of no interest.
+    `pooling` asks for one vector of the prompt. It comes with the first token, which is then of no
+    interest.
     """
 
     key: RequestKey
@@ -28,7 +28,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     cache_salt: str | None = None
     priority: int = 0
-    pooling: PoolingType | None = None
+    pooling: PoolingParams | None = None
 
     @property
     def reads_prompt(self) -> bool:
@@ -40,9 +40,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reads_whole_prompt(self) -> bool:
         """Whether every prompt token has to be run for that, cached or not."""
-        return self.reads_prompt and (
-            self.pooling == "mean" or self.sampling.prompt_logprobs is not None
-        )
+        is_mean = self.pooling is not None and self.pooling.type == "mean"
+        return self.reads_prompt and (is_mean or self.sampling.prompt_logprobs is not None)
 
     @property
     def ends_with_prefill(self) -> bool:
@@ -86,7 +85,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     receiver delivers each token exactly once, in order, whoever sent it.
 
     With the first token comes what the request reads of its prompt: `prompt_logprobs` of the
-    prompt's second token and on, and `pooled`, float32 [hidden_size] in this machine's byte order.
+    prompt's second token and on, and `pooled`, float32 in little-endian order.
     """
 
     key: RequestKey

@@ -12,6 +12,8 @@ from starlette.routing import Route
 
 from protocol.errors import TandemError
 from services.router.auth import ApiKeyGuard
+from services.router.embeddings_api import EmbeddingsApi
+from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
 from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -20,6 +22,12 @@ from services.router.status_api import VERSION, StatusApi
 _BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
+    "/v1/score": ScoreBody,
+    "/score": ScoreBody,
+    "/v1/rerank": RerankBody,
+    "/v2/rerank": RerankBody,
+    "/rerank": RerankBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -27,6 +35,7 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
 
 def make_app(
     openai: OpenAIApi,
+    embeddings: EmbeddingsApi,
     status: StatusApi,
     *,
     api_keys: tuple[str, ...] = (),
@@ -34,7 +43,7 @@ def make_app(
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
     app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_routes(app, openai, status)
+    _add_routes(app, openai, embeddings, status)
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
@@ -46,10 +55,18 @@ def make_app(
     return app
 
 
-def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
+def _add_routes(
+    app: FastAPI, openai: OpenAIApi, embeddings: EmbeddingsApi, status: StatusApi
+) -> None:
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/v1/embeddings": embeddings.embeddings,
+        "/v1/score": embeddings.score,
+        "/score": embeddings.score,
+        "/v1/rerank": embeddings.rerank,
+        "/v2/rerank": embeddings.rerank,
+        "/rerank": embeddings.rerank,
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }

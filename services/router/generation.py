@@ -12,9 +12,9 @@ from engine.tokenizer import Tokenizer
 from protocol.block_hash import BlockHash
 from protocol.errors import OverloadedError, TandemError
 from protocol.ids import RequestKey
+from protocol.pooling import PoolingParams
 from protocol.request import (
     PhaseTimings,
-    PoolingType,
     Request,
     SequenceOutput,
     TokenLogprobs,
@@ -41,7 +41,7 @@ class GenerationSpec:
     cache_salt: str | None = None
     priority: int = 0
     num_returned: int | None = None
-    pooling: PoolingType | None = None
+    pooling: PoolingParams | None = None
     is_prompt_only: bool = False
 
     @property

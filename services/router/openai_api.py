@@ -103,7 +103,7 @@ class OpenAIApi:
         )
         reading = self._chat_rules.reading(tools, sampling)
         answers = make_answers(head, self._names(body), reading)
-        return await self._answer(request, spec, head, answers, _chat_options(body))
+        return await self.answer(request, spec, head, answers, _chat_options(body))
 
     async def count_prompt_tokens(self, body: ChatBody) -> int:
         """Of a chat as it would be sent to the model."""
@@ -121,7 +121,11 @@ class OpenAIApi:
         sampling = await self._constrained(body, sampling)
         prompts = [
             truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
-            for prompt in await self._encoder.completion_prompts(body)
+            for prompt in await self._encoder.prompts(
+                body.prompt,
+                field="prompt",
+                add_special_tokens=body.add_special_tokens is not False,
+            )
         ]
         if len(prompts) * sampling.n > MAX_PROMPTS:
             raise InvalidRequestError(
@@ -142,9 +146,9 @@ class OpenAIApi:
         )
         options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
-        return await self._answer(request, spec, head, answers, options)
+        return await self.answer(request, spec, head, answers, options)
 
-    async def _answer(
+    async def answer(
         self,
         request: Request,
         spec: GenerationSpec,
@@ -152,6 +156,7 @@ class OpenAIApi:
         answers: AnswerFormat,
         options: AnswerOptions,
     ) -> Response:
+        """Generates what `spec` says and has `answers` write it, whole or as a stream."""
         admission = self._admission.enter(
             client=request.headers.get("authorization") or request.headers.get("x-api-key", ""),
             priority=spec.priority,

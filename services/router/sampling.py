@@ -123,7 +123,7 @@ def _sampling(
         raise InvalidRequestError(
             "`stream_options` is for streams only; set `stream` to true.", field="stream_options"
         )
-    _check_range("priority", body.priority, -(2**31), 2**31 - 1)
+    check_priority(body.priority)
     if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= 1024:
         raise InvalidRequestError(
             "`cache_salt` must have between 1 and 1024 characters.", field="cache_salt"
@@ -217,8 +217,10 @@ def _logit_bias(bias: dict[str, float] | None, limits: SamplingLimits) -> dict[i
     return by_id
 
 
-def _check_range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
+def check_priority(priority: int | None) -> None:
+    """Raises InvalidRequestError for one that doesn't fit 32 bits."""
+    low, high = -(2**31), 2**31 - 1
+    if priority is not None and not low <= priority <= high:
         raise InvalidRequestError(
-            f"`{name}` must be between {low} and {high}, got {value}.", field=name
+            f"`priority` must be between {low} and {high}, got {priority}.", field="priority"
         )

@@ -37,6 +37,7 @@ from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.embeddings_api import EmbeddingsApi
 from services.router.http_protocol import HttpProtocol
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
@@ -150,6 +151,14 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
+        pooling_type = config.pooling_type
+        embeddings = EmbeddingsApi(
+            openai,
+            model=model,
+            encoder=encoder,
+            pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
+            max_body_bytes=config.max_body_bytes,
+        )
         status = StatusApi(
             model=model,
             encoder=encoder,
@@ -159,7 +168,13 @@ class RouterService:
             num_open=lambda: openai.num_open,
             max_body_bytes=config.max_body_bytes,
         )
-        return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        return make_app(
+            openai,
+            embeddings,
+            status,
+            api_keys=api_keys,
+            allowed_origins=config.allowed_origins,
+        )
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
