@@ -46,7 +46,7 @@ class RouterConfig:
     )
     guided_decoding_backend: str = setting(
         "auto",
-        choices=("auto", "guidance"),
+        choices=("auto", "guidance", "llguidance"),
         help="library that holds outputs to grammars; there is one, llguidance",
     )
     enable_auto_tool_choice: bool = setting(
