@@ -15,11 +15,14 @@ from services.router.auth import ApiKeyGuard
 from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.responses_api import ResponsesApi
+from services.router.responses_bodies import ResponsesBody
 from services.router.status_api import VERSION, StatusApi
 
 _BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -27,6 +30,7 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
 
 def make_app(
     openai: OpenAIApi,
+    responses: ResponsesApi,
     status: StatusApi,
     *,
     api_keys: tuple[str, ...] = (),
@@ -34,7 +38,7 @@ def make_app(
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
     app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_routes(app, openai, status)
+    _add_routes(app, openai, responses, status)
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
@@ -46,10 +50,13 @@ def make_app(
     return app
 
 
-def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
+def _add_routes(
+    app: FastAPI, openai: OpenAIApi, responses: ResponsesApi, status: StatusApi
+) -> None:
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/v1/responses": responses.create,
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }
@@ -59,6 +66,7 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
     gets = {
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,
+        "/v1/responses/{response_id}": responses.retrieve,
         "/health": status.health,
         "/ping": status.health,
         "/version": status.version,
@@ -68,6 +76,9 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_api_route(
+        "/v1/responses/{response_id}", responses.delete, methods=["DELETE"], response_model=None
+    )
     app.add_api_route("/ping", status.health, methods=["POST"], response_model=None)
     schema = _openapi_schema(app)
 

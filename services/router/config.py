@@ -78,6 +78,11 @@ class RouterConfig:
     request_timeout_s: float = setting(
         3600.0, minimum=0.1, help="seconds after which a request ends with an error"
     )
+    response_ttl_s: float = setting(
+        86_400.0,
+        minimum=0.0,
+        help="seconds for which answers of /v1/responses are kept, to go on from; 0 keeps none",
+    )
     disable_log_requests: bool = setting(False, help="no line for each finished request")
     drain_timeout_s: float = setting(
         30.0, minimum=0.0, help="seconds that running requests get to end when the process stops"

@@ -88,11 +88,13 @@ def error_reply(error: TandemError) -> ErrorReply:
         case RequestTimeoutError():
             return ErrorReply(504, ErrorDetail(text, "timeout_error", None, "timeout"))
         case HttpError(status=status, code=code, headers=headers):
-            kind = "authentication_error" if status == 401 else "invalid_request_error"
+            kind = _KINDS.get(status, "invalid_request_error")
             return ErrorReply(status, ErrorDetail(text, kind, None, code), headers)
         case _:
             return INTERNAL_ERROR
 
+
+_KINDS = {401: "authentication_error", 503: "service_unavailable_error"}
 
 INTERNAL_ERROR = ErrorReply(
     500, ErrorDetail("The server failed; its log says why.", "server_error", None, "internal_error")

@@ -45,6 +45,8 @@ from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
 from services.router.request_log import RequestReports
 from services.router.reservations import SharedReservations
+from services.router.response_store import ResponseStore
+from services.router.responses_api import ResponsesApi
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.router.structured_outputs import StructuredOutputs
@@ -150,6 +152,12 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
+        responses = ResponsesApi(
+            openai,
+            ResponseStore(self._redis, ttl_s=config.response_ttl_s),
+            encoder,
+            max_body_bytes=config.max_body_bytes,
+        )
         status = StatusApi(
             model=model,
             encoder=encoder,
@@ -159,7 +167,9 @@ class RouterService:
             num_open=lambda: openai.num_open,
             max_body_bytes=config.max_body_bytes,
         )
-        return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        return make_app(
+            openai, responses, status, api_keys=api_keys, allowed_origins=config.allowed_origins
+        )
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())

@@ -8,6 +8,7 @@
 {ns}:blocks:{id}:{incarnation}      set of the block hashes (16 bytes each) after all of those
 {ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
 {ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
+{ns}:response:{id}                  string, StoredResponse as JSON, expires
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class RedisKeys:
 
     def load(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:load:{worker_id}"
+
+    def response(self, response_id: str) -> str:
+        return f"{self.namespace}:response:{response_id}"
 
     def kv_stream(self, ref: WorkerRef) -> str:
         return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"
