@@ -32,7 +32,7 @@ from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, RequestFailed, StepOutputs
 from protocol.settings import setting_info
 from services.router.admission import AdmissionPolicy, AdmissionQueue
-from services.router.app import make_app
+from services.router.app import Apis, make_app
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
@@ -40,6 +40,7 @@ from services.router.dispatch import Dispatcher
 from services.router.http_protocol import HttpProtocol
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
+from services.router.messages_api import MessagesApi
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
@@ -167,9 +168,9 @@ class RouterService:
             num_open=lambda: openai.num_open,
             max_body_bytes=config.max_body_bytes,
         )
-        return make_app(
-            openai, responses, status, api_keys=api_keys, allowed_origins=config.allowed_origins
-        )
+        messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
+        apis = Apis(openai, responses, messages, status)
+        return make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())

@@ -141,6 +141,18 @@ def parse_events(content: bytes) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
+def parse_named_events(content: bytes) -> list[dict[str, Any]]:
+    """Of a stream whose events have names, which their data repeats as `type`."""
+    *raw, rest = content.decode().split("\n\n")
+    assert rest == ""
+    events = []
+    for lines in raw:
+        name, data = lines.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event)

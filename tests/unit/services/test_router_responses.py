@@ -9,7 +9,14 @@ import openai
 import pytest
 import pytest_asyncio
 from openai import AsyncOpenAI
-from router_stack import MAX_MODEL_LEN, MODEL, RouterStack, open_router_stack, until
+from router_stack import (
+    MAX_MODEL_LEN,
+    MODEL,
+    RouterStack,
+    open_router_stack,
+    parse_named_events,
+    until,
+)
 
 from services.router.noop_worker import NoopBehaviour
 
@@ -54,17 +61,6 @@ async def events_of(stack: RouterStack, body: dict[str, Any]) -> list[dict[str, 
     response = await stack.post(RESPONSES, body | {"stream": True})
     assert response.status_code == 200, response.text
     return parse_named_events(response.content)
-
-
-def parse_named_events(content: bytes) -> list[dict[str, Any]]:
-    *raw, rest = content.decode().split("\n\n")
-    assert rest == ""
-    events = []
-    for lines in raw:
-        name, data = lines.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
 
 
 async def prompt_of(stack: RouterStack, body: dict[str, Any]) -> str:
