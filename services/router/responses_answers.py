@@ -152,15 +152,22 @@ class ResponsesAnswers:
         answer["completed_at"] = int(time.time())
         answer["usage"] = await self._usage(generation)
         if self._store is not None:
-            items = msgspec.convert(answer["output"], list[InputItem])
-            conversation = self._conversation + input_messages(items)
-            record = StoredResponse(msgspec.Raw(encode_json(answer)), conversation)
-            try:
-                await self._store.put(self._head.id, record)
-            except HttpError:
-                # The answer is worth more than the chance to go on from it; it says so itself.
-                answer["store"] = False
+            # The answer is worth more than the chance to go on from it; it says so itself.
+            answer["store"] = await self._keep(answer, self._store)
         return answer
+
+    async def _keep(self, answer: dict[str, Any], store: ResponseStore) -> bool:
+        # A call that was cut off has no arguments to go on with.
+        said = [
+            item for item in answer["output"] if item["type"] != "function_call" or _is_whole(item)
+        ]
+        items = msgspec.convert(said, list[InputItem])
+        conversation = self._conversation + (input_messages(items) if items else [])
+        record = StoredResponse(msgspec.Raw(encode_json(answer)), conversation)
+        try:
+            return await store.put(self._head.id, record)
+        except HttpError:
+            return False
 
     def _answer(self, generation: Generation, status: Status) -> dict[str, Any]:
         body, sampling = self._body, generation.spec.sampling
@@ -253,6 +260,10 @@ def _item(part: Part, status: str, content: list[dict[str, Any]]) -> dict[str, A
             arguments = part.text if content else ""
             call = {"call_id": f"call_{part.id}", "name": part.name, "arguments": arguments}
             return head | {"type": "function_call"} | call
+
+
+def _is_whole(item: dict[str, Any]) -> bool:
+    return item["status"] == "completed"
 
 
 def _content(part: Part, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:

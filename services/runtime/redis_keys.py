@@ -9,6 +9,8 @@
 {ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
 {ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
 {ns}:response:{id}                  string, StoredResponse as JSON, expires
+{ns}:responses                      list of their ids and sizes, oldest first
+{ns}:response_bytes                 sum of those sizes
 """
 
 from dataclasses import dataclass
@@ -35,6 +37,14 @@ class RedisKeys:
     @property
     def placed(self) -> str:
         return f"{self.namespace}:placed"
+
+    @property
+    def responses(self) -> str:
+        return f"{self.namespace}:responses"
+
+    @property
+    def response_bytes(self) -> str:
+        return f"{self.namespace}:response_bytes"
 
     def worker(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:worker:{worker_id}"

@@ -5,11 +5,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
+import msgspec
 import pytest
 import pytest_asyncio
 from anthropic import AsyncAnthropic
 from router_stack import MODEL, RouterStack, open_router_stack, parse_named_events
 
+from services.router.messages_bodies import MessagesBody
+from services.router.messages_input import chat_body
 from services.router.noop_worker import NoopBehaviour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -220,6 +223,14 @@ async def test_sampling_fields_mean_what_they_mean_in_a_chat(stack: RouterStack)
     assert {name: getattr(request.sampling, name) for name in fields} == fields
     assert request.priority == -4
     assert request.sampling.structured_outputs.json == schema
+
+
+@pytest.mark.parametrize(("kind", "thinks"), [("enabled", True), ("disabled", False)])
+async def test_templates_are_told_whether_to_think(kind: str, *, thinks: bool) -> None:
+    body = {"messages": [USER], "max_tokens": 2, "thinking": {"type": kind, "budget_tokens": 1024}}
+    chat = chat_body(msgspec.convert(body, MessagesBody))
+    assert chat.chat_template_kwargs == {"enable_thinking": thinks}
+    assert chat.continue_final_message is False
 
 
 async def test_tokens_are_counted_as_they_would_be_sent(

@@ -411,6 +411,31 @@ async def test_with_no_time_to_live_nothing_is_kept(
         assert (await stack.client.get(f"{RESPONSES}/{answer['id']}")).status_code == 404
 
 
+async def test_the_oldest_answers_make_room(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("router")
+    async with open_router_stack(path, response_store_bytes=6000) as stack:
+        await stack.add_worker()
+        body = {"input": "x", "max_output_tokens": 2}
+        answers = [await ask(stack, body) for _ in range(12)]
+        assert all(answer["store"] for answer in answers)
+        found = [await stack.client.get(f"{RESPONSES}/{answer['id']}") for answer in answers]
+        statuses = [response.status_code for response in found]
+        num_kept = statuses.count(200)
+        assert 1 < num_kept < 12
+        assert statuses == [404] * (12 - num_kept) + [200] * num_kept
+        too_large = await ask(stack, body | {"metadata": {"a": "x" * 6000}})
+        assert too_large["store"] is False
+
+
+async def test_a_call_that_was_cut_off_is_no_part_of_the_conversation(stack: RouterStack) -> None:
+    choice = {"type": "function", "name": "get_weather"}
+    body = {"input": "x", "tools": [WEATHER], "tool_choice": choice, "max_output_tokens": 4}
+    answer = await ask(stack, body)
+    assert answer["output"][0]["status"] == "incomplete"
+    prompt = await prompt_of(stack, {"input": "y", "previous_response_id": answer["id"]})
+    assert prompt.count("<|im_start|>assistant") == 1
+
+
 async def test_a_stream_that_fails_says_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     settings = {"request_timeout_s": 2.0}
     async with open_router_stack(tmp_path_factory.mktemp("router"), **settings) as stack:
