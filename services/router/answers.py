@@ -23,6 +23,8 @@ class AnswerOptions:
     continuous_usage: bool = False
     return_token_ids: bool = False
     echo: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,31 @@ class AnswerFormat(Protocol):
     async def end(self, generation: Generation) -> bytes:
         """The events behind the last chunk, also where the generation failed."""
         ...
+
+
+def best_outputs(generation: Generation) -> list[tuple[int, Output, Delta]]:
+    """A finished generation's outputs to answer with, under the index that each gets.
+
+    Of each prompt's outputs the best come first, by their tokens' mean log-probability, where
+    fewer are returned than there are.
+    """
+    spec = generation.spec
+    taken = [(output, output.choice.take()) for output in generation.outputs]
+    n, num_returned = spec.sampling.n, spec.num_returned
+    if num_returned is None or num_returned == n:
+        return [(output.index, output, delta) for output, delta in taken]
+    best: list[tuple[int, Output, Delta]] = []
+    for start in range(0, len(taken), n):
+        ranked = sorted(taken[start : start + n], key=lambda pair: -_mean_logprob(pair[1]))
+        best += [
+            (len(best) + rank, output, delta)
+            for rank, (output, delta) in enumerate(ranked[:num_returned])
+        ]
+    return best
+
+
+def _mean_logprob(delta: Delta) -> float:
+    return sum(token.logprob for token in delta.logprobs) / max(1, len(delta.logprobs))
 
 
 def event(data: bytes) -> bytes:

@@ -13,6 +13,8 @@ from starlette.routing import Route
 
 from protocol.errors import TandemError
 from services.router.auth import ApiKeyGuard
+from services.router.embeddings_api import EmbeddingsApi
+from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
 from services.router.http_errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
 from services.router.messages_api import MessagesApi
 from services.router.messages_bodies import MessagesBody, PromptBody
@@ -28,6 +30,12 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/responses": ResponsesBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": PromptBody,
+    "/v1/embeddings": EmbeddingBody,
+    "/v1/score": ScoreBody,
+    "/score": ScoreBody,
+    "/v1/rerank": RerankBody,
+    "/v2/rerank": RerankBody,
+    "/rerank": RerankBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -40,6 +48,7 @@ class Apis:
     openai: OpenAIApi
     responses: ResponsesApi
     messages: MessagesApi
+    embeddings: EmbeddingsApi
     status: StatusApi
 
 
@@ -64,13 +73,19 @@ def make_app(
 
 
 def _add_routes(app: FastAPI, apis: Apis) -> None:
-    openai, status = apis.openai, apis.status
+    openai, embeddings, status = apis.openai, apis.embeddings, apis.status
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
         "/v1/responses": apis.responses.create,
         "/v1/messages": apis.messages.create,
         "/v1/messages/count_tokens": apis.messages.count_tokens,
+        "/v1/embeddings": embeddings.embeddings,
+        "/v1/score": embeddings.score,
+        "/score": embeddings.score,
+        "/v1/rerank": embeddings.rerank,
+        "/v2/rerank": embeddings.rerank,
+        "/rerank": embeddings.rerank,
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }

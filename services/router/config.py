@@ -60,6 +60,12 @@ class RouterConfig:
         choices=tuple(REASONING_FORMATS),
         help="how the model marks its thoughts, which are answered as `reasoning_content`",
     )
+    pooling_type: Literal["auto", "last", "mean"] = setting(
+        "auto",
+        choices=("auto", "last", "mean"),
+        help="what /v1/embeddings makes a vector of: the last token's state or the mean of all; "
+        "auto: as the model's 1_Pooling/config.json says, else the last",
+    )
     local_prefill: Literal["auto", "never", "always"] = setting(
         "auto",
         choices=("auto", "never", "always"),

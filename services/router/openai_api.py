@@ -23,7 +23,12 @@ from services.router.logprobs import TokenNames
 from services.router.open_request import OpenRequest
 from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from services.router.prompts import MAX_PROMPTS, PromptEncoder, truncated
-from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
+from services.router.sampling import (
+    bounded_max_tokens,
+    chat_sampling,
+    completion_sampling,
+    is_prompt_only,
+)
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
 from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
@@ -70,7 +75,7 @@ class OpenAIApi:
         body = await self._chat_bodies.read(request)
 
         def make(head: AnswerHead, names: TokenNames, reading: ReadingRules) -> AnswerFormat:
-            return ChatAnswers(head, _options(body), names, reading)
+            return ChatAnswers(head, _chat_options(body), names, reading)
 
         return await self.answer_chat(request, body, make, id_prefix="chatcmpl-")
 
@@ -88,10 +93,17 @@ class OpenAIApi:
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
-        spec = GenerationSpec([prompt], [max_tokens], sampling, body.cache_salt, body.priority or 0)
+        spec = GenerationSpec(
+            [prompt],
+            [max_tokens],
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+        )
         reading = self._chat_rules.reading(tools, sampling)
         answers = make_answers(head, self._names(body), reading)
-        return await self._answer(request, spec, head, answers, _options(body))
+        return await self.answer(request, spec, head, answers, _chat_options(body))
 
     async def count_prompt_tokens(self, body: ChatBody) -> int:
         """Of a chat as it would be sent to the model."""
@@ -104,18 +116,16 @@ class OpenAIApi:
         body = await self._completion_bodies.read(request)
         head = self._head(body, "cmpl-")
         refuse_unsupported(body)
-        if body.echo and body.logprobs is not None:
-            raise InvalidRequestError(
-                "`echo` with `logprobs` is not supported by this server.",
-                field="echo",
-                code="unsupported_parameter",
-            )
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
         sampling = await self._constrained(body, sampling)
         prompts = [
             truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
-            for prompt in await self._encoder.completion_prompts(body)
+            for prompt in await self._encoder.prompts(
+                body.prompt,
+                field="prompt",
+                add_special_tokens=body.add_special_tokens is not False,
+            )
         ]
         if len(prompts) * sampling.n > MAX_PROMPTS:
             raise InvalidRequestError(
@@ -125,12 +135,20 @@ class OpenAIApi:
             bounded_max_tokens(sampling, len(prompt.token_ids), limits, prompt_field="prompt")
             for prompt in prompts
         ]
-        spec = GenerationSpec(prompts, max_tokens, sampling, body.cache_salt, body.priority or 0)
-        options = _options(body, echo=body.echo is True)
+        spec = GenerationSpec(
+            prompts,
+            max_tokens,
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+            is_prompt_only=is_prompt_only(body),
+        )
+        options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
-        return await self._answer(request, spec, head, answers, options)
+        return await self.answer(request, spec, head, answers, options)
 
-    async def _answer(
+    async def answer(
         self,
         request: Request,
         spec: GenerationSpec,
@@ -138,6 +156,7 @@ class OpenAIApi:
         answers: AnswerFormat,
         options: AnswerOptions,
     ) -> Response:
+        """Generates what `spec` says and has `answers` write it, whole or as a stream."""
         admission = self._admission.enter(
             client=request.headers.get("authorization") or request.headers.get("x-api-key", ""),
             priority=spec.priority,
@@ -199,7 +218,11 @@ class OpenAIApi:
         return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
 
 
-def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
+def _chat_options(body: ChatBody) -> AnswerOptions:
+    return _options(body, logprobs=body.logprobs is True)
+
+
+def _options(body: SamplingBody, *, logprobs: bool, echo: bool = False) -> AnswerOptions:
     stream_options = body.stream_options
     return AnswerOptions(
         stream=body.stream is True,
@@ -208,4 +231,6 @@ def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
         and stream_options.continuous_usage_stats is True,
         return_token_ids=body.return_token_ids is True,
         echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )

@@ -20,7 +20,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     """Known fields with no effect here; see `unsupported.py` for the values that are harmless."""
 
     audio: Json = None
-    best_of: Json = None
     chat_template: Json = None
     function_call: Json = None
     functions: Json = None
@@ -30,7 +29,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     mm_processor_kwargs: Json = None
     modalities: Json = None
     prompt_embeds: Json = None
-    prompt_logprobs: Json = None
     structural_tag: Json = None
     suffix: Json = None
     thinking_token_budget: Json = None
@@ -69,6 +67,7 @@ class SamplingBody(Unsupported, kw_only=True):
 
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -78,6 +77,7 @@ class SamplingBody(Unsupported, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
+    prompt_logprobs: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop: str | list[str] | None = None

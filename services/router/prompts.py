@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import ContextLengthError, InvalidRequestError
 from protocol.sampling import SamplingParams
-from services.router.openai_bodies import ChatBody, CompletionBody, Message, TokenizeBody
+from services.router.openai_bodies import ChatBody, Message, TokenizeBody
 from services.router.sampling import SamplingLimits, check_token_ids
 from services.router.served_model import ServedModel
 
@@ -34,12 +34,13 @@ class PromptEncoder:
         self._model = model
         self._executor = executor
 
-    async def completion_prompts(self, body: CompletionBody) -> list[Prompt]:
+    async def prompts(
+        self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
+    ) -> list[Prompt]:
         """At least one prompt, none of them empty. Raises InvalidRequestError."""
-        add_special_tokens = body.add_special_tokens is not False
         return [
-            await self._completion_prompt(prompt, add_special_tokens=add_special_tokens)
-            for prompt in split_prompt(body.prompt)
+            await self._prompt(prompt, field, add_special_tokens=add_special_tokens)
+            for prompt in split_prompt(texts, field)
         ]
 
     async def chat_prompt(
@@ -70,17 +71,17 @@ class PromptEncoder:
 
         return await self._run(encode, len(text))
 
-    async def _completion_prompt(
-        self, prompt: str | list[int], *, add_special_tokens: bool
+    async def _prompt(
+        self, prompt: str | list[int], field: str, *, add_special_tokens: bool
     ) -> Prompt:
         if isinstance(prompt, str):
             encoded = await self.text_prompt(
-                prompt, field="prompt", add_special_tokens=add_special_tokens
+                prompt, field=field, add_special_tokens=add_special_tokens
             )
         else:
-            check_token_ids(prompt, self._model.limits.vocab_size, field="prompt")
+            check_token_ids(prompt, self._model.limits.vocab_size, field=field)
             encoded = Prompt(None, prompt)
-        return self._not_empty(encoded, "prompt")
+        return self._not_empty(encoded, field)
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         max_model_len = self._model.limits.max_model_len
@@ -127,25 +128,27 @@ def truncated(
     return Prompt(None, prompt.token_ids[-num_tokens:])
 
 
-def split_prompt(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def split_prompt(
+    prompt: str | list[str | int | list[int]], field: str = "prompt"
+) -> list[str | list[int]]:
     """The prompts in a completion's `prompt`. Raises InvalidRequestError for a mixed list."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("`prompt` must not be an empty list.", field="prompt")
+        raise InvalidRequestError(f"`{field}` must not be an empty list.", field=field)
     token_ids = [item for item in prompt if isinstance(item, int)]
     if len(token_ids) == len(prompt):
         return [token_ids]
     prompts = [item for item in prompt if not isinstance(item, int)]
     if len({type(item) for item in prompt}) != 1:
         raise InvalidRequestError(
-            "`prompt` must be a string, strings, token ids or lists of token ids, not a mixture.",
-            field="prompt",
+            f"`{field}` must be a string, strings, token ids or lists of token ids, not a mixture.",
+            field=field,
             code="invalid_type",
         )
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequestError(
-            f"`prompt` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field="prompt"
+            f"`{field}` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field=field
         )
     return prompts
 

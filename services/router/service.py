@@ -34,6 +34,7 @@ from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.embeddings_api import EmbeddingsApi
 from services.router.http_server import make_server, open_listener
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
@@ -157,6 +158,14 @@ class RouterService:
             encoder,
             max_body_bytes=config.max_body_bytes,
         )
+        pooling_type = config.pooling_type
+        embeddings = EmbeddingsApi(
+            openai,
+            model=model,
+            encoder=encoder,
+            pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
+            max_body_bytes=config.max_body_bytes,
+        )
         status = StatusApi(
             model=model,
             encoder=encoder,
@@ -167,7 +176,7 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
         )
         messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
-        apis = Apis(openai, responses, messages, status)
+        apis = Apis(openai, responses, messages, embeddings, status)
         return make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
 
     def _render_metrics(self) -> tuple[bytes, str]:

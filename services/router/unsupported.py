@@ -10,7 +10,6 @@ from services.router.openai_bodies import Unsupported
 
 # Values besides null with which a field asks for what happens anyway.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1, 1.0),
