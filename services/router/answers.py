@@ -79,6 +79,10 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    return b"event: %b\n" % name.encode() + event(data)
+
+
 def usage_of(generation: Generation) -> dict[str, Any]:
     num_prompt_tokens = generation.spec.num_prompt_tokens
     num_output_tokens = generation.num_output_tokens

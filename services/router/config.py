@@ -84,6 +84,16 @@ class RouterConfig:
     request_timeout_s: float = setting(
         3600.0, minimum=0.1, help="seconds after which a request ends with an error"
     )
+    response_ttl_s: float = setting(
+        86_400.0,
+        minimum=0.0,
+        help="seconds for which answers of /v1/responses are kept, to go on from; 0 keeps none",
+    )
+    response_store_bytes: int = setting(
+        256 * 2**20,
+        minimum=0,
+        help="bytes of such answers that Redis keeps at most; the oldest go first",
+    )
     disable_log_requests: bool = setting(False, help="no line for each finished request")
     drain_timeout_s: float = setting(
         30.0, minimum=0.0, help="seconds that running requests get to end when the process stops"

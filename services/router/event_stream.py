@@ -40,7 +40,7 @@ class EventStream(Response):
                 body = self._news(generation)
                 if is_last:
                     body += await self._answers.end(generation)
-                if body:
+                if body or is_last:
                     more = not is_last
                     await send({"type": "http.response.body", "body": body, "more_body": more})
                 if not is_last:
