@@ -44,6 +44,11 @@ class RouterConfig:
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
     )
+    trust_request_chat_template: bool = setting(
+        False,
+        help="render a request's own `chat_template`; it runs sandboxed, but can take as long as "
+        "it likes",
+    )
     guided_decoding_backend: str = setting(
         "auto",
         choices=("auto", "guidance", "llguidance"),

@@ -135,7 +135,9 @@ class RouterService:
     def _make_app(
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
-        encoder = PromptEncoder(model, self._executor)
+        encoder = PromptEncoder(
+            model, self._executor, trusts_templates=config.trust_request_chat_template
+        )
         reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
         self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
         openai = OpenAIApi(
