@@ -19,6 +19,7 @@ class SettingInfo:
     maximum: float | None = None
     metavar: str | None = None
     secret: bool = False
+    only_default: str = ""
 
 
 def setting(
@@ -30,12 +31,14 @@ def setting(
     maximum: float | None = None,
     metavar: str | None = None,
     secret: bool = False,
+    only_default: str = "",
 ) -> Any:  # noqa: ANN401
     """A dataclass field that carries its help text and its bounds.
 
-    A secret's value never appears in an argument list or a message.
+    A secret's value never appears in an argument list or a message. `only_default` says why no
+    other value is accepted, and what to do instead.
     """
-    info = SettingInfo(help, choices, minimum, maximum, metavar, secret)
+    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, only_default)
     return dataclasses.field(default=default, metadata={"setting": info})
 
 

@@ -10,6 +10,8 @@ from msgspec import UNSET, UnsetType
 
 from services.router.http_errors import ErrorDetail
 
+# One entry a token, the first without: what the prompt's tokens could have been, by token id.
+PromptLogprobs = list[dict[str, Any] | None]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -84,6 +86,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CalledPiece(msgspec.Struct):
@@ -133,6 +136,7 @@ class CompletionChoice(Choice, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct):
@@ -163,6 +167,58 @@ class CompletionChunk(msgspec.Struct):
     model: str
     choices: list[CompletionChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+
+
+class TextsUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class TextVector(msgspec.Struct):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class TextVectors(msgspec.Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[TextVector]
+    usage: TextsUsage
+
+
+class TextScore(msgspec.Struct):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class TextScores(msgspec.Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[TextScore]
+    usage: TextsUsage
+
+
+class RankedText(msgspec.Struct):
+    text: str
+
+
+class Rank(msgspec.Struct):
+    index: int
+    relevance_score: float
+    document: RankedText | UnsetType = UNSET
+
+
+class Ranking(msgspec.Struct):
+    id: str
+    model: str
+    results: list[Rank]
+    usage: TextsUsage
 
 
 class Tokens(msgspec.Struct):

@@ -1,5 +1,7 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
+from dataclasses import dataclass
+
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -10,9 +12,12 @@ from starlette.routing import Route
 from protocol.errors import TandemError
 from services.router.answers import encode_json
 from services.router.auth import ApiKeyGuard
-from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
+from services.router.embeddings_api import EmbeddingsApi
+from services.router.http_errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
+from services.router.messages_api import MessagesApi
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openapi import openapi_document
+from services.router.responses_api import ResponsesApi
 from services.router.status_api import VERSION, StatusApi
 
 
@@ -25,12 +30,23 @@ class _CorsRules(CORSMiddleware):
             return response
         headers = {name: value for name, value in response.headers.items() if "content" not in name}
         text = f"{bytes(response.body).decode()}."
-        return error_reply(HttpError(400, text, code="cors_refused", headers=headers)).response
+        refusal = HttpError(400, text, code="cors_refused", headers=headers)
+        return error_reply(refusal).response_at(path="/")
+
+
+@dataclass(frozen=True, slots=True)
+class Apis:
+    """All that answers requests."""
+
+    openai: OpenAIApi
+    responses: ResponsesApi
+    messages: MessagesApi
+    embeddings: EmbeddingsApi
+    status: StatusApi
 
 
 def make_app(
-    openai: OpenAIApi,
-    status: StatusApi,
+    apis: Apis,
     *,
     api_keys: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
@@ -43,7 +59,7 @@ def make_app(
         # A redirect would go to whatever host the client named.
         redirect_slashes=False,
     )
-    _add_routes(app, openai, status, has_keys=bool(api_keys))
+    _add_routes(app, apis, has_keys=bool(api_keys))
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
@@ -55,10 +71,20 @@ def make_app(
     return app
 
 
-def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi, *, has_keys: bool) -> None:
+def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
+    openai, embeddings, status = apis.openai, apis.embeddings, apis.status
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/v1/responses": apis.responses.create,
+        "/v1/messages": apis.messages.create,
+        "/v1/messages/count_tokens": apis.messages.count_tokens,
+        "/v1/embeddings": embeddings.embeddings,
+        "/v1/score": embeddings.score,
+        "/score": embeddings.score,
+        "/v1/rerank": embeddings.rerank,
+        "/v2/rerank": embeddings.rerank,
+        "/rerank": embeddings.rerank,
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }
@@ -68,6 +94,7 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi, *, has_keys:
     gets = {
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,
+        "/v1/responses/{response_id}": apis.responses.retrieve,
         "/health": status.health,
         "/version": status.version,
         "/load": status.load,
@@ -76,7 +103,12 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi, *, has_keys:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
-    # One route with all its methods, so that a 405 names them.
+    app.add_api_route(
+        "/v1/responses/{response_id}",
+        apis.responses.delete,
+        methods=["DELETE"],
+        response_model=None,
+    )
     app.add_api_route("/ping", status.health, methods=["GET", "POST"], response_model=None)
     description = encode_json(openapi_document(version=VERSION, has_keys=has_keys))
 
@@ -87,20 +119,33 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi, *, has_keys:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return _error_reply(request, error).response_at(request.url.path)
+
+
+def _error_reply(request: Request, error: Exception) -> ErrorReply:
     match error:
         case TandemError():
-            return error_reply(error).response
+            return error_reply(error)
         case HTTPException(status_code=404):
             text = f"There is no {request.method} {request.url.path} here."
-            return error_reply(HttpError(404, text, code="not_found")).response
-        case HTTPException(status_code=405, headers=headers):
+            return error_reply(HttpError(404, text, code="not_found"))
+        case HTTPException(status_code=405):
             text = f"{request.url.path} doesn't take {request.method}."
-            refusal = HttpError(405, text, code="method_not_allowed", headers=dict(headers or {}))
-            return error_reply(refusal).response
+            headers = {"Allow": ", ".join(_methods_at(request))}
+            return error_reply(HttpError(405, text, code="method_not_allowed", headers=headers))
         case HTTPException(status_code=status, detail=detail):
-            return error_reply(HttpError(status, detail, code="http_error")).response
-        case ClientDisconnect():
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return error_reply(HttpError(status, detail, code="http_error"))
         case _:
             # The server logs the traceback; it's no client's business.
-            return INTERNAL_ERROR.response
+            return INTERNAL_ERROR
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Of all routes there; each of them knows its own only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.path_regex.match(request.url.path):
+            methods |= route.methods or set()
+    return sorted(methods)

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.router.http_errors import HttpError, error_reply
 
 # Probes and scrapers have no key.
-_GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config")
+_GUARDED = ("/v1", "/v2", "/score", "/rerank", "/tokenize", "/detokenize", "/load_config")
 
 
 def is_guarded(path: str) -> bool:
@@ -17,7 +17,10 @@ def is_guarded(path: str) -> bool:
 
 
 class ApiKeyGuard:
-    """ASGI middleware: 401 for guarded paths without `Authorization: Bearer <one of the keys>`."""
+    """ASGI middleware: 401 for guarded paths without one of the keys.
+
+    It comes as `Authorization: Bearer …`, or as `X-API-Key: …`, which Anthropic's clients send.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
         self._app = app
@@ -27,11 +30,11 @@ class ApiKeyGuard:
         if scope["type"] == "http" and self._refuses(scope):
             error = HttpError(
                 401,
-                "Give a valid API key as bearer token.",
+                "Give a valid API key as bearer token or in X-API-Key.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await error_reply(error).response(scope, receive, send)
+            await error_reply(error).response_at(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -40,10 +43,13 @@ class ApiKeyGuard:
         if scope["method"] == "OPTIONS" or not is_guarded(scope["path"]):
             return False
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = _digest(key.strip())
-        known = [hmac.compare_digest(digest, other) for other in self._digests]
-        return scheme.lower() != b"bearer" or not any(known)
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = [token.strip()] if scheme.lower() == b"bearer" else []
+        if b"x-api-key" in headers:
+            given.append(headers[b"x-api-key"])
+        digests = [_digest(key) for key in given]
+        known = [hmac.compare_digest(d, other) for d in digests for other in self._digests]
+        return not any(known)
 
 
 def _digest(key: bytes) -> bytes:

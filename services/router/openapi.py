@@ -20,11 +20,16 @@ from services.router.answer_shapes import (
     LoadConfig,
     ModelCard,
     ModelList,
+    Ranking,
     ServerLoad,
     ServerVersion,
+    TextScores,
+    TextVectors,
     Tokens,
 )
 from services.router.auth import is_guarded
+from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
+from services.router.messages_bodies import MessagesBody, PromptBody
 from services.router.openai_bodies import (
     ChatBody,
     CompletionBody,
@@ -32,16 +37,27 @@ from services.router.openai_bodies import (
     TokenizeBody,
     Unsupported,
 )
+from services.router.responses_bodies import ResponsesBody
+from services.router.translated_answer_shapes import (
+    CountedTokens,
+    DeletedResponse,
+    MessageAnswer,
+    MessageEvent,
+    MessagesErrorAnswer,
+    ResponseAnswer,
+    ResponseEvent,
+)
 from services.router.unsupported import HARMLESS
 
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 
 _READS_BODY = (400, 404, 408, 413)
 _GENERATES = (*_READS_BODY, 429, 503, 504)
+_RESPONSE, _FINDS_RESPONSE = "/v1/responses/{response_id}", (400, 404, 503)
 _MEANINGS = {
     400: "The request is wrong; `param` names the field.",
     401: "There is no valid API key in the request.",
-    404: "There is no such model.",
+    404: "There is no such model, or whatever the path names.",
     408: "The body didn't come in time.",
     413: "The body is too long.",
     429: "Too many requests wait already; `Retry-After` says when to try again.",
@@ -65,21 +81,42 @@ class Operation:
     answer: Any = None
     body: type[msgspec.Struct] | None = None
     errors: tuple[int, ...] = ()
+    event: Any = None
     answer_type: str = JSON
     body_type: str = JSON
-    event: Any = None
 
 
 OPERATIONS = (
     Operation(
         *("POST", "/v1/chat/completions", "Go on with a conversation", ChatCompletion),
-        *(ChatBody, _GENERATES),
-        event=ChatChunk,
+        *(ChatBody, _GENERATES, ChatChunk),
     ),
     Operation(
         *("POST", "/v1/completions", "Go on with a text", Completion),
-        *(CompletionBody, _GENERATES),
-        event=CompletionChunk,
+        *(CompletionBody, _GENERATES, CompletionChunk),
+    ),
+    Operation(
+        *("POST", "/v1/responses", "Respond to items", ResponseAnswer),
+        *(ResponsesBody, _GENERATES, ResponseEvent),
+    ),
+    Operation("GET", _RESPONSE, "A response kept", ResponseAnswer, errors=_FINDS_RESPONSE),
+    Operation("DELETE", _RESPONSE, "Forget it", DeletedResponse, errors=_FINDS_RESPONSE),
+    Operation(
+        *("POST", "/v1/messages", "Go on with messages, as Anthropic's API does", MessageAnswer),
+        *(MessagesBody, _GENERATES, MessageEvent),
+    ),
+    Operation(
+        *("POST", "/v1/messages/count_tokens", "How many tokens those are", CountedTokens),
+        *(PromptBody, _READS_BODY),
+    ),
+    Operation("POST", "/v1/embeddings", "Texts' vectors", TextVectors, EmbeddingBody, _GENERATES),
+    *(
+        Operation("POST", path, "How alike texts are", TextScores, ScoreBody, _GENERATES)
+        for path in ("/v1/score", "/score")
+    ),
+    *(
+        Operation("POST", path, "Which documents fit", Ranking, RerankBody, _GENERATES)
+        for path in ("/v1/rerank", "/v2/rerank", "/rerank")
     ),
     Operation("POST", "/tokenize", "A text's tokens", Tokens, TokenizeBody, _READS_BODY),
     Operation("POST", "/detokenize", "Tokens' text", DetokenizedText, DetokenizeBody, _READS_BODY),
@@ -101,10 +138,8 @@ def openapi_document(
 ) -> dict[str, Any]:
     """`has_keys` if the server lets in only who has one."""
     operations = tuple(operations)
-    shapes = {
-        ErrorAnswer,
-        *(shape for op in operations for shape in (op.body, op.answer, op.event)),
-    }
+    shapes = {ErrorAnswer, MessagesErrorAnswer}
+    shapes |= {shape for op in operations for shape in (op.body, op.answer, op.event)}
     schemas, components = msgspec.json.schema_components(
         shapes, ref_template="#/components/schemas/{name}"
     )
@@ -137,12 +172,19 @@ _BEARER = {"type": "http", "scheme": "bearer"}
 
 def _described(op: Operation, schema_of: dict[Any, Any], is_locked: bool) -> dict[str, Any]:  # noqa: FBT001
     errors = sorted({*op.errors, 401} if is_locked else op.errors)
-    refusal = {JSON: {"schema": schema_of[ErrorAnswer]}}
+    is_messages = op.path.startswith("/v1/messages")
+    error_schema = schema_of[MessagesErrorAnswer if is_messages else ErrorAnswer]
+    refusal = {JSON: {"schema": error_schema}}
     success: dict[str, Any] = {"description": "Success"}
     if op.answer is not None:
         success["content"] = {op.answer_type: {"schema": schema_of[op.answer]}}
         if op.event is not None:
-            success["content"][EVENTS] = {"schema": _events(schema_of[op.event])}
+            success["content"][EVENTS] = {
+                "schema": _events(
+                    {"anyOf": [schema_of[op.event], error_schema]},
+                    has_end=op.event in (ChatChunk, CompletionChunk),
+                )
+            }
     described: dict[str, Any] = {
         "summary": op.summary,
         "responses": {
@@ -167,15 +209,10 @@ def _described(op: Operation, schema_of: dict[Any, Any], is_locked: bool) -> dic
     return described
 
 
-def _events(schema: dict[str, Any]) -> dict[str, Any]:
-    """What each event of a stream looks like; the last one says that it's the last."""
-    error = {"$ref": "#/components/schemas/ErrorAnswer"}
-    chunk = {
-        "type": "string",
-        "contentMediaType": JSON,
-        "contentSchema": {"anyOf": [schema, error]},
-    }
-    data = {"anyOf": [{"const": "[DONE]"}, chunk]}
+def _events(schema: dict[str, Any], *, has_end: bool) -> dict[str, Any]:
+    """What each event of a stream looks like; if it `has_end`, its last one says no more."""
+    json = {"type": "string", "contentMediaType": JSON, "contentSchema": schema}
+    data = {"anyOf": [{"const": "[DONE]"}, json]} if has_end else json
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

@@ -9,19 +9,16 @@
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import gc
 import logging
 import os
 import signal
 import socket
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -32,19 +29,23 @@ from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, RequestFailed, StepOutputs
 from protocol.settings import setting_info
 from services.router.admission import AdmissionPolicy, AdmissionQueue
-from services.router.app import make_app
+from services.router.app import Apis, make_app
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
-from services.router.http_protocol import HttpProtocol
+from services.router.embeddings_api import EmbeddingsApi
+from services.router.http_server import make_server, open_listener
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
+from services.router.messages_api import MessagesApi
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
 from services.router.request_log import RequestReports
 from services.router.reservations import SharedReservations
+from services.router.response_store import ResponseStore
+from services.router.responses_api import ResponsesApi
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.router.structured_outputs import StructuredOutputs
@@ -62,7 +63,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
 ENCODER_THREADS = 2
-KEEP_ALIVE_S = 75
 
 
 def run_router(config: RouterConfig) -> int:
@@ -80,7 +80,7 @@ def run_router(config: RouterConfig) -> int:
         chat_template=None if config.chat_template is None else Path(config.chat_template),
     )
     api_keys = config.api_key + _keys_in_file(config.api_key_file)
-    listener = _listener(config)
+    listener = open_listener(config)
     return uvloop.run(_serve(config, model, api_keys, listener))
 
 
@@ -135,7 +135,9 @@ class RouterService:
     def _make_app(
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
-        encoder = PromptEncoder(model, self._executor)
+        encoder = PromptEncoder(
+            model, self._executor, trusts_templates=config.trust_request_chat_template
+        )
         reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
         self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
         openai = OpenAIApi(
@@ -150,6 +152,22 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
+        responses = ResponsesApi(
+            openai,
+            ResponseStore(
+                self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
+            ),
+            encoder,
+            max_body_bytes=config.max_body_bytes,
+        )
+        pooling_type = config.pooling_type
+        embeddings = EmbeddingsApi(
+            openai,
+            model=model,
+            encoder=encoder,
+            pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
+            max_body_bytes=config.max_body_bytes,
+        )
         status = StatusApi(
             model=model,
             encoder=encoder,
@@ -159,7 +177,9 @@ class RouterService:
             num_open=lambda: openai.num_open,
             max_body_bytes=config.max_body_bytes,
         )
-        return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
+        apis = Apis(openai, responses, messages, embeddings, status)
+        return make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
@@ -190,32 +210,6 @@ class RouterService:
         self.failed.set()
 
 
-class _HttpServer(uvicorn.Server):
-    """Leaves signals to us: uvicorn would raise them again after its end, before ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
-
-
-def make_server(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Server:
-    """A server without access log, for sockets that are bound already."""
-    return _HttpServer(
-        uvicorn.Config(
-            app,
-            http=HttpProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=round(drain_timeout_s),
-        )
-    )
-
-
 async def _serve(
     config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...], listener: socket.socket
 ) -> int:
@@ -243,26 +237,6 @@ async def _serve(
     failing.cancel()
     await service.close()
     return exit_code
-
-
-def _listener(config: RouterConfig) -> socket.socket:
-    """The inherited socket, or one of our own that further routers may share the port with."""
-    if config.fd is not None:
-        try:
-            return socket.socket(fileno=config.fd)
-        except OSError as error:
-            raise StartupError(f"--fd {config.fd} is no socket: {error.strerror}.") from error
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise StartupError(
-            f"Can't listen on {config.host}:{config.port}: {error.strerror or error}."
-        ) from error
-    return listener
 
 
 def _chat_rules(config: RouterConfig) -> ChatRules:

@@ -8,6 +8,9 @@
 {ns}:blocks:{id}:{incarnation}      set of the block hashes (16 bytes each) after all of those
 {ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
 {ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
+{ns}:response:{id}                  string, StoredResponse as JSON, expires
+{ns}:responses                      list of their ids and sizes, oldest first
+{ns}:response_bytes                 sum of those sizes
 """
 
 from dataclasses import dataclass
@@ -35,11 +38,22 @@ class RedisKeys:
     def placed(self) -> str:
         return f"{self.namespace}:placed"
 
+    @property
+    def responses(self) -> str:
+        return f"{self.namespace}:responses"
+
+    @property
+    def response_bytes(self) -> str:
+        return f"{self.namespace}:response_bytes"
+
     def worker(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:worker:{worker_id}"
 
     def load(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:load:{worker_id}"
+
+    def response(self, response_id: str) -> str:
+        return f"{self.namespace}:response:{response_id}"
 
     def kv_stream(self, ref: WorkerRef) -> str:
         return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from services.router.openai_bodies import ChatBody, CompletionBody, TokenizeBody
+from services.router.openapi import OPERATIONS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+STREAMS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 USER = [{"role": "user", "content": "héllo 👩‍💻"}]
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -20,6 +22,14 @@ WEATHER = {
     },
 }
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+SCHEMA = WEATHER["function"]["parameters"]
+FUNCTION = {"type": "function", "name": "weather", "parameters": SCHEMA}
+TOOL = {"name": "weather", "input_schema": SCHEMA}
+ITEMS = [
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "b"},
+]
 
 
 def _schema(schema: Any) -> dict[str, Any]:
@@ -42,17 +52,32 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": "a", "guided_choice": ["yes", "no"], "bad_words": ["x"]}),
     (COMPLETIONS, {"prompt": "a", "guided_grammar": 'root ::= "a" | "b"', "max_tokens": 2}),
     (COMPLETIONS, {"prompt": "abcdef", "truncate_prompt_tokens": 3, "max_tokens": 2}),
+    (COMPLETIONS, {"prompt": "abc", "echo": True, "logprobs": 1, "max_tokens": 0}),
+    (COMPLETIONS, {"prompt": "abc", "prompt_logprobs": 2, "best_of": 2, "max_tokens": 2}),
+    (RESPONSES, {"input": "hello", "max_output_tokens": 16, "store": False}),
+    (
+        RESPONSES,
+        {"input": ITEMS, "instructions": "b", "max_output_tokens": 20, "truncation": "auto"},
+    ),
+    (RESPONSES, {"input": "a", "previous_response_id": "resp_x", "metadata": {"a": "b"}}),
+    (RESPONSES, {"input": "a", "tools": [FUNCTION], "tool_choice": "required"}),
+    (MESSAGES, {"messages": USER, "max_tokens": 5, "system": "b", "stop_sequences": ["zz"]}),
+    (
+        MESSAGES,
+        {"messages": USER, "max_tokens": 5, "tools": [TOOL], "tool_choice": {"type": "any"}},
+    ),
+    (f"{MESSAGES}/count_tokens", {"messages": USER, "system": [{"type": "text", "text": "b"}]}),
+    ("/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64", "dimensions": 8}),
+    ("/v1/embeddings", {"input": [[65, 66], [67]], "normalize": False}),
+    ("/v1/score", {"text_1": "a", "text_2": ["b", "c"], "truncate_prompt_tokens": 2}),
+    ("/v2/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
     ("/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("/tokenize", {"messages": USER, "add_generation_prompt": False}),
     ("/detokenize", {"tokens": [65, 66, 67]}),
 ]
 
-FIELDS = {
-    CHAT: ChatBody.__struct_fields__,
-    COMPLETIONS: CompletionBody.__struct_fields__,
-    "/tokenize": TokenizeBody.__struct_fields__,
-    "/detokenize": ("tokens", "model"),
-}
+_BODIES = {op.path: op.body for op in OPERATIONS if op.body is not None}
+FIELDS = {path: body.__struct_fields__ for path, body in _BODIES.items()}
 
 # Written as they are, since no JSON library would.
 _RAW = [
@@ -174,7 +199,7 @@ _CHANGES: list[Callable[[str, dict[str, Any], random.Random], None]] = [
 def good_body(rng: random.Random) -> tuple[str, dict[str, Any]]:
     path, body = rng.choice(GOOD)
     body = json.loads(json.dumps(body))
-    if path in (CHAT, COMPLETIONS) and rng.random() < 0.4:
+    if path in STREAMS and rng.random() < 0.4:
         body["stream"] = True
     return path, body
 

@@ -18,6 +18,8 @@ GRACE_S = 0.1
 PAUSE_S = 0.001
 NUM_CONNECTIONS = 8
 ERROR_FIELDS = {"message", "type", "param", "code"}
+# By which a stream ends whose events have types.
+_LAST_EVENTS = ("completed", "incomplete", "failed", "message_stop", "error")
 
 Address = tuple[str, int]
 
@@ -249,20 +251,26 @@ def check(answer: Answer, *, is_head: bool = False) -> None:
     elif answer.content_type == b"application/json":
         _parsed(answer.body)
     elif answer.content_type == b"text/event-stream":
-        *events, done, nothing = answer.body.split(b"\n\n")
-        if (done, nothing) != (b"data: [DONE]", b""):
+        *events, nothing = answer.body.split(b"\n\n")
+        datas = [event.rpartition(b"data: ")[2] for event in events]
+        if nothing or not datas:
             _wrong(f"a stream without end: {answer.body[-200:]!r}")
-        for event in events:
-            _parsed(event.removeprefix(b"data: "))
+        last = datas.pop()
+        if last != b"[DONE]" and not _parsed(last)["type"].endswith(_LAST_EVENTS):
+            _wrong(f"a stream without end: {answer.body[-200:]!r}")
+        for data in datas:
+            _parsed(data)
 
 
 def _check_error(answer: Answer) -> None:
     if answer.content_type != b"application/json":
         _wrong(f"status {answer.status} as {answer.content_type!r}: {answer.body[:300]!r}")
-    error = _parsed(answer.body).get("error")
-    if not isinstance(error, dict) or set(error) != ERROR_FIELDS:
+    body = _parsed(answer.body)
+    error = body.get("error")
+    fields = {"message", "type"} if body.get("type") == "error" else ERROR_FIELDS
+    if not isinstance(error, dict) or set(error) != fields:
         _wrong(f"no error of OpenAI's shape: {answer.body[:300]!r}")
-    if not error["message"] or not isinstance(error["param"], str | None):
+    if not error["message"] or not isinstance(error.get("param"), str | None):
         _wrong(f"an error that says nothing: {answer.body[:300]!r}")
 
 
