@@ -163,31 +163,3 @@ def test_beam_search(llm: LLM, reference: LlamaForCausalLM, width: int) -> None:
         assert [beam.tokens for beam in output.sequences] == expected.tolist()
     with pytest.raises(InvalidRequestError, match="`beam_width`"):
         llm.beam_search([tokens(PROMPT)], BeamSearchParams(beam_width=11, max_tokens=1))
-
-
-def test_preempted_sequences_are_reported_once(model_dir: Path) -> None:
-    prompts = [PROMPT[i : i + 90] for i in range(6)]
-    sampling = {"prompt_logprobs": 1, "max_tokens": 60, "ignore_eos": True}
-    roomy = LLM(str(model_dir), dtype="float32", num_threads=1)
-    tight = LLM(str(model_dir), dtype="float32", num_threads=1, num_gpu_blocks_override=24)
-    expected = generate(roomy, prompts, **sampling)
-    preempted = 0
-    schedule = tight._loop.scheduler.schedule
-
-    def counting():
-        nonlocal preempted
-        plan = schedule()
-        preempted += len(plan.preempted)
-        return plan
-
-    tight._loop.scheduler.schedule = counting
-    found = generate(tight, prompts, **sampling)
-    assert preempted
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
-        assert ours.prompt_logprobs is not None
-        assert len(ours.prompt_logprobs) == 90
-        for entry, wanted in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
-            assert {i: e.logprob for i, e in entry.items()} == pytest.approx(
-                {i: e.logprob for i, e in wanted.items()}, abs=1e-4
-            )
