@@ -238,7 +238,7 @@ def test_the_package_imports_torch_only_when_asked_for() -> None:
 
 
 def test_preempted_sequences_are_reported_once(llm: LLM, model_dir: Path) -> None:
-    prompts = [llm.tokenizer.encode(f"{i} {PROMPT * 6}")[:50] for i in range(6)]
+    prompts = [llm.tokenizer.encode(f"{i} {PROMPT * 9}")[:50] for i in range(6)]
     sampling = sampling_with(prompt_logprobs=1, max_tokens=60)
     tight = LLM(
         str(model_dir),
