@@ -250,10 +250,16 @@ async def test_unknown_paths_and_methods(stack: RouterStack) -> None:
     assert response.headers["allow"] == "POST"
 
 
-async def test_a_refusal_names_all_methods_of_a_path(stack: RouterStack) -> None:
-    response = await stack.client.put("/ping")
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/ping", {"GET", "POST"}), ("/v1/responses/resp_1", {"GET", "DELETE"})],
+)
+async def test_a_refusal_names_all_methods_of_a_path(
+    stack: RouterStack, path: str, methods: set[str]
+) -> None:
+    response = await stack.client.put(path)
     assert_error(response, 405, None, "method_not_allowed")
-    assert set(response.headers["allow"].split(", ")) == {"GET", "POST"}
+    assert set(response.headers["allow"].split(", ")) == methods
 
 
 @pytest.mark.parametrize("path", ["/health/", f"{CHAT}/", "/tokenize/"])
