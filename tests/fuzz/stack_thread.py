@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from router_stack import RouterStack, open_router_stack, until
 
 JOIN_S = 60.0
@@ -52,8 +53,16 @@ class StackThread:
             "admitted": service._admission.num_admitted,
             "placed": len(service.cluster._ledger._places),
             "sequences": sum(worker.num_running for worker in self.stack.workers),
+            "connections": self._num_connections(),
             "tasks": max(0, len(asyncio.all_tasks(self._loop)) - self._num_tasks),
         }
+
+    def _num_connections(self) -> int:
+        """Those that the router hasn't let go of."""
+        held = (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)
+        _, port = self.address
+        connections = psutil.Process().net_connections("tcp4")
+        return sum(c.laddr.port == port and c.status in held for c in connections)
 
     def wait_idle(self) -> None:
         """Until nothing is left of any request; fails with what stays."""
