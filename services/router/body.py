@@ -1,6 +1,5 @@
 """Reads request bodies: bounded, strict, and precise about what is wrong with them."""
 
-import asyncio
 import json
 import math
 import re
@@ -12,9 +11,6 @@ from fastapi import Request
 
 from protocol.errors import InvalidRequestError
 from services.router.http_errors import HttpError
-
-# How long a client may pause inside of a body.
-SILENCE_S = 60.0
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -56,29 +52,17 @@ class BodyReader(Generic[Body]):
 
 
 async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
-    """The whole body. Raises HttpError as soon as it's known to be longer than `max_bytes`, or when
-    nothing more of it comes."""
+    """The whole body. Raises HttpError as soon as it is known to be longer than `max_bytes`."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_long(max_bytes)
     parts: list[bytes] = []
     size = 0
-    now_s = asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(SILENCE_S) as patience:
-            async for part in request.stream():
-                size += len(part)
-                if size > max_bytes:
-                    raise _too_long(max_bytes)
-                parts.append(part)
-                patience.reschedule(now_s() + SILENCE_S)
-    except TimeoutError as error:
-        raise HttpError(
-            408,
-            f"Nothing more of the request's body came in {SILENCE_S:.0f} s.",
-            code="request_timeout",
-            headers={"Connection": "close"},
-        ) from error
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise _too_long(max_bytes)
+        parts.append(part)
     return b"".join(parts)
 
 

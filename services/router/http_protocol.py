@@ -16,7 +16,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from services.router.http_errors import HttpError, error_reply
 
 MAX_HEAD_BYTES = 64 << 10
+# How long a request's head may take, and its body pause.
 HEAD_TIMEOUT_S = 60.0
+SILENCE_S = 60.0
 _HEAD = b"HTTP/1."
 
 
@@ -74,15 +76,17 @@ class HttpProtocol(HttpToolsProtocol):
     _answered: RequestResponseCycle | None = None
     _refusal: HttpError | None = None
     _in_head = False
+    _in_body = False
     _num_head_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(HeadGatheringTransport(transport))
-        self._start_head_timer()
+        self._in_head = True
+        self._start_timer(HEAD_TIMEOUT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
+        self._stop_timer()
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
@@ -95,10 +99,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head:
             self._num_head_bytes += len(data)
-            self._start_head_timer()
+            if self._timer is None:
+                self._start_timer(HEAD_TIMEOUT_S)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refusal = _too_long()
                 self.send_400_response("")
+        elif self._in_body:
+            self._stop_timer()
+            self._start_timer(SILENCE_S)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -107,17 +115,23 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._stop_head_timer()
+        self._stop_timer()
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             self._refusal = _too_long()
             raise self._refusal  # stops the parser, which has `send_400_response` called
+        self._in_body = True
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._stop_timer()
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what isn't HTTP, after the answer to what was."""
-        self._in_head = False
-        self._stop_head_timer()
+        self._in_head = self._in_body = False
+        self._stop_timer()
         running = self._answered
         if running is not None and not running.response_complete:
             is_whole = running is not self.cycle or not running.more_body
@@ -143,14 +157,27 @@ class HttpProtocol(HttpToolsProtocol):
         self._answered = cycle
         super()._start_asgi_task(cycle, app)
 
-    def _start_head_timer(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+    def _start_timer(self, delay_s: float) -> None:
+        self._timer = self.loop.call_later(delay_s, self._waited)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _waited(self) -> None:
+        """For the rest of a request, and long enough if it's the client that doesn't send it."""
+        answered = self._answered
+        is_busy = answered is not None and not answered.response_complete
+        if is_busy and (answered is not self.cycle or self._in_head or self.flow.read_paused):
+            self._start_timer(SILENCE_S)
+        elif self._in_head or not is_busy:
+            # Nothing is asked, or it's answered already.
+            self.transport.close()
+        else:
+            text = f"Nothing more of the request's body came in {SILENCE_S:.0f} s."
+            self._refusal = HttpError(408, text, code="request_timeout")
+            self.send_400_response("")
 
 
 def _too_long() -> HttpError:

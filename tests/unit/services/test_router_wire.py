@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from router_stack import MAX_MODEL_LEN, RouterStack, open_router_stack, until
 
-from services.router import body, http_protocol
+from services.router import http_protocol
 from services.router.noop_worker import NoopBehaviour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -95,10 +95,22 @@ async def test_a_head_that_nobody_ends_is_not_waited_for(
 async def test_a_body_that_does_not_come_is_not_waited_for(
     stack: RouterStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body, "SILENCE_S", 0.05)
+    monkeypatch.setattr(http_protocol, "SILENCE_S", 0.05)
     status, error = await answer_to(stack, post({})[:-3])
     assert status == 408
     assert error["code"] == "request_timeout"
+
+
+async def test_an_answer_outlives_the_wait_for_the_next_request(
+    stack: RouterStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(http_protocol, "SILENCE_S", 0.01)
+    for start in (b"GET /vers", post({})[:-3]):
+        async with connected(stack) as (reader, writer):
+            writer.write(post({"stream": True, "max_tokens": 60}) + start)
+            answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 async def test_what_follows_a_request_does_not_garble_its_answer(stack: RouterStack) -> None:
