@@ -77,6 +77,8 @@ class HttpProtocol(HttpToolsProtocol):
     _refusal: HttpError | None = None
     _in_head = False
     _in_body = False
+    _is_fresh = True
+    _num_data_bytes = 0
     _num_head_bytes = 0
     _timer: asyncio.TimerHandle | None = None
 
@@ -96,6 +98,8 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._num_data_bytes = len(data)
+        self._is_fresh = not self._in_body
         super().data_received(data)
         if self._in_head:
             self._num_head_bytes += len(data)
@@ -111,21 +115,26 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
-        self._num_head_bytes = 0
+        # Data behind another request's body in the same read isn't counted; such a read is bounded.
+        self._num_head_bytes = 0 if self._is_fresh else -self._num_data_bytes
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._stop_timer()
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > MAX_HEAD_BYTES:
-            self._refusal = _too_long()
-            raise self._refusal  # stops the parser, which has `send_400_response` called
+        if self._timer is not None:
+            self._stop_timer()
+        if self._num_data_bytes > MAX_HEAD_BYTES or self._num_head_bytes > 0:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > MAX_HEAD_BYTES:
+                self._refusal = _too_long()
+                raise self._refusal  # stops the parser, which has `send_400_response` called
         self._in_body = True
+        self._is_fresh = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._in_body = False
-        self._stop_timer()
+        if self._timer is not None:
+            self._stop_timer()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -73,10 +73,20 @@ async def test_what_is_no_http_is_refused_in_the_apis_words(
 
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["without end", "whole"])
 async def test_a_head_is_bounded(stack: RouterStack, end: bytes) -> None:
-    long = b"GET /v1/models HTTP/1.1\r\nX: " + b"a" * (http_protocol.MAX_HEAD_BYTES + 1)
+    long = b"GET /v1/models HTTP/1.1\r\nX: " + b"a" * http_protocol.MAX_HEAD_BYTES
     status, error = await answer_to(stack, long + end)
     assert status == 431
     assert error["code"] == "head_too_large"
+
+
+async def test_a_body_before_it_does_not_make_a_head_long(stack: RouterStack) -> None:
+    body = b'{"prompt": "a"' + b" " * 2 * http_protocol.MAX_HEAD_BYTES + b"}"
+    first = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with connected(stack) as (reader, writer):
+        writer.write(first.encode() + body + b"GET /version HTTP/1.1\r\nHo")
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        writer.write(b"st: x\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200" in await reader.read()
 
 
 async def test_a_head_that_nobody_ends_is_not_waited_for(
