@@ -36,7 +36,7 @@ class BodyReader(Generic[Body]):
         try:
             return self._decoder.decode(data)
         except msgspec.ValidationError as error:
-            raise _invalid_value(str(error)) from error
+            raise invalid_value(str(error)) from error
         except msgspec.DecodeError as error:
             raise _malformed(data, str(error)) from error
         except UnicodeDecodeError as error:
@@ -75,7 +75,8 @@ def _too_long(max_bytes: int) -> HttpError:
     )
 
 
-def _invalid_value(text: str) -> InvalidRequestError:
+def invalid_value(text: str) -> InvalidRequestError:
+    """What msgspec says is wrong with a body, for its sender."""
     found = _PATH.fullmatch(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
     if missing := _MISSING.search(what):

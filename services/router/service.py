@@ -33,6 +33,7 @@ from protocol.messages import LoadReport, RequestFailed, StepOutputs
 from protocol.settings import setting_info
 from services.router.admission import AdmissionPolicy, AdmissionQueue
 from services.router.app import make_app
+from services.router.batch.service import BatchLimits, BatchService
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
@@ -40,6 +41,7 @@ from services.router.dispatch import Dispatcher
 from services.router.http_protocol import HttpProtocol
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
+from services.router.listener import open_listener
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
@@ -80,7 +82,7 @@ def run_router(config: RouterConfig) -> int:
         chat_template=None if config.chat_template is None else Path(config.chat_template),
     )
     api_keys = config.api_key + _keys_in_file(config.api_key_file)
-    listener = _listener(config)
+    listener = open_listener(config)
     return uvloop.run(_serve(config, model, api_keys, listener))
 
 
@@ -119,11 +121,20 @@ class RouterService:
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self.app = self._make_app(config, model, api_keys)
+        self._batches = BatchService(
+            self.app.routes,
+            self._redis,
+            model,
+            runner_id=f"{identity.peer_id}-{identity.incarnation}",
+            limits=BatchLimits.of(config),
+        )
+        self.app.router.routes.extend(self._batches.routes)
 
     def start(self) -> None:
         self._tasks.start(self._directory.run())
         self._tasks.start(self._feed.run())
         self._tasks.start(self._reservations.run())
+        self._tasks.start(self._batches.run())
 
     async def close(self) -> None:
         self.dispatcher.close()
@@ -243,26 +254,6 @@ async def _serve(
     failing.cancel()
     await service.close()
     return exit_code
-
-
-def _listener(config: RouterConfig) -> socket.socket:
-    """The inherited socket, or one of our own that further routers may share the port with."""
-    if config.fd is not None:
-        try:
-            return socket.socket(fileno=config.fd)
-        except OSError as error:
-            raise StartupError(f"--fd {config.fd} is no socket: {error.strerror}.") from error
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise StartupError(
-            f"Can't listen on {config.host}:{config.port}: {error.strerror or error}."
-        ) from error
-    return listener
 
 
 def _chat_rules(config: RouterConfig) -> ChatRules:
