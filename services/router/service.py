@@ -121,20 +121,20 @@ class RouterService:
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self.app = self._make_app(config, model, api_keys)
-        self._batches = BatchService(
+        self.batches = BatchService(
             self.app.routes,
             self._redis,
             model,
             runner_id=f"{identity.peer_id}-{identity.incarnation}",
             limits=BatchLimits.of(config),
         )
-        self.app.router.routes.extend(self._batches.routes)
+        self.app.router.routes.extend(self.batches.routes)
 
     def start(self) -> None:
         self._tasks.start(self._directory.run())
         self._tasks.start(self._feed.run())
         self._tasks.start(self._reservations.run())
-        self._tasks.start(self._batches.run())
+        self._tasks.start(self.batches.run())
 
     async def close(self) -> None:
         self.dispatcher.close()

@@ -62,10 +62,10 @@ class BatchService:
         keys = RedisKeys()
         api = InProcessApi(dict(_batch_endpoints(routes)), client=_CLIENT)
         files = FileStore(redis, keys, ttl_s=limits.file_ttl_s)
-        store = BatchStore(redis, keys, runner_id=runner_id, ttl_s=limits.file_ttl_s)
+        self.store = BatchStore(redis, keys, runner_id=runner_id, ttl_s=limits.file_ttl_s)
         self._runner = BatchRunner(
             RunContext(
-                store=store,
+                store=self.store,
                 files=files,
                 api=api,
                 model=model,
@@ -75,7 +75,9 @@ class BatchService:
             )
         )
         self._files = FilesApi(files, max_file_bytes=limits.max_file_bytes)
-        self._batches = BatchesApi(store, files, endpoints=api.paths, on_created=self._runner.wake)
+        self._batches = BatchesApi(
+            self.store, files, endpoints=api.paths, on_created=self._runner.wake
+        )
 
     @property
     def routes(self) -> list[Route]:
@@ -91,6 +93,10 @@ class BatchService:
             Route("/v1/batches/{batch_id}", batches.get, methods=["GET"]),
             Route("/v1/batches/{batch_id}/cancel", batches.cancel, methods=["POST"]),
         ]
+
+    def wake(self) -> None:
+        """`store` has a new batch."""
+        self._runner.wake()
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -88,9 +88,7 @@ async def test_the_client_says_how_long_a_file_is_kept(client: AsyncOpenAI) -> N
         ({"purpose": "x" * 10_000}, "purpose"),
     ],
 )
-async def test_bad_fields_are_named(
-    stack: RouterStack, fields: dict[str, str], field: str
-) -> None:
+async def test_bad_fields_are_named(stack: RouterStack, fields: dict[str, str], field: str) -> None:
     assert error_of(await upload(stack, b"{}", **fields))[:2] == (400, field)
 
 
