@@ -19,6 +19,7 @@ class SettingInfo:
     maximum: float | None = None
     metavar: str | None = None
     secret: bool = False
+    short: str | None = None
 
 
 def setting(
@@ -30,12 +31,14 @@ def setting(
     maximum: float | None = None,
     metavar: str | None = None,
     secret: bool = False,
+    short: str | None = None,
 ) -> Any:  # noqa: ANN401
     """A dataclass field that carries its help text and its bounds.
 
-    A secret's value never appears in an argument list or a message.
+    `short` is the letter of a short flag. A secret's value never appears in an argument list or a
+    message.
     """
-    info = SettingInfo(help, choices, minimum, maximum, metavar, secret)
+    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, short)
     return dataclasses.field(default=default, metadata={"setting": info})
 
 

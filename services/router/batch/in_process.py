@@ -3,25 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
 from protocol.errors import TandemError
+from services.router.batch.answer import Answer
 from services.router.http_errors import INTERNAL_ERROR, error_reply
 
 logger = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True, slots=True)
-class InProcessAnswer:
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 class InProcessApi:
@@ -38,7 +31,7 @@ class InProcessApi:
     def paths(self) -> tuple[str, ...]:
         return tuple(self._endpoints)
 
-    async def post(self, path: str, body: bytes) -> InProcessAnswer:
+    async def post(self, path: str, body: bytes) -> Answer:
         """Answers as HTTP would, errors included. To cancel it is to close the connection."""
         scope = {
             "type": "http",
@@ -56,7 +49,7 @@ class InProcessApi:
             # What the HTTP server does with a bug of ours: this request fails, the others go on.
             logger.exception("a request to %s failed", path)
             response = INTERNAL_ERROR.response
-        return InProcessAnswer(response.status_code, response.headers, bytes(response.body))
+        return Answer(response.status_code, bytes(response.body))
 
 
 def _receiver(body: bytes) -> Callable[[], Awaitable[Message]]:

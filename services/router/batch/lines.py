@@ -7,8 +7,10 @@ from typing import Any, Literal
 import msgspec
 
 from protocol.errors import InvalidRequestError, ModelNotFoundError
+from services.router.batch.answer import Answer
 from services.router.batch.records import BatchError
 from services.router.body import invalid_value
+from services.router.openai_api import CLIENT_CLOSED_REQUEST
 
 # Of all that can be in a batch; which of them are there depends on the router's routes.
 BATCH_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -144,10 +146,13 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
         return line + b"\n"
 
 
-def answered(custom_id: str, response: LineResponse) -> ResultLine:
-    """Errors of the API have no request id of their own: the line's stands for it."""
+def answered(custom_id: str, answer: Answer) -> ResultLine:
+    """Errors of the API have no id of their own: the line's stands for it."""
+    if answer.status == CLIENT_CLOSED_REQUEST:
+        return unanswered(custom_id, "request_aborted", "The request was aborted.")
     line_id = _new_id()
-    response = msgspec.structs.replace(response, request_id=response.request_id or line_id)
+    request_id = msgspec.json.decode(answer.body, type=_Answer).id or line_id
+    response = LineResponse(answer.status, request_id, msgspec.Raw(answer.body))
     return ResultLine(id=line_id, custom_id=custom_id, response=response)
 
 
@@ -178,6 +183,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
+    id: str | None = None
     usage: _Usage | None = None
 
 

@@ -15,14 +15,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import msgspec
-
 from protocol.errors import InvalidRequestError, ModelNotFoundError
+from services.router.batch.answer import patient_answer
 from services.router.batch.files import FileGoneError, FileRecord, FileStore, FileWriter
 from services.router.batch.files_api import OUTPUT_PURPOSE
-from services.router.batch.in_process import InProcessAnswer, InProcessApi
+from services.router.batch.in_process import InProcessApi
 from services.router.batch.lines import (
-    LineResponse,
     LineValidator,
     RequestLine,
     ResultLine,
@@ -36,17 +34,12 @@ from services.router.batch.lines import (
 )
 from services.router.batch.records import BatchError, BatchRecord, BatchStatus
 from services.router.batch.store import BatchStore, LeaseLostError, Result
-from services.router.openai_api import CLIENT_CLOSED_REQUEST
 from services.router.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS = 50_000
 _MAX_ERRORS = 100
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 10.0
-# A line on which workers die must not go on killing them.
-_MAX_WORKERS_LOST = 3
 _ENDINGS = {
     BatchStatus.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request ran."),
     BatchStatus.EXPIRED: ("batch_expired", "The batch's time was over before this request ran."),
@@ -179,27 +172,10 @@ class BatchRun:
                 task.add_done_callback(lambda _: slots.release())
 
     async def _run_line(self, number: int, line: RequestLine) -> None:
-        answer = await self._answer(line)
-        if answer.status == CLIENT_CLOSED_REQUEST:
-            result = unanswered(line.custom_id, "request_aborted", "The request was aborted.")
-        else:
-            request_id = answer.headers.get("x-request-id", "")
-            response = LineResponse(answer.status, request_id, msgspec.Raw(answer.body))
-            result = answered(line.custom_id, response)
-        tokens = tokens_used(answer.body) if answer.status == 200 else None
-        await self._put(number, result, tokens)
-
-    async def _answer(self, line: RequestLine) -> InProcessAnswer:
-        """The first answer that doesn't say "later"."""
         body = with_priority(bytes(line.body), self._context.priority)
-        pause_s, num_lost = _FIRST_PAUSE_S, 0
-        while True:
-            answer = await self._context.api.post(line.url, body)
-            num_lost += b'"worker_lost"' in answer.body
-            if answer.status not in (429, 503) or num_lost >= _MAX_WORKERS_LOST:
-                return answer
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        answer = await patient_answer(lambda: self._context.api.post(line.url, body))
+        tokens = tokens_used(answer.body) if answer.status == 200 else None
+        await self._put(number, answered(line.custom_id, answer), tokens)
 
     async def _put(self, number: int, line: ResultLine, tokens: dict[str, int] | None) -> None:
         counts = {"failed": 1} if tokens is None else {"completed": 1, **tokens}

@@ -2,11 +2,10 @@
 
 import json
 
-import msgspec
 import pytest
 
+from services.router.batch.answer import Answer
 from services.router.batch.lines import (
-    LineResponse,
     answered,
     parse_line,
     tokens_used,
@@ -42,10 +41,13 @@ def test_a_body_stays_as_it_was_written() -> None:
 
 
 def test_results_have_openais_form() -> None:
-    response = LineResponse(200, "", msgspec.Raw(b'{"id":"x"}'))
-    line = json.loads(answered("a", response).encode())
-    assert line["response"] == {"status_code": 200, "request_id": line["id"], "body": {"id": "x"}}
+    line = json.loads(answered("a", Answer(200, b'{"id":"x"}')).encode())
+    assert line["response"] == {"status_code": 200, "request_id": "x", "body": {"id": "x"}}
     assert (line["custom_id"], line["error"]) == ("a", None)
+    line = json.loads(answered("a", Answer(400, b'{"error":{}}')).encode())
+    assert line["response"]["request_id"] == line["id"]
+    line = json.loads(answered("a", Answer(499, b"")).encode())
+    assert (line["response"], line["error"]["code"]) == (None, "request_aborted")
     line = json.loads(unanswered("b", "batch_expired", "late").encode())
     assert line["error"] == {"code": "batch_expired", "message": "late"}
     assert line["response"] is None
