@@ -12,10 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from protocol.errors import TandemError
+from services.router.admin_api import AbortBody
 from services.router.auth import ApiKeyGuard
 from services.router.batch.batches_api import BatchBody
 from services.router.batch.files_api import UPLOAD_SCHEMA
 from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
+from services.router.live_settings import LiveSettingsBody
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from services.router.status_api import VERSION, StatusApi
@@ -26,6 +28,8 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/batches": BatchBody,
+    "/load_config": LiveSettingsBody,
+    "/abort": AbortBody,
 }
 _OK = {"responses": {"200": {"description": "Successful Response"}}}
 # Of paths without a JSON body, which are plain routes for all that.
@@ -45,6 +49,7 @@ _PLAIN_PATHS: dict[str, dict[str, Any]] = {
     "/v1/batches": {"get": _OK},
     "/v1/batches/{batch_id}": {"get": _OK},
     "/v1/batches/{batch_id}/cancel": {"post": _OK},
+    "/reset_prefix_cache": {"post": _OK},
 }
 
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.router.http_errors import HttpError, error_reply
 
 # Probes and scrapers have no key.
-_GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config")
+_GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config", "/reset_prefix_cache", "/abort")
 
 
 class ApiKeyGuard:

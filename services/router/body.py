@@ -15,6 +15,7 @@ from services.router.http_errors import HttpError
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]+)`")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
 
@@ -84,6 +85,9 @@ def invalid_value(text: str) -> InvalidRequestError:
         return InvalidRequestError(
             f"`{path}` is required.", field=path, code="missing_required_parameter"
         )
+    if unknown := _UNKNOWN.search(what):
+        path = f"{path}.{unknown['name']}" if path else unknown["name"]
+        return InvalidRequestError(f"There is no `{path}`.", field=path, code="unknown_parameter")
     if not path:
         return InvalidRequestError(f"The request body: {what}.", field=None, code="invalid_type")
     code = "invalid_type" if what.startswith("Expected") else "invalid_value"

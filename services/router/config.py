@@ -66,6 +66,9 @@ class RouterConfig:
         help="whether decode workers prefill prompts themselves: when that is cheaper, only "
         "without prefill workers, or always",
     )
+    max_attempts: int = setting(
+        4, minimum=1, help="tries at a request whose workers die or give it up"
+    )
     max_queued_requests: int = setting(
         10_000, minimum=0, help="requests that may wait for workers; others get 429"
     )

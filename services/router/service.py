@@ -10,7 +10,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import logging
 import os
@@ -19,7 +18,6 @@ import socket
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 import uvloop
@@ -29,19 +27,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from protocol.ids import new_incarnation
-from protocol.messages import LoadReport, RequestFailed, StepOutputs
-from protocol.settings import setting_info
-from services.router.admission import AdmissionPolicy, AdmissionQueue
+from protocol.messages import LoadReport, PrefixCacheReset, RequestFailed, StepOutputs
+from services.router.admin_api import AdminApi
+from services.router.admission import AdmissionQueue
 from services.router.app import make_app
 from services.router.batch.service import BatchLimits, BatchService
+from services.router.cache_resets import CacheResets
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.flight import RetryPolicy
 from services.router.http_protocol import HttpProtocol
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
 from services.router.listener import open_listener
+from services.router.live_settings import LiveSettings, admission_policy
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
@@ -110,14 +111,11 @@ class RouterService:
             self._channel, model, placement, self._feed, on_placed=self._metrics.placed
         )
         self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
-        self.dispatcher = Dispatcher(self.cluster, self._channel.connect)
-        self._admission = AdmissionQueue(
-            self.cluster.capacity,
-            AdmissionPolicy(
-                max_waiting=config.max_queued_requests,
-                max_wait_s=min(config.queue_timeout_s, config.request_timeout_s),
-            ),
-        )
+        self._resets = CacheResets()
+        retries = RetryPolicy(max_attempts=config.max_attempts)
+        self.dispatcher = Dispatcher(self.cluster, self._channel.connect, policy=retries)
+        self._admission = AdmissionQueue(self.cluster.capacity, admission_policy(config))
+        self._settings = LiveSettings(config, self._adopt)
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self.app = self._make_app(config, model, api_keys)
@@ -147,9 +145,10 @@ class RouterService:
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
         encoder = PromptEncoder(model, self._executor)
-        reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
+        log_requests = not config.disable_log_requests
+        self._reports = RequestReports(self._metrics, log_requests=log_requests)
         self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
-        openai = OpenAIApi(
+        self._openai = openai = OpenAIApi(
             model=model,
             encoder=encoder,
             structured_outputs=self.structured_outputs,
@@ -157,7 +156,7 @@ class RouterService:
             dispatcher=self.dispatcher,
             admission=self._admission,
             observer=self._metrics,
-            on_end=reports.ended,
+            on_end=self._reports.ended,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
@@ -165,12 +164,29 @@ class RouterService:
             model=model,
             encoder=encoder,
             cluster=self.cluster,
-            settings=_public_settings(config),
+            settings=self._settings.public,
             render_metrics=self._render_metrics,
-            num_open=lambda: openai.num_open,
+            num_open=lambda: len(openai.open_requests),
             max_body_bytes=config.max_body_bytes,
         )
-        return make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        admin = AdminApi(
+            self._settings,
+            self._resets,
+            workers=lambda: self.cluster.peers,
+            open_requests=openai.open_requests,
+        )
+        app = make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        app.router.routes.extend(admin.routes)
+        return app
+
+    def _adopt(self, config: RouterConfig) -> None:
+        """Live settings have changed."""
+        logging.getLogger().setLevel(config.log_level.upper())
+        self._reports.log_requests = not config.disable_log_requests
+        self._openai.request_timeout_s = config.request_timeout_s
+        self._admission.policy = admission_policy(config)
+        self.dispatcher.policy = RetryPolicy(max_attempts=config.max_attempts)
+        self.cluster.adopt_policy(PlacementPolicy(local_prefill=config.local_prefill))
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
@@ -186,6 +202,7 @@ class RouterService:
                 logger.warning("worker %s is gone: %s %s", peer.peer_id, reason, detail)
                 self.cluster.peer_lost(peer)
                 self.dispatcher.peer_lost(peer)
+                self._resets.peer_lost(peer)
             case Received(peer, StepOutputs() as message):
                 self.dispatcher.outputs_came(peer, message)
             case Received(peer, LoadReport(load)):
@@ -193,6 +210,8 @@ class RouterService:
                 self._admission.update()
             case Received(peer, RequestFailed() as message):
                 self.dispatcher.request_failed(peer, message)
+            case Received(peer, PrefixCacheReset() as message):
+                self._resets.answered(peer, message)
             case Received(peer, message):
                 logger.warning("%s sent %s, which a router doesn't take", peer, message)
 
@@ -278,12 +297,3 @@ def _keys_in_file(name: str | None) -> tuple[str, ...]:
         # An empty secret must not open the door.
         raise StartupError(f"--api-key-file {name} holds no key.")
     return tuple(lines)
-
-
-def _public_settings(config: RouterConfig) -> dict[str, Any]:
-    hidden = {"redis_url", "fd"}
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if not setting_info(field).secret and field.name not in hidden
-    }
