@@ -40,6 +40,8 @@ _heads = msgspec.json.Decoder(_BodyHead)
 def parse_line(line: bytes) -> RequestLine:
     """Raises InvalidRequestError that names the field."""
     try:
+        # Strings inside of the body would only be looked at when somebody decodes them.
+        line.decode()
         parsed = _lines.decode(line)
     except msgspec.ValidationError as error:
         raise invalid_value(str(error)) from error

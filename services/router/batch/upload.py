@@ -1,5 +1,6 @@
 """Reads a `multipart/form-data` upload as it comes: small fields, and one file."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,9 @@ from starlette.requests import Request
 
 from protocol.errors import InvalidRequestError
 from services.router.http_errors import HttpError
+
+# What it has to say is in its exceptions, and so in the client's answer.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 FILE_FIELD = "file"
 _MAX_FIELD_BYTES = 4096

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from protocol.errors import InvalidRequestError
 from services.router.batch.answer import Answer
 from services.router.batch.lines import (
     answered,
@@ -38,6 +39,22 @@ def test_a_body_stays_as_it_was_written() -> None:
     body = b'{"x":  1.10, "big": 123456789012345678901234567890}'
     line = parse_line(b'{"custom_id": "a", "url": "/v1/x", "body": ' + body + b"}")
     assert bytes(line.body) == body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "\xff"}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": NaN}',
+        b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+    ],
+)
+def test_what_is_no_json_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        parse_line(b'{"custom_id": "a", "url": "/v1/x", "body": ' + body + b"}")
+    assert refused.value.code == "invalid_json_line"
 
 
 def test_results_have_openais_form() -> None:
