@@ -84,8 +84,8 @@ class BatchRun:
             watching = tasks.create_task(self._watch())
             try:
                 await self._advance()
-            except* FileGoneError as errors:
-                text = str(errors.exceptions[0])
+            except* FileGoneError:
+                text = f"The input file `{self._record.input_file_id}` is gone."
                 await self._fail([BatchError("file_not_found", text, "input_file_id")])
             watching.cancel()
         logger.info("batch %s is %s", self._record.id, self._record.status)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from typing import cast
 
 from redis.exceptions import RedisError
 
@@ -65,7 +66,7 @@ class BatchRunner:
                 run = BatchRun(self._context, record)
                 await run.run()
         except* (LeaseLostError, RedisError, OSError) as errors:
-            logger.warning("batch %s is left for now: %s", batch_id, errors.exceptions[0])
+            logger.warning("batch %s is left for now: %s", batch_id, _first(errors))
         except* Exception:
             # A batch that brings out a fault of ours fails, as a request would: were it to end
             # the router, it would end each one that took it over.
@@ -85,3 +86,11 @@ class BatchRunner:
         # Without that it ends by itself.
         with contextlib.suppress(RedisError, OSError):
             await self._store.release_lease(batch_id)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error inside of groups."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return _first(group.exceptions[0])
+    return error

@@ -16,6 +16,8 @@ from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, unti
 
 from services.router.batch.records import BatchRecord
 from services.router.noop_worker import NoopBehaviour
+from services.router.openai_bodies import CompletionBody
+from services.router.prompts import Prompt
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -327,3 +329,48 @@ async def test_it_waits_for_workers(tmp_path_factory: pytest.TempPathFactory) ->
         batch = await ended(client, batch)
         assert batch.request_counts is not None
         assert batch.request_counts.completed == 3
+
+
+async def test_a_fault_in_an_endpoint_fails_its_line_alone(
+    stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = stack.service._openai._encoder
+    encode = encoder.completion_prompts
+
+    async def encode_some(body: CompletionBody) -> list[Prompt]:
+        if body.prompt == "bug":
+            raise ZeroDivisionError
+        return await encode(body)
+
+    monkeypatch.setattr(encoder, "completion_prompts", encode_some)
+    batch = await ended(client, await create(client, [line("a"), line("b", prompt="bug")]))
+    assert batch.status == "completed"
+    [failed] = await results(client, batch.error_file_id)
+    assert failed["response"]["status_code"] == 500
+    assert len(await results(client, batch.output_file_id)) == 1
+
+
+async def test_a_fault_in_a_batch_fails_it_alone(
+    stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(line: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("services.router.batch.run.model_in", broken)
+    batch = await ended(client, await create(client, [line("a")]))
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [error.code for error in batch.errors.data or ()] == ["internal_error"]
+    assert not stack.service.failed.is_set()
+
+
+async def test_an_aborted_line_is_an_error(stalling: tuple[RouterStack, AsyncOpenAI]) -> None:
+    stack, client = stalling
+    batch = await create(client, [line("a", max_tokens=3), line("b")])
+    await until_completed(client, batch, 1)
+    aborted = await stack.post("/abort", {"abort_all": True})
+    assert aborted.json()["num_aborted"] == 1
+    batch = await ended(client, batch)
+    assert batch.status == "completed"
+    [left] = await results(client, batch.error_file_id)
+    assert (left["custom_id"], left["error"]["code"]) == ("b", "request_aborted")
