@@ -2,12 +2,14 @@
 
 from cli.resolve import Command, Group
 from cli.stack_config import FetchConfig, RunBatchConfig, StackConfig
+from cli.vllm_config import VllmConfig
 from engine.config import EngineConfig
 from loadtest.config import BenchConfig
 from services.router.config import RouterConfig
 from services.runtime.config import WorkerConfig
 
 _ENGINE = Group(EngineConfig, "Model and engine")
+_VLLM = Group(VllmConfig, "vLLM's flags that have one answer here")
 _WORKER = Group(WorkerConfig, "Workers")
 
 # The supervisor gives each process of its stack the settings that are left out here.
@@ -22,12 +24,14 @@ SERVE = Command(
         Group(RouterConfig, "Router", PER_ROUTER),
         _ENGINE,
         Group(WorkerConfig, "Workers", PER_WORKER),
+        _VLLM,
     ),
     positional="model",
 )
 ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),), positional="model")
-PREFILL = Command("prefill", "Run one prefill worker.", (_ENGINE, _WORKER), positional="model")
-DECODE = Command("decode", "Run one decode worker.", (_ENGINE, _WORKER), positional="model")
+_OF_A_WORKER = (_ENGINE, _WORKER, _VLLM)
+PREFILL = Command("prefill", "Run one prefill worker.", _OF_A_WORKER, positional="model")
+DECODE = Command("decode", "Run one decode worker.", _OF_A_WORKER, positional="model")
 
 BENCH = Command("bench", "Load an OpenAI-compatible server.", (Group(BenchConfig, "Load test"),))
 
@@ -49,6 +53,7 @@ RUN_BATCH = Command(
         Group(RouterConfig, "Router", FOR_BATCH),
         _ENGINE,
         Group(WorkerConfig, "Workers", PER_WORKER),
+        _VLLM,
     ),
     positional="model",
 )

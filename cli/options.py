@@ -89,6 +89,8 @@ class Option:
             or (info.maximum is not None and value > info.maximum)
         ):
             raise self._refusal(value, source)
+        if info.only_default and value != self.default:
+            raise StartupError(f"{source} can't be {value!r}: {info.only_default}.")
         return cast("OptionValue", value)
 
     def arguments(self, value: OptionValue) -> list[str]:

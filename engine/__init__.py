@@ -7,15 +7,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.beam_search import BeamSearchParams
     from engine.llm import LLM
-    from engine.outputs import CompletionOutput, Logprob, RequestOutput, TokensPrompt
+    from engine.outputs import (
+        BeamSearchOutput,
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestOutput,
+        TokensPrompt,
+    )
+    from protocol.pooling import PoolingParams
     from protocol.sampling import SamplingParams
     from protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -24,8 +37,12 @@ __all__ = [
 
 _MODULES = {
     "LLM": "engine.llm",
+    "BeamSearchOutput": "engine.outputs",
+    "BeamSearchParams": "engine.beam_search",
     "CompletionOutput": "engine.outputs",
+    "EmbeddingRequestOutput": "engine.outputs",
     "Logprob": "engine.outputs",
+    "PoolingParams": "protocol.pooling",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "protocol.sampling",
     "StructuredOutputsParams": "protocol.structured_outputs",

@@ -8,6 +8,8 @@ from engine.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from protocol.request import FinishReason, TokenLogprobs
 from protocol.sampling import SamplingParams
 
+_NOTHING_KNOWN = TokenLogprobs(0.0, 0, [], [])
+
 
 @dataclass(slots=True)
 class Completion:
@@ -18,6 +20,7 @@ class Completion:
     tokenizer: Tokenizer
     token_ids: list[int] = field(default_factory=list[int])
     finish_reason: FinishReason | None = None
+    last_logprobs: TokenLogprobs = _NOTHING_KNOWN
     _stop_reason: int | str | None = None
     _logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     _cumulative_logprob: float = 0.0
@@ -37,8 +40,9 @@ class Completion:
         token_id = update.new_token_ids[0]
         self.token_ids.append(token_id)
         if logprobs is not None:
+            self.last_logprobs = logprobs
             self._cumulative_logprob += logprobs.logprob
-            self._logprobs.append(self._named(token_id, logprobs))
+            self._logprobs.append(named_logprobs(self.tokenizer, token_id, logprobs))
         ended_by_token = update.finish_reason == "stop"
         if not ended_by_token or self.sampling.include_stop_str_in_output:
             self._push_text(self._detokenizer.push([token_id]))
@@ -69,13 +73,17 @@ class Completion:
             text = self._matcher.push(text)
         self._parts.append(text)
 
-    def _named(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        named = {
-            top_id: Logprob(value, rank, self.tokenizer.decode([top_id], skip_special_tokens=False))
-            for rank, (top_id, value) in enumerate(
-                zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True), start=1
-            )
-        }
-        text = self.tokenizer.decode([token_id], skip_special_tokens=False)
-        named[token_id] = Logprob(logprobs.logprob, logprobs.rank, text)
-        return named
+
+def named_logprobs(
+    tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs
+) -> dict[int, Logprob]:
+    """The likeliest tokens of one place, and the one that is there, by their ids."""
+    named = {
+        top_id: Logprob(value, rank, tokenizer.decode([top_id], skip_special_tokens=False))
+        for rank, (top_id, value) in enumerate(
+            zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True), start=1
+        )
+    }
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    named[token_id] = Logprob(logprobs.logprob, logprobs.rank, text)
+    return named

@@ -75,6 +75,7 @@ class Engine:
             layout=layout,
             max_model_len=min(max_model_len, num_blocks * config.block_size),
             vocab_size=model.config.vocab_size,
+            hidden_size=model.config.hidden_size,
             eos_token_ids=model.config.eos_token_ids,
         )
         self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed, grammars=grammars)

@@ -12,34 +12,48 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import msgspec
+import numpy as np
 from tqdm import tqdm
 
-from engine.completion import Completion
+from engine.beam_search import BeamSearchParams, beam_search
+from engine.completion import Completion, named_logprobs
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.outputs import RequestOutput, TokensPrompt
+from engine.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    Embedding,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+    TokensPrompt,
+)
+from engine.sampler.sampled import NO_REPORT, PromptReport
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
 from engine.tokenizer import Tokenizer
 from engine.weights.model_dir import resolve_model
+from engine.weights.pooling_config import read_pooling_type
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
-from protocol.request import Request
+from protocol.pooling import PoolingParams, PoolingType
+from protocol.request import Request, TokenLogprobs
 from protocol.sampling import SamplingParams
 
 Prompt: TypeAlias = str | TokensPrompt
 Message: TypeAlias = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    """One prompt with its `n` outputs and their sequences."""
+    """One prompt with its `n` outputs and their sequences; the first has the prompt reported."""
 
     request_id: str
     prompt: str | None
     token_ids: list[int]
     sequences: list[Sequence]
     completions: list[Completion]
+    report: PromptReport = NO_REPORT
 
     def output(self) -> RequestOutput:
         return RequestOutput(
@@ -48,11 +62,20 @@ class _Job:
             prompt_token_ids=self.token_ids,
             outputs=[completion.output() for completion in self.completions],
             num_cached_tokens=self.sequences[0].num_cached_tokens,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        if self.report.logprobs is None:
+            return None
+        tokenizer = self.completions[0].tokenizer
+        pairs = zip(self.token_ids[1:], self.report.logprobs, strict=True)
+        return [None, *(named_logprobs(tokenizer, *pair) for pair in pairs)]
 
 
 class LLM:
-    """Loads a model; then `generate` and `chat` as often as you like, from one thread."""
+    """Loads a model; then `generate`, `chat`, `embed` and `beam_search` as often as you like, from
+    one thread."""
 
     def __init__(
         self,
@@ -63,9 +86,11 @@ class LLM:
         `EngineConfig`'s fields. Raises StartupError if the model can't be loaded."""
         engine_config = EngineConfig(model=model, **config)
         self.engine = Engine.load(engine_config, progress=True)
-        self.tokenizer = Tokenizer.from_dir(resolve_model(model, progress=False))
+        model_dir = resolve_model(model, progress=False)
+        self.tokenizer = Tokenizer.from_dir(model_dir)
         self._loop = StepLoop(self.engine)
         self._job_numbers = itertools.count()
+        self._pooling_type: PoolingType = read_pooling_type(model_dir)
 
     def generate(
         self,
@@ -112,14 +137,81 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _job(self, prompt: Prompt, sampling: SamplingParams) -> _Job:
+    def embed(
+        self,
+        prompts: Prompt | ListOf[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector for each prompt, by default as the model's directory says.
+
+        Raises InvalidRequestError before anything runs if a prompt can't be served.
+        """
+        if isinstance(prompts, str | dict):
+            prompts = [prompts]
+        pooling = pooling_params or PoolingParams(type=self._pooling_type)
+        pooling.validate(self.engine.model.hidden_size)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        jobs = [self._job(prompt, sampling, pooling) for prompt in prompts]
+        self._run(jobs, use_tqdm=use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                job.request_id,
+                job.prompt,
+                job.token_ids,
+                Embedding(np.frombuffer(job.report.pooled or b"", "<f4").tolist()),
+            )
+            for job in jobs
+        ]
+
+    def beam_search(
+        self, prompts: ListOf[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of each prompt. Raises InvalidRequestError."""
+        params.validate()
+        token_ids = [self._encoded(prompt)[1] for prompt in prompts]
+        found = beam_search(
+            token_ids,
+            params,
+            eos_token_ids=frozenset(self.engine.model.eos_token_ids),
+            likeliest=self._likeliest,
+        )
+        return [
+            BeamSearchOutput(
+                [
+                    BeamSearchSequence(
+                        beam.token_ids,
+                        self.tokenizer.decode(beam.token_ids),
+                        beam.cum_logprob,
+                        beam.finish_reason,
+                    )
+                    for beam in beams
+                ]
+            )
+            for beams in found
+        ]
+
+    def _likeliest(self, texts: list[list[int]], count: int) -> list[TokenLogprobs]:
+        """What can follow each text; what they have in common comes from the prefix cache."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=count)
+        jobs = [self._job({"prompt_token_ids": text}, sampling) for text in texts]
+        self._run(jobs, use_tqdm=False)
+        return [job.completions[0].last_logprobs for job in jobs]
+
+    def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text, if there is one, and tokens."""
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        return None, list(prompt["prompt_token_ids"])
+
+    def _job(
+        self, prompt: Prompt, sampling: SamplingParams, pooling: PoolingParams | None = None
+    ) -> _Job:
         sampling.validate()
         if sampling.structured_outputs is not None and self.engine.grammars is not None:
             self.engine.grammars.check(sampling.structured_outputs, "structured_outputs")
-        if isinstance(prompt, str):
-            text, token_ids = prompt, self.tokenizer.encode(prompt)
-        else:
-            text, token_ids = None, list(prompt["prompt_token_ids"])
+        text, token_ids = self._encoded(prompt)
         vocab_size = self.engine.model.vocab_size
         if any(not 0 <= token_id < vocab_size for token_id in token_ids):
             raise InvalidRequestError(
@@ -130,14 +222,24 @@ class LLM:
             request_id,
             text,
             token_ids,
-            [self._sequence(request_id, token_ids, sampling, i) for i in range(sampling.n)],
+            [
+                self._sequence(request_id, token_ids, sampling, i, pooling)
+                for i in range(sampling.n)
+            ],
             [Completion(i, sampling, self.tokenizer) for i in range(sampling.n)],
         )
 
     def _sequence(
-        self, request_id: str, token_ids: list[int], sampling: SamplingParams, index: int
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        index: int,
+        pooling: PoolingParams | None,
     ) -> Sequence:
         """Each of `n` outputs is a request of its own, and has its own random numbers."""
+        if index:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         max_model_len = self._loop.scheduler.max_model_len
         room = max(1, max_model_len - len(token_ids))
         max_tokens = min(sampling.max_tokens or room, room)
@@ -147,13 +249,14 @@ class LLM:
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             sampling=msgspec.structs.replace(sampling, n=1, max_tokens=max_tokens, seed=seed),
+            pooling=pooling,
         )
         root = self.engine.root_hash(None, max_seq_len=len(token_ids) + max_tokens)
         return Sequence(request=request, root=root, arrival_s=time.monotonic())
 
     def _run(self, jobs: list[_Job], *, use_tqdm: bool) -> None:
         completions = {
-            sequence.key: completion
+            sequence.key: (job, completion)
             for job in jobs
             for sequence, completion in zip(job.sequences, job.completions, strict=True)
         }
@@ -169,14 +272,18 @@ class LLM:
             for key in completions:
                 self._loop.abort(key)
 
-    def _run_steps(self, completions: dict[RequestKey, Completion], bar: "tqdm[Any]") -> None:
+    def _run_steps(
+        self, completions: dict[RequestKey, tuple[_Job, Completion]], bar: "tqdm[Any]"
+    ) -> None:
         num_tokens = 0
         start_s = time.perf_counter()
         while self._loop.has_work:
             for result in self._loop.step():
                 num_tokens += 1
                 key = result.update.sequence.key
-                completion = completions[key]
+                job, completion = completions[key]
+                if result.prompt is not NO_REPORT:
+                    job.report = result.prompt
                 completion.push(result.update, result.logprobs)
                 if completion.finish_reason is not None:
                     self._loop.abort(key)

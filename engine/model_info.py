@@ -16,4 +16,5 @@ class ModelInfo:
     layout: KVLayout
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     eos_token_ids: tuple[int, ...]

@@ -43,6 +43,7 @@ class RequestOutput:
     """A prompt and its outputs; `prompt` is None if it came as tokens.
 
     `num_cached_tokens` of the prompt were found in the prefix cache, counted for the first output.
+    `prompt_logprobs`, if asked for, has an entry for each prompt token, None for the first.
     """
 
     request_id: str
@@ -50,3 +51,38 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One prompt's vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its vector."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchSequence:
+    """A way to go on behind a prompt; `text` has the prompt in front, as `tokens` have."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchOutput:
+    """The best ways found, best first."""
+
+    sequences: list[BeamSearchSequence]

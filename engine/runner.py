@@ -11,9 +11,10 @@ from engine.batch import PersistentBatch, StepArrays
 from engine.decode_graphs import DecodeGraphs
 from engine.grammar import GrammarCompiler
 from engine.models.causal_lm import CausalLM
+from engine.prompt_reader import PromptReader
 from engine.sampler.sampled import SampledToken
 from engine.sampler.sampler import Sampler
-from engine.scheduler.plan import StepPlan
+from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
 from engine.upload import Uploader
 from kernels.attention import AttentionBatch
@@ -42,6 +43,7 @@ class ModelRunner:
             device=kv_pool.device,
             grammars=grammars,
         )
+        self._reader = PromptReader(model)
         self._graphs: DecodeGraphs | None = None
 
     def capture_graphs(self, sizes: list[int], *, progress: bool) -> None:
@@ -67,32 +69,40 @@ class ModelRunner:
         for item in plan.scheduled:
             if item.sequence.row is None:
                 self._sampler.add(self._batch.add(item.sequence), item.sequence)
+                self._reader.add(item.sequence)
         arrays = self._batch.arrays(plan.scheduled)
-        hidden = None if self._graphs is None else self._graphs.hidden(arrays)
+        is_read = self._reader.wants(plan.scheduled)
+        hidden = None if self._graphs is None or is_read else self._graphs.hidden(arrays)
         if hidden is None:
-            hidden = self._hidden(arrays)
+            hidden = self._hidden(arrays, plan.scheduled if is_read else [])
         if not len(arrays.sample_rows):
             return []
         sampled = self._sampler.sample(
             self._model.logits(hidden), arrays.sample_rows, arrays.sample_positions
         )
-        sequences = (item.sequence for item in plan.scheduled if item.samples)
-        if sampled.logprobs is None:
+        sequences = [item.sequence for item in plan.scheduled if item.samples]
+        if sampled.logprobs is None and not is_read:
             return [
                 SampledToken(sequence, token_id, None)
                 for sequence, token_id in zip(sequences, sampled.token_ids, strict=True)
             ]
-        columns = zip(sequences, sampled.token_ids, sampled.logprobs, strict=True)
-        return [SampledToken(*column) for column in columns]
+        logprobs = sampled.logprobs or [None] * len(sequences)
+        columns = zip(sequences, sampled.token_ids, logprobs, strict=True)
+        return [
+            SampledToken(sequence, token_id, logprob, self._reader.report(sequence))
+            for sequence, token_id, logprob in columns
+        ]
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended or lost its blocks. Nothing happens if it has no row."""
         row = self._batch.remove(sequence)
         if row is not None:
             self._sampler.remove(row)
+            self._reader.remove(sequence)
 
-    def _hidden(self, arrays: StepArrays) -> Tensor:
-        """Hidden states of the tokens that sample: [num_samples, hidden_size]."""
+    def _hidden(self, arrays: StepArrays, read: list[ScheduledSequence]) -> Tensor:
+        """Hidden states of the tokens that sample, [num_samples, hidden_size]; the reader sees
+        those of the whole step first if `read` is all that is scheduled, and not empty."""
         token_ids, query_starts, kv_lens, block_tables, slots, positions, sample_tokens = (
             self._uploader.upload(
                 [
@@ -117,6 +127,8 @@ class ModelRunner:
             num_seqs=len(arrays.kv_lens),
         )
         hidden = self._model.forward(token_ids, batch, self._kv_pool)
+        if read:
+            self._reader.read(read, hidden, arrays.query_starts)
         if len(arrays.sample_tokens) == len(arrays.token_ids):
             return hidden
         return hidden.index_select(0, sample_tokens)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.engine import Engine
+from engine.sampler.sampled import PromptReport
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate
 from engine.sequence import Sequence
@@ -13,10 +14,12 @@ from protocol.request import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A sequence's new token, `update.new_token_ids`, and its logprobs if asked for."""
+    """A sequence's new token, `update.new_token_ids`, and what was asked for about it and, with
+    the first, about the prompt."""
 
     update: SequenceUpdate
     logprobs: TokenLogprobs | None
+    prompt: PromptReport
 
 
 class StepLoop:
@@ -51,4 +54,4 @@ class StepLoop:
         for update, token in zip(updates, sampled, strict=True):
             if update.finish_reason is not None:
                 self.engine.release(update.sequence)
-            yield StepResult(update, token.logprobs)
+            yield StepResult(update, token.logprobs, token.prompt)

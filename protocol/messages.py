@@ -42,10 +42,13 @@ class Goodbye(msgspec.Struct, frozen=True, tag="goodbye"):
 
 
 class RunPrefill(msgspec.Struct, frozen=True, tag="run_prefill"):
-    """Compute the prompt's KV, push it to `decode`, and sample the first token."""
+    """Compute the prompt's KV, push it to `decode`, and sample the first token.
+
+    Without `decode` nothing is pushed: the first token is the last one.
+    """
 
     request: Request
-    decode: WorkerRef
+    decode: WorkerRef | None
 
 
 class ExpectRequest(msgspec.Struct, frozen=True, tag="expect_request"):

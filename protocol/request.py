@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from protocol.ids import RequestKey
+from protocol.pooling import PoolingParams
 from protocol.sampling import SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -16,6 +17,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `token_ids` are the prompt's and, when an earlier attempt already delivered some output, that
     output's: the new attempt goes on behind it. `sampling.max_tokens` counts all output tokens,
     those included; it's never None here, because the router bounds it by the context length.
+
+    `pooling` asks for one vector of the prompt. It comes with the first token, which is then of no
+    interest.
     """
 
     key: RequestKey
@@ -24,6 +28,25 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     cache_salt: str | None = None
     priority: int = 0
+    pooling: PoolingParams | None = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is to be told of the prompt itself. A later attempt, behind output
+        that was delivered, has it told already."""
+        is_first = len(self.token_ids) == self.num_prompt_tokens
+        return is_first and (self.pooling is not None or self.sampling.prompt_logprobs is not None)
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every prompt token has to be run for that, cached or not."""
+        is_mean = self.pooling is not None and self.pooling.type == "mean"
+        return self.reads_prompt and (is_mean or self.sampling.prompt_logprobs is not None)
+
+    @property
+    def ends_with_prefill(self) -> bool:
+        """Whether the token that prefill samples is the last one."""
+        return len(self.token_ids) + 1 >= self.max_num_tokens
 
     @property
     def max_num_tokens(self) -> int:
@@ -33,7 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural logarithms of the probability of one sampled token and of the likeliest ones.
+    """Natural logarithms of the probability of one token and of the likeliest ones at its place.
 
     Taken from the model's distribution before temperature and penalties, as vLLM's default.
     """
@@ -60,6 +83,9 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `position` is the index of the first of `token_ids` among the request's output tokens, so a
     receiver delivers each token exactly once, in order, whoever sent it.
+
+    With the first token comes what the request reads of its prompt: `prompt_logprobs` of the
+    prompt's second token and on, and `pooled`, float32 in little-endian order.
     """
 
     key: RequestKey
@@ -70,3 +96,5 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int | None = None
     timings: PhaseTimings | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: bytes | None = None

@@ -14,6 +14,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """One sequence's sampling parameters; `n` is for the router and `LLM`, which ask n times.
 
     Stop strings are matched where text exists (router, `LLM`); workers see `stop_token_ids` only.
+    `prompt_logprobs` asks for those of the prompt's own tokens, with that many of the likeliest.
     `allowed_token_ids` are the only ones that may be chosen, besides an end; none of
     `bad_words_token_ids` comes as a whole.
     """
@@ -35,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     allowed_token_ids: tuple[int, ...] | None = None
@@ -99,4 +101,5 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("max_tokens", 1, 2**31 - 1, "at least 1"),
     ("min_tokens", 0, 2**31 - 1, "at least 0"),
     ("logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+    ("prompt_logprobs", 0, MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
 )

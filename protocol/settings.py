@@ -20,6 +20,7 @@ class SettingInfo:
     metavar: str | None = None
     secret: bool = False
     short: str | None = None
+    only_default: str = ""
 
 
 def setting(
@@ -32,13 +33,14 @@ def setting(
     metavar: str | None = None,
     secret: bool = False,
     short: str | None = None,
+    only_default: str = "",
 ) -> Any:  # noqa: ANN401
     """A dataclass field that carries its help text and its bounds.
 
-    `short` is the letter of a short flag. A secret's value never appears in an argument list or a
-    message.
+    A secret's value never appears in an argument list or a message. `short` is the letter of a
+    short flag. `only_default` says why no other value is accepted, and what to do instead.
     """
-    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, short)
+    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, short, only_default)
     return dataclasses.field(default=default, metadata={"setting": info})
 
 

@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _model_config(
     raw: Mapping[str, Any], generation: Mapping[str, Any], fingerprint: str
 ) -> ModelConfig:
-    architecture = _architecture(raw)
+    architecture, has_head = _architecture(raw)
     raw = _ARCHITECTURE_DEFAULTS.get(architecture, {}) | dict(raw)
     _refuse_unsupported(raw)
     num_heads = int(raw["num_attention_heads"])
@@ -128,7 +128,7 @@ def _model_config(
         layer_windows=_layer_windows(architecture, raw, num_layers),
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)) or not has_head,
         max_model_len=rope.context_len(int(raw["max_position_embeddings"])),
         eos_token_ids=_eos_token_ids(raw, generation),
         bos_token_id=raw.get("bos_token_id"),
@@ -137,11 +137,16 @@ def _model_config(
     )
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
+def _architecture(raw: Mapping[str, Any]) -> tuple[str, bool]:
+    """The served architecture's name, and whether it has a head: models that are made for
+    embeddings often lack it, and are named for their body (`MistralModel`)."""
     architectures = raw.get("architectures") or []
     if len(architectures) != 1:
         raise StartupError(f"config.json must name one architecture, it names {architectures}.")
-    return architectures[0]
+    name: str = architectures[0]
+    if name.endswith("Model"):
+        return name.removesuffix("Model") + "ForCausalLM", False
+    return name, True
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:

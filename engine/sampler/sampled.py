@@ -7,9 +7,21 @@ from protocol.request import TokenLogprobs
 
 
 @dataclass(slots=True, frozen=True)
+class PromptReport:
+    """What a request wanted to know of its prompt; see `SequenceOutput`."""
+
+    logprobs: list[TokenLogprobs] | None = None
+    pooled: bytes | None = None
+
+
+NO_REPORT = PromptReport()
+
+
+@dataclass(slots=True, frozen=True)
 class SampledToken:
-    """The next token of `sequence`; `logprobs` if its request asked for them."""
+    """The next token of `sequence`; `logprobs` and `prompt` if its request asked for them."""
 
     sequence: Sequence
     token_id: int
     logprobs: TokenLogprobs | None
+    prompt: PromptReport = NO_REPORT

@@ -100,4 +100,6 @@ class Admission:
             hash_prompt(sequence, self._pool.block_size)
 
     def _matchable(self, sequence: Sequence) -> list[bytes]:
+        if sequence.request.reads_whole_prompt and not sequence.num_output_tokens:
+            return []
         return sequence.block_hashes[: (sequence.num_tokens - 1) // self._pool.block_size]

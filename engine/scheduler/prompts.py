@@ -187,6 +187,8 @@ class PromptQueue:
         """Whether an active prompt is computing most of what this one lacks."""
         if not self.active or sequence.num_tokens <= MIN_TOKENS_WORTH_WAITING:
             return False
+        if sequence.request.reads_whole_prompt:
+            return False  # nothing that is cached spares it anything
         block_size = self._pool.block_size
         hashes = sequence.block_hashes
         num_cached = self._pool.num_prefix_blocks(hashes)

@@ -57,6 +57,8 @@ class SafetensorsWeights:
             file = _open(path, device)
             self._files[path.name] = file
             self._file_of.update(dict.fromkeys(file.keys(), path))
+        # A body saved without its head has no "model." in front of its names.
+        self._is_bare = "embed_tokens.weight" in self._file_of
         self._untaken = {name for name in self._file_of if not name.endswith(_NOT_WEIGHTS)}
         self._bar = tqdm(
             total=sum(path.stat().st_size for path in paths),
@@ -87,6 +89,8 @@ class SafetensorsWeights:
             )
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if self._is_bare:
+            name = name.removeprefix("model.")
         path = self._file_of.get(name)
         if path is None:
             raise StartupError(f"The weights in {self._model_dir} have no tensor {name!r}.")

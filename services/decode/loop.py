@@ -269,6 +269,8 @@ class DecodeLoop:
                 logprobs=None if token.logprobs is None else [token.logprobs],
                 num_cached_tokens=num_cached_tokens,
                 timings=timings,
+                prompt_logprobs=token.prompt.logprobs,
+                pooled=token.prompt.pooled,
             )
         )
 

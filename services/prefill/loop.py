@@ -189,6 +189,8 @@ class PrefillLoop:
             logprobs=None if token.logprobs is None else [token.logprobs],
             num_cached_tokens=sequence.num_cached_tokens,
             timings=timings,
+            prompt_logprobs=token.prompt.logprobs,
+            pooled=token.prompt.pooled,
         )
         self._report.done.append(PromptDone(first, timings))
 

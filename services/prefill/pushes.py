@@ -4,6 +4,8 @@
 2. The ticket comes when decode has some. Until then prefill goes on computing; KV waits here.
 3. After each chunk the blocks that are full by now are written, while the next chunk computes.
 4. The first token is sampled: the last blocks follow, then `PrefillDone`.
+
+A prompt whose first token is its last goes nowhere: without a link, a push only waits for it.
 """
 
 import asyncio
@@ -27,7 +29,7 @@ class Push:
         self,
         key: RequestKey,
         num_tokens: int,
-        link: DecodeLink,
+        link: DecodeLink | None,
         *,
         block_size: int,
         metrics: WorkerMetrics,
@@ -76,22 +78,31 @@ class Push:
 
         Raises TransferError, LayoutMismatchError or WorkerLostError.
         """
-        self._connection = connection = await self.link.ready()
+        link = self.link
+        if link is None:
+            await self._wait_for_first()
+            return
+        self._connection = connection = await link.ready()
         await self._started.wait()
-        self.link.peer.send(ReserveBlocks(self.key, self._num_tokens))
+        link.peer.send(ReserveBlocks(self.key, self._num_tokens))
         ticket = await self._ticket
-        num_writes, transfer_s = await self._write_all(connection, ticket)
+        num_writes, transfer_s = await self._write_all(link, connection, ticket)
         assert self.first is not None, "all is written only after the first token"
         exposed_s = time.monotonic() - self._done_s
         self._metrics.observe_exposed_transfer(exposed_s)
         timings = msgspec.structs.replace(
             self._timings, transfer_s=transfer_s, exposed_transfer_s=exposed_s
         )
-        self.link.peer.send(
-            PrefillDone(self.key, ticket.ticket_id, num_writes, self.first, timings)
-        )
+        link.peer.send(PrefillDone(self.key, ticket.ticket_id, num_writes, self.first, timings))
 
-    async def _write_all(self, connection: Connection, ticket: TransferTicket) -> tuple[int, float]:
+    async def _wait_for_first(self) -> None:
+        while self.first is None:
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def _write_all(
+        self, link: DecodeLink, connection: Connection, ticket: TransferTicket
+    ) -> tuple[int, float]:
         """Writes blocks as they become full; returns the number of writes and their seconds."""
         skipped = ticket.num_cached_blocks
         num_sent, num_writes, transfer_s = skipped, 0, 0.0
@@ -114,8 +125,8 @@ class Push:
                 )
                 seconds = time.monotonic() - started_s
                 self._metrics.observe_sent(
-                    self.link.ref.worker_id,
-                    num_bytes=(num_ready - num_sent) * self.link.block_bytes,
+                    link.ref.worker_id,
+                    num_bytes=(num_ready - num_sent) * link.block_bytes,
                     seconds=seconds,
                 )
                 transfer_s += seconds

@@ -114,8 +114,9 @@ class PrefillWorker:
         by_link: dict[DecodeLink, list[TicketId]] = {}
         for outgoing in self._outgoing.values():
             ticket = outgoing.push.ticket
-            if ticket is not None:
-                by_link.setdefault(outgoing.push.link, []).append(ticket.ticket_id)
+            link = outgoing.push.link
+            if ticket is not None and link is not None:
+                by_link.setdefault(link, []).append(ticket.ticket_id)
         for link, ticket_ids in by_link.items():
             link.peer.send(RenewTickets(ticket_ids))
 
@@ -149,7 +150,7 @@ class PrefillWorker:
         if request.key in self._outgoing:
             logger.warning("request %s came twice; the second is ignored", request.key)
             return
-        link = self._links.to(message.decode)
+        link = None if message.decode is None else self._links.to(message.decode)
         push = Push(
             request.key,
             len(request.token_ids),
@@ -180,7 +181,8 @@ class PrefillWorker:
 
     def _peer_lost(self, peer: Peer) -> None:
         for key, outgoing in list(self._outgoing.items()):
-            if outgoing.push.link.peer is peer:
+            link = outgoing.push.link
+            if link is not None and link.peer is peer:
                 self._fail(key, f"decode worker {peer.peer_id} was lost", retryable=True)
             elif outgoing.router is peer:
                 self._stop(key)
@@ -204,6 +206,8 @@ class PrefillWorker:
         await push.stop()
         # Only now: until here a write may have been reading our blocks and writing decode's.
         self._engine_thread.post(Abort(push.key))
+        if push.link is None:
+            return
         if outgoing.failure is not None:
             push.link.peer.send(PrefillFailed(push.key, outgoing.failure))
         elif push.ticket is not None:

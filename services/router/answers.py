@@ -7,6 +7,7 @@ import msgspec
 
 from services.router.choice import Delta
 from services.router.generation import Generation, Output
+from services.router.http_errors import error_reply
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -22,6 +23,8 @@ class AnswerOptions:
     continuous_usage: bool = False
     return_token_ids: bool = False
     echo: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +37,50 @@ class AnswerHead:
 
 
 class AnswerFormat(Protocol):
-    """Writes one request's answer, whole or as a stream: chat's or completion's form."""
+    """Writes one request's answer, whole or as a stream, in the form of one of the APIs."""
 
-    def whole(self, generation: Generation) -> bytes: ...
+    async def whole(self, generation: Generation) -> bytes: ...
 
     def chunk(self, output: Output, delta: Delta) -> bytes:
         """The event or events of one output's news."""
         ...
 
-    def usage_chunk(self, generation: Generation) -> bytes: ...
+    async def end(self, generation: Generation) -> bytes:
+        """The events behind the last chunk, also where the generation failed."""
+        ...
+
+
+def best_outputs(generation: Generation) -> list[tuple[int, Output, Delta]]:
+    """A finished generation's outputs to answer with, under the index that each gets.
+
+    Of each prompt's outputs the best come first, by their tokens' mean log-probability, where
+    fewer are returned than there are.
+    """
+    spec = generation.spec
+    taken = [(output, output.choice.take()) for output in generation.outputs]
+    n, num_returned = spec.sampling.n, spec.num_returned
+    if num_returned is None or num_returned == n:
+        return [(output.index, output, delta) for output, delta in taken]
+    best: list[tuple[int, Output, Delta]] = []
+    for start in range(0, len(taken), n):
+        ranked = sorted(taken[start : start + n], key=lambda pair: -_mean_logprob(pair[1]))
+        best += [
+            (len(best) + rank, output, delta)
+            for rank, (output, delta) in enumerate(ranked[:num_returned])
+        ]
+    return best
+
+
+def _mean_logprob(delta: Delta) -> float:
+    return sum(token.logprob for token in delta.logprobs) / max(1, len(delta.logprobs))
 
 
 def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
+
+
+def named_event(name: str, data: bytes) -> bytes:
+    return b"event: %b\n" % name.encode() + event(data)
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
@@ -80,7 +114,11 @@ class ChunkWriter:
             return b'%b,"choices":[%b],"usage":%b}\n\n' % (self._opening, choices, usage)
         return b'%b,"choices":[%b]%b' % (self._opening, choices, self._closing)
 
-    def usage(self, generation: Generation) -> bytes:
-        """The last event of a stream that was asked for its usage."""
+    def end(self, generation: Generation) -> bytes:
+        """An error, or the usage if the stream was asked for it; then the mark of its end."""
+        if generation.error is not None:
+            return event(error_reply(generation.error).body) + STREAM_END
+        if generation.aborted or not self._options.include_usage:
+            return STREAM_END
         usage = encode_json(usage_of(generation))
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._opening, usage)
+        return b'%b,"choices":[],"usage":%b}\n\n' % (self._opening, usage) + STREAM_END

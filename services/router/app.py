@@ -1,6 +1,7 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,15 +17,30 @@ from services.router.admin_api import AbortBody
 from services.router.auth import ApiKeyGuard
 from services.router.batch.batches_api import BatchBody
 from services.router.batch.files_api import UPLOAD_SCHEMA
-from services.router.http_errors import INTERNAL_ERROR, HttpError, error_reply
+from services.router.embeddings_api import EmbeddingsApi
+from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
+from services.router.http_errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
 from services.router.live_settings import LiveSettingsBody
+from services.router.messages_api import MessagesApi
+from services.router.messages_bodies import MessagesBody, PromptBody
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.responses_api import ResponsesApi
+from services.router.responses_bodies import ResponsesBody
 from services.router.status_api import VERSION, StatusApi
 
 _BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": PromptBody,
+    "/v1/embeddings": EmbeddingBody,
+    "/v1/score": ScoreBody,
+    "/score": ScoreBody,
+    "/v1/rerank": RerankBody,
+    "/v2/rerank": RerankBody,
+    "/rerank": RerankBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/batches": BatchBody,
@@ -53,16 +69,26 @@ _PLAIN_PATHS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Apis:
+    """All that answers requests."""
+
+    openai: OpenAIApi
+    responses: ResponsesApi
+    messages: MessagesApi
+    embeddings: EmbeddingsApi
+    status: StatusApi
+
+
 def make_app(
-    openai: OpenAIApi,
-    status: StatusApi,
+    apis: Apis,
     *,
     api_keys: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
     app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_routes(app, openai, status)
+    _add_routes(app, apis)
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
@@ -74,10 +100,20 @@ def make_app(
     return app
 
 
-def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
+def _add_routes(app: FastAPI, apis: Apis) -> None:
+    openai, embeddings, status = apis.openai, apis.embeddings, apis.status
     posts = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
+        "/v1/responses": apis.responses.create,
+        "/v1/messages": apis.messages.create,
+        "/v1/messages/count_tokens": apis.messages.count_tokens,
+        "/v1/embeddings": embeddings.embeddings,
+        "/v1/score": embeddings.score,
+        "/score": embeddings.score,
+        "/v1/rerank": embeddings.rerank,
+        "/v2/rerank": embeddings.rerank,
+        "/rerank": embeddings.rerank,
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }
@@ -87,6 +123,7 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
     gets = {
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,
+        "/v1/responses/{response_id}": apis.responses.retrieve,
         "/health": status.health,
         "/ping": status.health,
         "/version": status.version,
@@ -96,6 +133,12 @@ def _add_routes(app: FastAPI, openai: OpenAIApi, status: StatusApi) -> None:
     }
     for path, endpoint in gets.items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_api_route(
+        "/v1/responses/{response_id}",
+        apis.responses.delete,
+        methods=["DELETE"],
+        response_model=None,
+    )
     app.add_api_route("/ping", status.health, methods=["POST"], response_model=None)
     schema = _openapi_schema(app)
 
@@ -137,20 +180,24 @@ def _name_parameters(path: str, operations: dict[str, Any]) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return _error_reply(request, error).response_at(request.url.path)
+
+
+def _error_reply(request: Request, error: Exception) -> ErrorReply:
     match error:
         case TandemError():
-            return error_reply(error).response
+            return error_reply(error)
         case HTTPException(status_code=404):
             text = f"There is no {request.method} {request.url.path} here."
-            return error_reply(HttpError(404, text, code="not_found")).response
+            return error_reply(HttpError(404, text, code="not_found"))
         case HTTPException(status_code=405, headers=headers):
             text = f"{request.url.path} doesn't take {request.method}."
             refusal = HttpError(405, text, code="method_not_allowed", headers=dict(headers or {}))
-            return error_reply(refusal).response
+            return error_reply(refusal)
         case HTTPException(status_code=status, detail=detail):
-            return error_reply(HttpError(status, detail, code="http_error")).response
-        case ClientDisconnect():
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return error_reply(HttpError(status, detail, code="http_error"))
         case _:
             # The server logs the traceback; it's no client's business.
-            return INTERNAL_ERROR.response
+            return INTERNAL_ERROR

@@ -3,9 +3,11 @@
 import hashlib
 import hmac
 from collections.abc import Iterable
+from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from protocol.errors import StartupError
 from services.router.http_errors import HttpError, error_reply
 
 # Probes and scrapers have no key.
@@ -13,7 +15,10 @@ _GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config", "/reset_prefix_ca
 
 
 class ApiKeyGuard:
-    """ASGI middleware: 401 for guarded paths without `Authorization: Bearer <one of the keys>`."""
+    """ASGI middleware: 401 for guarded paths without one of the keys.
+
+    It comes as `Authorization: Bearer …`, or as `X-API-Key: …`, which Anthropic's clients send.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
         self._app = app
@@ -23,11 +28,11 @@ class ApiKeyGuard:
         if scope["type"] == "http" and self._refuses(scope):
             error = HttpError(
                 401,
-                "Give a valid API key as bearer token.",
+                "Give a valid API key as bearer token or in X-API-Key.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await error_reply(error).response(scope, receive, send)
+            await error_reply(error).response_at(scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -36,12 +41,29 @@ class ApiKeyGuard:
         if scope["method"] == "OPTIONS" or not scope["path"].startswith(_GUARDED):
             return False
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        digest = _digest(key.strip())
-        known = [hmac.compare_digest(digest, other) for other in self._digests]
-        return scheme.lower() != b"bearer" or not any(known)
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = [token.strip()] if scheme.lower() == b"bearer" else []
+        if b"x-api-key" in headers:
+            given.append(headers[b"x-api-key"])
+        digests = [_digest(key) for key in given]
+        known = [hmac.compare_digest(d, other) for d in digests for other in self._digests]
+        return not any(known)
 
 
 def _digest(key: bytes) -> bytes:
     """Of equal length for all keys, so that comparing tells nothing about them."""
     return hashlib.sha256(key).digest()
+
+
+def keys_in_file(name: str | None) -> tuple[str, ...]:
+    """The keys of a file with one a line; none without a file. Raises StartupError."""
+    if name is None:
+        return ()
+    try:
+        lines = Path(name).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--api-key-file {name} can't be read: {error}.") from error
+    if not lines:
+        # An empty secret must not open the door.
+        raise StartupError(f"--api-key-file {name} holds no key.")
+    return tuple(lines)

@@ -27,11 +27,13 @@ class PlacementPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """`num_tokens` are to be in the cache before decoding; `tie_breaker` spreads equal costs."""
+    """`num_tokens` are to be in the cache before decoding; `tie_breaker` spreads equal costs.
+    Where prefill's token is the last one, nothing `is_transferred`."""
 
     num_tokens: int
     num_output_tokens: int
     tie_breaker: int = 0
+    is_transferred: bool = True
 
 
 @dataclass(frozen=True, slots=True)

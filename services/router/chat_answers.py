@@ -7,13 +7,14 @@ from services.router.answers import (
     AnswerHead,
     AnswerOptions,
     ChunkWriter,
+    best_outputs,
     encode_json,
     usage_of,
 )
 from services.router.chat_reader import ChatReader, Reading, ReadingRules
 from services.router.choice import Delta
 from services.router.generation import Generation, Output
-from services.router.logprobs import TokenNames, chat_logprobs
+from services.router.logprobs import TokenNames, chat_logprobs, named_prompt_logprobs
 from services.router.tool_parsers import ToolCallPiece
 
 _ROLE_DELTA = b'{"role":"assistant","content":""}'
@@ -33,8 +34,8 @@ class ChatAnswers:
         self._writer = ChunkWriter(head, "chat.completion.chunk", options)
         self._opened: set[int] = set()
 
-    def whole(self, generation: Generation) -> bytes:
-        choices = [self._choice(output, output.choice.take()) for output in generation.outputs]
+    async def whole(self, generation: Generation) -> bytes:
+        choices = [self._choice(*answered) for answered in best_outputs(generation)]
         answer: dict[str, Any] = {
             "id": self._head.id,
             "object": "chat.completion",
@@ -45,6 +46,12 @@ class ChatAnswers:
         }
         if self._options.return_token_ids:
             answer["prompt_token_ids"] = generation.spec.prompts[0].token_ids
+        prompt_logprobs = generation.outputs[0].prompt_logprobs
+        if prompt_logprobs is not None:
+            token_ids = generation.spec.prompts[0].token_ids
+            answer["prompt_logprobs"] = named_prompt_logprobs(
+                self._names, token_ids, prompt_logprobs
+            )
         return encode_json(answer)
 
     def chunk(self, output: Output, delta: Delta) -> bytes:
@@ -57,8 +64,8 @@ class ChatAnswers:
             return opening + self._event(output, content, self._extras(delta))
         return opening + self._read_chunk(output, delta)
 
-    def usage_chunk(self, generation: Generation) -> bytes:
-        return self._writer.usage(generation)
+    async def end(self, generation: Generation) -> bytes:
+        return self._writer.end(generation)
 
     def _read_chunk(self, output: Output, delta: Delta) -> bytes:
         """An event for each part that is read out of the text; none if all is held back."""
@@ -111,7 +118,7 @@ class ChatAnswers:
             fields["token_ids"] = delta.token_ids
         return b"," + encode_json(fields)[1:-1]
 
-    def _choice(self, output: Output, delta: Delta) -> dict[str, Any]:
+    def _choice(self, index: int, output: Output, delta: Delta) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         finish_reason: str | None = delta.finish_reason
         if not self._reading.is_plain:
@@ -119,7 +126,7 @@ class ChatAnswers:
             message |= _message(reader.read(delta.text, is_last=True))
             finish_reason = self._finish_reason(delta, reader)
         choice: dict[str, Any] = {
-            "index": output.index,
+            "index": index,
             "message": message,
             "logprobs": self._logprobs(delta),
             "finish_reason": finish_reason,
@@ -130,7 +137,7 @@ class ChatAnswers:
         return choice
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        if not delta.logprobs:
+        if not (delta.logprobs and self._options.logprobs):
             return None
         return chat_logprobs(self._names, delta.token_ids, delta.logprobs)
 

@@ -191,7 +191,7 @@ class Cluster:
     def _place(
         self, request: Request, hashes: Sequence[BlockHash], avoid: frozenset[WorkerId]
     ) -> Placement | None:
-        matched = self._index.match(hashes)
+        matched = {} if request.reads_whole_prompt else self._index.match(hashes)
         num_done = len(request.token_ids) - request.num_prompt_tokens
         num_left = (request.sampling.max_tokens or EXPECTED_OUTPUT_TOKENS) - num_done
         self._num_chosen += 1
@@ -199,6 +199,7 @@ class Cluster:
             num_tokens=len(request.token_ids),
             num_output_tokens=max(1, min(EXPECTED_OUTPUT_TOKENS, num_left)),
             tie_breaker=self._num_chosen,
+            is_transferred=not request.ends_with_prefill,
         )
         prefill = [
             worker.prefill_candidate(

@@ -44,9 +44,14 @@ class RouterConfig:
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
     )
+    trust_request_chat_template: bool = setting(
+        False,
+        help="render a request's own `chat_template`; it runs sandboxed, but can take as long as "
+        "it likes",
+    )
     guided_decoding_backend: str = setting(
         "auto",
-        choices=("auto", "guidance"),
+        choices=("auto", "guidance", "llguidance"),
         help="library that holds outputs to grammars; there is one, llguidance",
     )
     enable_auto_tool_choice: bool = setting(
@@ -59,6 +64,12 @@ class RouterConfig:
         None,
         choices=tuple(REASONING_FORMATS),
         help="how the model marks its thoughts, which are answered as `reasoning_content`",
+    )
+    pooling_type: Literal["auto", "last", "mean"] = setting(
+        "auto",
+        choices=("auto", "last", "mean"),
+        help="what /v1/embeddings makes a vector of: the last token's state or the mean of all; "
+        "auto: as the model's 1_Pooling/config.json says, else the last",
     )
     local_prefill: Literal["auto", "never", "always"] = setting(
         "auto",
@@ -92,6 +103,16 @@ class RouterConfig:
     )
     batch_priority: int = setting(
         100, minimum=0, help="least priority number of batches' requests; clients' are 0 by default"
+    )
+    response_ttl_s: float = setting(
+        86_400.0,
+        minimum=0.0,
+        help="seconds for which answers of /v1/responses are kept, to go on from; 0 keeps none",
+    )
+    response_store_bytes: int = setting(
+        256 * 2**20,
+        minimum=0,
+        help="bytes of such answers that Redis keeps at most; the oldest go first",
     )
     disable_log_requests: bool = setting(False, help="no line for each finished request")
     drain_timeout_s: float = setting(

@@ -3,7 +3,8 @@
 The life of a flight (one sequence on its way through the workers):
 
 1. `start`: the prompt's blocks are hashed and a route is chosen. Without one the flight waits.
-2. `RunPrefill` and `ExpectRequest`, or `RunLocal`, leave under attempt 1.
+2. `RunPrefill` and `ExpectRequest`, or `RunLocal`, leave under attempt 1; `RunPrefill` alone if one
+   token is all that is wanted.
 3. Outputs come, from two workers and so in any order; they're put in order by their position.
 4. A worker of the route is lost, or gives the request up: attempt n+1 takes another route, with
    the tokens delivered so far as part of its prompt. Older attempts' messages find no flight.
@@ -132,14 +133,18 @@ class Dispatcher:
         flight.decode_spoke = False
         flight.ahead.clear()
         self._flights[request.key] = flight
-        flight.decode = self._connect(route.decode)
+        flight.decode = flight.prefill = None
         if route.prefill is None:
-            flight.prefill = None
+            flight.decode = self._connect(route.decode)
             flight.decode.send(RunLocal(request))
-        else:
-            flight.prefill = self._connect(route.prefill)
-            flight.prefill.send(RunPrefill(request, route.decode))
-            flight.decode.send(ExpectRequest(request, route.prefill))
+            return True
+        flight.prefill = self._connect(route.prefill)
+        if request.ends_with_prefill:
+            flight.prefill.send(RunPrefill(request, None))
+            return True
+        flight.prefill.send(RunPrefill(request, route.decode))
+        flight.decode = self._connect(route.decode)
+        flight.decode.send(ExpectRequest(request, route.prefill))
         return True
 
     def _arrange(self, flight: Flight, output: SequenceOutput) -> None:

@@ -3,9 +3,8 @@
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from services.router.answers import STREAM_END, AnswerFormat, event
+from services.router.answers import AnswerFormat
 from services.router.generation import Generation
-from services.router.http_errors import error_reply
 from services.router.open_request import OpenRequest
 
 _HEADERS = [
@@ -23,11 +22,10 @@ class EventStream(Response):
     what comes meanwhile is gathered in the outputs, whose length is bounded.
     """
 
-    def __init__(self, request: OpenRequest, answers: AnswerFormat, *, include_usage: bool) -> None:
+    def __init__(self, request: OpenRequest, answers: AnswerFormat) -> None:
         super().__init__()
         self._request = request
         self._answers = answers
-        self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         with self._request:
@@ -39,8 +37,10 @@ class EventStream(Response):
             is_last = False
             while not is_last:
                 is_last = generation.is_done
-                body = self._news(generation) + (self._end(generation) if is_last else b"")
-                if body:
+                body = self._news(generation)
+                if is_last:
+                    body += await self._answers.end(generation)
+                if body or is_last:
                     more = not is_last
                     await send({"type": "http.response.body", "body": body, "more_body": more})
                 if not is_last:
@@ -55,11 +55,3 @@ class EventStream(Response):
                 if output.choice.has_news
             ]
         )
-
-    def _end(self, generation: Generation) -> bytes:
-        if generation.error is not None:
-            return event(error_reply(generation.error).body) + STREAM_END
-        if generation.aborted:
-            return STREAM_END
-        usage = self._answers.usage_chunk(generation) if self._include_usage else b""
-        return usage + STREAM_END

@@ -12,7 +12,13 @@ from engine.tokenizer import Tokenizer
 from protocol.block_hash import BlockHash
 from protocol.errors import OverloadedError, TandemError
 from protocol.ids import RequestKey
-from protocol.request import PhaseTimings, Request, SequenceOutput
+from protocol.pooling import PoolingParams
+from protocol.request import (
+    PhaseTimings,
+    Request,
+    SequenceOutput,
+    TokenLogprobs,
+)
 from protocol.sampling import SamplingParams
 from services.router.choice import Choice
 from services.router.dispatch import Dispatcher
@@ -23,13 +29,20 @@ from services.router.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """What is asked for, validated. `max_tokens` are bounded for each prompt."""
+    """What is asked for, validated. `max_tokens` are bounded for each prompt.
+
+    Of each prompt's `sampling.n` outputs the best `num_returned` are answered, all if it's None.
+    `is_prompt_only` throws the output away: the prompt itself is of interest.
+    """
 
     prompts: Sequence[Prompt]
     max_tokens: Sequence[int]
     sampling: SamplingParams
     cache_salt: str | None = None
     priority: int = 0
+    num_returned: int | None = None
+    pooling: PoolingParams | None = None
+    is_prompt_only: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -91,6 +104,8 @@ class Generation:
 
     @property
     def num_output_tokens(self) -> int:
+        if self.spec.is_prompt_only:
+            return 0
         return sum(output.choice.num_tokens for output in self.outputs)
 
     @property
@@ -199,6 +214,14 @@ class Output:
     prompt_hashes: Sequence[BlockHash] = ()
     num_cached_tokens: int = 0
     last_s: float | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: bytes | None = None
+
+    @property
+    def first(self) -> "Output":
+        """The prompt's first output, which alone is told of the prompt."""
+        n = self.generation.spec.sampling.n
+        return self.generation.outputs[self.prompt_index * n]
 
     def start(self, *, hashes: Sequence[BlockHash] = ()) -> None:
         """`hashes` of the prompt's blocks, if known. Raises OverloadedError."""
@@ -214,10 +237,14 @@ class Output:
             self.num_cached_tokens = output.num_cached_tokens
         if output.timings is not None:
             self.generation.note_phases(output.timings)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        if output.pooled is not None:
+            self.pooled = output.pooled
         self.choice.push(output)
         if self.choice.finish_reason is not None:
             self.stop()
-        if self.last_s is None and self.index % self.generation.spec.sampling.n == 0:
+        if self.last_s is None and self is self.first:
             self.generation.prompt_computed(self)
         self.generation.output_came(self, len(output.token_ids))
 
@@ -232,13 +259,17 @@ class Output:
             # Each of n outputs has its own random numbers.
             seed += self.index % sampling.n
         token_ids = spec.prompts[self.prompt_index].token_ids
+        sampling = msgspec.structs.replace(
+            sampling, n=1, stop=(), seed=seed, max_tokens=spec.max_tokens[self.prompt_index]
+        )
+        if self is not self.first:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return Request(
             key=RequestKey(f"{self.generation.request_id}-{self.index}", 1),
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
-            sampling=msgspec.structs.replace(
-                sampling, n=1, stop=(), seed=seed, max_tokens=spec.max_tokens[self.prompt_index]
-            ),
+            sampling=sampling,
             cache_salt=spec.cache_salt,
             priority=spec.priority,
+            pooling=spec.pooling,
         )

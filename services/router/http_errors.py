@@ -1,4 +1,4 @@
-"""What a client is told when its request can't be served, in OpenAI's shape."""
+"""What a client is told when its request can't be served, in OpenAI's shape or Anthropic's."""
 
 from dataclasses import dataclass, field
 
@@ -59,8 +59,19 @@ class ErrorReply:
         return msgspec.json.encode({"error": self.detail})
 
     @property
-    def response(self) -> Response:
-        return Response(self.body, self.status, headers=self.headers, media_type="application/json")
+    def messages_body(self) -> bytes:
+        """In the shape of Anthropic's API, which has no place for a field but the text."""
+        default = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _MESSAGES_KINDS.get(self.status, default)
+        field, message = self.detail.param, self.detail.message
+        if field is not None and field not in message:
+            message = f"`{field}`: {message}"
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
+
+    def response_at(self, path: str) -> Response:
+        """In the shape of the API that has this path."""
+        body = self.messages_body if path.startswith("/v1/messages") else self.body
+        return Response(body, self.status, headers=self.headers, media_type="application/json")
 
 
 def error_reply(error: TandemError) -> ErrorReply:
@@ -96,11 +107,21 @@ def error_reply(error: TandemError) -> ErrorReply:
         case RequestTimeoutError():
             return ErrorReply(504, ErrorDetail(text, "timeout_error", None, "timeout"))
         case HttpError(status=status, code=code, headers=headers):
-            kind = "authentication_error" if status == 401 else "invalid_request_error"
+            kind = _KINDS.get(status, "invalid_request_error")
             return ErrorReply(status, ErrorDetail(text, kind, None, code), headers)
         case _:
             return INTERNAL_ERROR
 
+
+_MESSAGES_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_KINDS = {401: "authentication_error", 503: "service_unavailable_error"}
 
 INTERNAL_ERROR = ErrorReply(
     500, ErrorDetail("The server failed; its log says why.", "server_error", None, "internal_error")

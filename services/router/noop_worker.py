@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -207,7 +208,11 @@ class NoopWorker:
             position=start,
             token_ids=token_ids,
             finish_reason="length" if is_last else None,
-            logprobs=_logprobs(request, token_ids),
+            logprobs=_logprobs(request.sampling.logprobs, token_ids),
+            prompt_logprobs=_logprobs(request.sampling.prompt_logprobs, prompt[1:])
+            if start == 0 and request.reads_prompt
+            else None,
+            pooled=_pooled(request) if start == 0 else None,
             num_cached_tokens=num_cached,
             timings=None if num_cached is None else PhaseTimings(prefill_s=0.0),
         )
@@ -216,8 +221,15 @@ class NoopWorker:
         self._failure = error
 
 
-def _logprobs(request: Request, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
-    count = request.sampling.logprobs
+def _pooled(request: Request) -> bytes | None:
+    """Three numbers that tell prompts apart."""
+    if request.pooling is None:
+        return None
+    token_ids = request.token_ids
+    return struct.pack("=3f", len(token_ids), token_ids[0], token_ids[-1])
+
+
+def _logprobs(count: int | None, token_ids: Sequence[int]) -> list[TokenLogprobs] | None:
     if count is None:
         return None
     return [TokenLogprobs(-0.5, 1, [i] * min(count, 1), [-0.5] * min(count, 1)) for i in token_ids]

@@ -13,6 +13,7 @@ from services.router.admission import AdmissionQueue
 from services.router.answers import AnswerFormat, AnswerHead, AnswerOptions
 from services.router.body import BodyReader
 from services.router.chat_answers import ChatAnswers
+from services.router.chat_reader import ReadingRules
 from services.router.completion_answers import CompletionAnswers
 from services.router.constraints import token_constraints
 from services.router.dispatch import Dispatcher
@@ -22,11 +23,19 @@ from services.router.logprobs import TokenNames
 from services.router.open_request import OpenRequest
 from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
 from services.router.prompts import MAX_PROMPTS, PromptEncoder, truncated
-from services.router.sampling import bounded_max_tokens, chat_sampling, completion_sampling
+from services.router.sampling import (
+    bounded_max_tokens,
+    chat_sampling,
+    completion_sampling,
+    is_prompt_only,
+)
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
 from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
 from services.router.unsupported import refuse_unsupported
+
+# What an answer needs to know of its chat: whose it is, how tokens are named, what is looked for.
+MakeChatAnswers = Callable[[AnswerHead, TokenNames, ReadingRules], AnswerFormat]
 
 # nginx's word for "the client closed the connection"; nobody is there to read it.
 CLIENT_CLOSED_REQUEST = 499
@@ -69,7 +78,17 @@ class OpenAIApi:
 
     async def chat(self, request: Request) -> Response:
         body = await self._chat_bodies.read(request)
-        head = self._head(body, "chatcmpl")
+
+        def make(head: AnswerHead, names: TokenNames, reading: ReadingRules) -> AnswerFormat:
+            return ChatAnswers(head, _chat_options(body), names, reading)
+
+        return await self.answer_chat(request, body, make, id_prefix="chatcmpl-")
+
+    async def answer_chat(
+        self, request: Request, body: ChatBody, make_answers: MakeChatAnswers, *, id_prefix: str
+    ) -> Response:
+        """A chat, answered in the form of whichever API the body comes from."""
+        head = self._head(body, id_prefix)
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
         tools = self._chat_rules.tools.read(body)
@@ -79,28 +98,39 @@ class OpenAIApi:
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
-        spec = GenerationSpec([prompt], [max_tokens], sampling, body.cache_salt, body.priority or 0)
-        options = _options(body)
+        spec = GenerationSpec(
+            [prompt],
+            [max_tokens],
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+        )
         reading = self._chat_rules.reading(tools, sampling)
-        answers = ChatAnswers(head, options, self._names(body), reading)
-        return await self._answer(request, spec, head, answers, options)
+        answers = make_answers(head, self._names(body), reading)
+        return await self.answer(request, spec, head, answers, _chat_options(body))
+
+    async def count_prompt_tokens(self, body: ChatBody) -> int:
+        """Of a chat as it would be sent to the model."""
+        self._model.check_name(body.model)
+        tools = self._chat_rules.tools.read(body)
+        prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
+        return len(prompt.token_ids)
 
     async def completions(self, request: Request) -> Response:
         body = await self._completion_bodies.read(request)
-        head = self._head(body, "cmpl")
+        head = self._head(body, "cmpl-")
         refuse_unsupported(body)
-        if body.echo and body.logprobs is not None:
-            raise InvalidRequestError(
-                "`echo` with `logprobs` is not supported by this server.",
-                field="echo",
-                code="unsupported_parameter",
-            )
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
         sampling = await self._constrained(body, sampling)
         prompts = [
             truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
-            for prompt in await self._encoder.completion_prompts(body)
+            for prompt in await self._encoder.prompts(
+                body.prompt,
+                field="prompt",
+                add_special_tokens=body.add_special_tokens is not False,
+            )
         ]
         if len(prompts) * sampling.n > MAX_PROMPTS:
             raise InvalidRequestError(
@@ -110,12 +140,20 @@ class OpenAIApi:
             bounded_max_tokens(sampling, len(prompt.token_ids), limits, prompt_field="prompt")
             for prompt in prompts
         ]
-        spec = GenerationSpec(prompts, max_tokens, sampling, body.cache_salt, body.priority or 0)
-        options = _options(body, echo=body.echo is True)
+        spec = GenerationSpec(
+            prompts,
+            max_tokens,
+            sampling,
+            body.cache_salt,
+            body.priority or 0,
+            num_returned=body.n or 1,
+            is_prompt_only=is_prompt_only(body),
+        )
+        options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
-        return await self._answer(request, spec, head, answers, options)
+        return await self.answer(request, spec, head, answers, options)
 
-    async def _answer(
+    async def answer(
         self,
         request: Request,
         spec: GenerationSpec,
@@ -123,8 +161,9 @@ class OpenAIApi:
         answers: AnswerFormat,
         options: AnswerOptions,
     ) -> Response:
+        """Generates what `spec` says and has `answers` write it, whole or as a stream."""
         admission = self._admission.enter(
-            client=request.headers.get("authorization", ""),
+            client=request.headers.get("authorization") or request.headers.get("x-api-key", ""),
             priority=spec.priority,
             num_sequences=spec.num_outputs,
         )
@@ -152,12 +191,12 @@ class OpenAIApi:
                 raise generation.error
             if not options.stream:
                 return Response(
-                    answers.whole(generation),
+                    await answers.whole(generation),
                     headers={"x-request-id": head.id},
                     media_type="application/json",
                 )
             opened.keep()
-        return EventStream(opened, answers, include_usage=options.include_usage)
+        return EventStream(opened, answers)
 
     async def _constrained(
         self, body: SamplingBody, sampling: SamplingParams, tools: ToolUse = NO_TOOLS
@@ -178,13 +217,17 @@ class OpenAIApi:
     def _head(self, body: SamplingBody, prefix: str) -> AnswerHead:
         """Raises ModelNotFoundError."""
         model = self._model.check_name(body.model)
-        return AnswerHead(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
+        return AnswerHead(f"{prefix}{secrets.token_hex(12)}", int(time.time()), model)
 
     def _names(self, body: SamplingBody) -> TokenNames:
         return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
 
 
-def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
+def _chat_options(body: ChatBody) -> AnswerOptions:
+    return _options(body, logprobs=body.logprobs is True)
+
+
+def _options(body: SamplingBody, *, logprobs: bool, echo: bool = False) -> AnswerOptions:
     stream_options = body.stream_options
     return AnswerOptions(
         stream=body.stream is True,
@@ -193,4 +236,6 @@ def _options(body: SamplingBody, *, echo: bool = False) -> AnswerOptions:
         and stream_options.continuous_usage_stats is True,
         return_token_ids=body.return_token_ids is True,
         echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )

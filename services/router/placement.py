@@ -15,6 +15,7 @@ than handing it over, or D has more of it cached.
 Pure arithmetic without I/O: the simulator runs this very function.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -165,6 +166,8 @@ class _Pricing:
             return None
         fastest = max(p.worker.line_rates.fastest for p in self.prefill)
         fastest = max(fastest, self._policy.gb_per_s)
+        if not self._request.is_transferred:
+            fastest = math.inf
         least_tokens = min(p.num_last_tokens for p in self.prefill)
         for d in self.decode:
             fixed_ms = d.slowdown_ms + self._policy.handoff_ms
@@ -214,7 +217,9 @@ class _Pricing:
 
     def _transfer(self, p: _PricedPrefill, d: _PricedDecode) -> tuple[float, float]:
         """Milliseconds for the last chunk and for all that D hasn't cached."""
-        rate = p.worker.line_rates.by_worker.get(d.worker.worker_id, self._policy.gb_per_s)
+        rate = math.inf
+        if self._request.is_transferred:
+            rate = p.worker.line_rates.by_worker.get(d.worker.worker_id, self._policy.gb_per_s)
         last_ms = _transfer_ms(min(d.num_missing_tokens, p.num_last_tokens), d.worker, rate)
         return last_ms, _transfer_ms(d.num_missing_tokens, d.worker, rate)
 

@@ -1,6 +1,7 @@
 """From a body's prompt or messages to token ids."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -8,15 +9,18 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import ContextLengthError, InvalidRequestError
+from engine.tokenizer import ChatTemplate
+from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
 from protocol.sampling import SamplingParams
-from services.router.openai_bodies import ChatBody, CompletionBody, Message, TokenizeBody
+from services.router.openai_bodies import ChatBody, Message, TokenizeBody
 from services.router.sampling import SamplingLimits, check_token_ids
 from services.router.served_model import ServedModel
 
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+_MAX_TEMPLATE_CHARS = 64 * 1024
+_MAX_TEMPLATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,22 @@ class Prompt:
 class PromptEncoder:
     """Makes prompts; long texts are encoded in `executor`, so that nobody else waits for them."""
 
-    def __init__(self, model: ServedModel, executor: Executor) -> None:
+    def __init__(
+        self, model: ServedModel, executor: Executor, *, trusts_templates: bool = False
+    ) -> None:
+        """`trusts_templates` lets requests bring chat templates of their own."""
         self._model = model
         self._executor = executor
+        self._trusts_templates = trusts_templates
+        self._compiled = functools.lru_cache(maxsize=_MAX_TEMPLATES)(self._compile)
 
-    async def completion_prompts(self, body: CompletionBody) -> list[Prompt]:
+    async def prompts(
+        self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
+    ) -> list[Prompt]:
         """At least one prompt, none of them empty. Raises InvalidRequestError."""
-        add_special_tokens = body.add_special_tokens is not False
         return [
-            await self._completion_prompt(prompt, add_special_tokens=add_special_tokens)
-            for prompt in split_prompt(body.prompt)
+            await self._prompt(prompt, field, add_special_tokens=add_special_tokens)
+            for prompt in split_prompt(texts, field)
         ]
 
     async def chat_prompt(
@@ -52,15 +62,21 @@ class PromptEncoder:
     ) -> Prompt:
         """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
         chat = template_messages(messages)
+        source = options.chat_template
+        if source is not None:
+            self._check_template(source)
         render = template_options(options) | {"tools": tools}
         add_special_tokens = options.add_special_tokens is True
         num_chars = sum(len(message["content"]) for message in chat if message["content"])
 
         def encode() -> Prompt:
-            text = self._model.tokenizer.render_chat(chat, **render)
+            template = None if source is None else self._compiled(source)
+            text = self._model.tokenizer.render_chat(chat, template=template, **render)
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        return self._not_empty(await self._run(encode, num_chars), field)
+        # A template of somebody else's may take its time.
+        is_quick = source is None and num_chars <= _INLINE_CHARS
+        return self._not_empty(await self._run(encode, is_quick=is_quick), field)
 
     async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
         """A text's tokens, maybe none."""
@@ -68,19 +84,19 @@ class PromptEncoder:
         def encode() -> Prompt:
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        return await self._run(encode, len(text))
+        return await self._run(encode, is_quick=len(text) <= _INLINE_CHARS)
 
-    async def _completion_prompt(
-        self, prompt: str | list[int], *, add_special_tokens: bool
+    async def _prompt(
+        self, prompt: str | list[int], field: str, *, add_special_tokens: bool
     ) -> Prompt:
         if isinstance(prompt, str):
             encoded = await self.text_prompt(
-                prompt, field="prompt", add_special_tokens=add_special_tokens
+                prompt, field=field, add_special_tokens=add_special_tokens
             )
         else:
-            check_token_ids(prompt, self._model.limits.vocab_size, field="prompt")
+            check_token_ids(prompt, self._model.limits.vocab_size, field=field)
             encoded = Prompt(None, prompt)
-        return self._not_empty(encoded, "prompt")
+        return self._not_empty(encoded, field)
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         max_model_len = self._model.limits.max_model_len
@@ -93,8 +109,28 @@ class PromptEncoder:
             )
         return self._model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    async def _run(self, encode: Callable[[], Prompt], num_chars: int) -> Prompt:
-        if num_chars <= _INLINE_CHARS:
+    def _check_template(self, source: str) -> None:
+        if not self._trusts_templates:
+            raise InvalidRequestError(
+                "`chat_template` isn't accepted from requests; the server's operator can allow it "
+                "with --trust-request-chat-template.",
+                field="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(source) > _MAX_TEMPLATE_CHARS:
+            raise InvalidRequestError(
+                f"`chat_template` may have at most {_MAX_TEMPLATE_CHARS} characters.",
+                field="chat_template",
+            )
+
+    def _compile(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._model.tokenizer.special_tokens)
+        except StartupError as error:
+            raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
+
+    async def _run(self, encode: Callable[[], Prompt], *, is_quick: bool) -> Prompt:
+        if is_quick:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 
@@ -127,25 +163,27 @@ def truncated(
     return Prompt(None, prompt.token_ids[-num_tokens:])
 
 
-def split_prompt(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def split_prompt(
+    prompt: str | list[str | int | list[int]], field: str = "prompt"
+) -> list[str | list[int]]:
     """The prompts in a completion's `prompt`. Raises InvalidRequestError for a mixed list."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("`prompt` must not be an empty list.", field="prompt")
+        raise InvalidRequestError(f"`{field}` must not be an empty list.", field=field)
     token_ids = [item for item in prompt if isinstance(item, int)]
     if len(token_ids) == len(prompt):
         return [token_ids]
     prompts = [item for item in prompt if not isinstance(item, int)]
     if len({type(item) for item in prompt}) != 1:
         raise InvalidRequestError(
-            "`prompt` must be a string, strings, token ids or lists of token ids, not a mixture.",
-            field="prompt",
+            f"`{field}` must be a string, strings, token ids or lists of token ids, not a mixture.",
+            field=field,
             code="invalid_type",
         )
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequestError(
-            f"`prompt` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field="prompt"
+            f"`{field}` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field=field
         )
     return prompts
 

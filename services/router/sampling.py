@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from protocol.errors import ContextLengthError, InvalidRequestError
 from protocol.sampling import SamplingParams
 from services.router.openai_bodies import ChatBody, CompletionBody, SamplingBody
@@ -13,6 +15,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_BEST_OF = 128
 
 # Fields that a body and `SamplingParams` have in common, name and meaning.
 _COMMON_FIELDS = (
@@ -26,6 +29,7 @@ _COMMON_FIELDS = (
     "frequency_penalty",
     "seed",
     "min_tokens",
+    "prompt_logprobs",
     "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
@@ -42,13 +46,25 @@ class SamplingLimits:
 
 
 def completion_sampling(body: CompletionBody, limits: SamplingLimits) -> SamplingParams:
-    """Raises InvalidRequestError that names the field as the client wrote it."""
-    return _sampling(
+    """Raises InvalidRequestError that names the field as the client wrote it.
+
+    An echo with `logprobs` has the prompt's, too; with `max_tokens` 0 it's all that there is, and
+    the one token that prefill samples anyway is left out of the answer (`is_prompt_only`).
+    """
+    sampling = _sampling(
         body,
         limits,
-        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        max_tokens=16 if body.max_tokens is None else body.max_tokens or int(is_prompt_only(body)),
         logprobs=body.logprobs,
     )
+    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+        return msgspec.structs.replace(sampling, prompt_logprobs=body.logprobs)
+    return sampling
+
+
+def is_prompt_only(body: CompletionBody) -> bool:
+    """Whether no output is asked for. Where the prompt isn't either, it's a mistake."""
+    return body.max_tokens == 0 and (body.echo is True or body.prompt_logprobs is not None)
 
 
 def chat_sampling(body: ChatBody, limits: SamplingLimits) -> SamplingParams:
@@ -107,11 +123,13 @@ def _sampling(
         raise InvalidRequestError(
             "`stream_options` is for streams only; set `stream` to true.", field="stream_options"
         )
-    _check_range("priority", body.priority, -(2**31), 2**31 - 1)
+    check_priority(body.priority)
     if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= 1024:
         raise InvalidRequestError(
             "`cache_salt` must have between 1 and 1024 characters.", field="cache_salt"
         )
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("`prompt_logprobs` are not for streams.", field="prompt_logprobs")
     given = {name: value for name in _COMMON_FIELDS if (value := getattr(body, name)) is not None}
     sampling = SamplingParams(
         **(limits.defaults | given),
@@ -122,7 +140,24 @@ def _sampling(
         logit_bias=_logit_bias(body.logit_bias, limits),
     )
     sampling.validate()
-    return sampling
+    return _with_best_of(body, sampling)
+
+
+def _with_best_of(body: SamplingBody, sampling: SamplingParams) -> SamplingParams:
+    """As many outputs as are compared, with the logprobs that they're compared by."""
+    best_of = body.best_of
+    if best_of is None or best_of == sampling.n:
+        return sampling
+    if not sampling.n <= best_of <= MAX_BEST_OF:
+        raise InvalidRequestError(
+            f"`best_of` must be between `n` ({sampling.n}) and {MAX_BEST_OF}, got {best_of}.",
+            field="best_of",
+        )
+    if body.stream:
+        raise InvalidRequestError(
+            "`best_of` is not for streams: the best is known at the end only.", field="best_of"
+        )
+    return msgspec.structs.replace(sampling, n=best_of, logprobs=sampling.logprobs or 0)
 
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -182,8 +217,10 @@ def _logit_bias(bias: dict[str, float] | None, limits: SamplingLimits) -> dict[i
     return by_id
 
 
-def _check_range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
+def check_priority(priority: int | None) -> None:
+    """Raises InvalidRequestError for one that doesn't fit 32 bits."""
+    low, high = -(2**31), 2**31 - 1
+    if priority is not None and not low <= priority <= high:
         raise InvalidRequestError(
-            f"`{name}` must be between {low} and {high}, got {value}.", field=name
+            f"`priority` must be between {low} and {high}, got {priority}.", field="priority"
         )

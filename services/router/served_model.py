@@ -7,7 +7,9 @@ from pathlib import Path
 from engine.grammar import GrammarCompiler
 from engine.models.config import ModelConfig, read_model_config
 from engine.tokenizer import Tokenizer
+from engine.weights.pooling_config import read_pooling_type
 from protocol.errors import ModelNotFoundError
+from protocol.pooling import PoolingType
 from services.router.generation_defaults import read_generation_defaults
 from services.router.sampling import SamplingLimits
 
@@ -22,6 +24,7 @@ class ServedModel:
         config: ModelConfig,
         limits: SamplingLimits,
         grammars: GrammarCompiler,
+        pooling_type: PoolingType,
     ) -> None:
         assert names, "a model has a name"
         self.names = names
@@ -29,6 +32,7 @@ class ServedModel:
         self.config = config
         self.limits = limits
         self.grammars = grammars
+        self.pooling_type: PoolingType = pooling_type
         self.created = int(time.time())
 
     @classmethod
@@ -49,7 +53,7 @@ class ServedModel:
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
         )
-        return cls(names, tokenizer, config, limits, grammars)
+        return cls(names, tokenizer, config, limits, grammars, read_pooling_type(path))
 
     def adopt_worker(self, *, fingerprint: str, max_model_len: int) -> None:
         """The workers were started with these, whatever our copy of the directory says."""

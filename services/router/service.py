@@ -9,17 +9,14 @@
 """
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
 import signal
 import socket
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -30,24 +27,28 @@ from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, PrefixCacheReset, RequestFailed, StepOutputs
 from services.router.admin_api import AdminApi
 from services.router.admission import AdmissionQueue
-from services.router.app import make_app
+from services.router.app import Apis, make_app
+from services.router.auth import keys_in_file
 from services.router.batch.service import BatchLimits, BatchService
 from services.router.cache_resets import CacheResets
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.embeddings_api import EmbeddingsApi
 from services.router.flight import RetryPolicy
-from services.router.http_protocol import HttpProtocol
+from services.router.http_server import make_server, open_listener
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
-from services.router.listener import open_listener
 from services.router.live_settings import LiveSettings, admission_policy
+from services.router.messages_api import MessagesApi
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
 from services.router.reasoning_parsers import REASONING_FORMATS
 from services.router.request_log import RequestReports
 from services.router.reservations import SharedReservations
+from services.router.response_store import ResponseStore
+from services.router.responses_api import ResponsesApi
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.router.structured_outputs import StructuredOutputs
@@ -65,7 +66,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
 ENCODER_THREADS = 2
-KEEP_ALIVE_S = 75
 
 
 def run_router(config: RouterConfig) -> int:
@@ -82,7 +82,7 @@ def run_router(config: RouterConfig) -> int:
         names=config.served_model_name or (model_name(config.model),),
         chat_template=None if config.chat_template is None else Path(config.chat_template),
     )
-    api_keys = config.api_key + _keys_in_file(config.api_key_file)
+    api_keys = config.api_key + keys_in_file(config.api_key_file)
     listener = open_listener(config)
     return uvloop.run(_serve(config, model, api_keys, listener))
 
@@ -144,9 +144,11 @@ class RouterService:
     def _make_app(
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
-        encoder = PromptEncoder(model, self._executor)
         log_requests = not config.disable_log_requests
         self._reports = RequestReports(self._metrics, log_requests=log_requests)
+        encoder = PromptEncoder(
+            model, self._executor, trusts_templates=config.trust_request_chat_template
+        )
         self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
         self._openai = openai = OpenAIApi(
             model=model,
@@ -159,6 +161,22 @@ class RouterService:
             on_end=self._reports.ended,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
+        )
+        responses = ResponsesApi(
+            openai,
+            ResponseStore(
+                self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
+            ),
+            encoder,
+            max_body_bytes=config.max_body_bytes,
+        )
+        pooling_type = config.pooling_type
+        embeddings = EmbeddingsApi(
+            openai,
+            model=model,
+            encoder=encoder,
+            pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
+            max_body_bytes=config.max_body_bytes,
         )
         status = StatusApi(
             model=model,
@@ -175,7 +193,9 @@ class RouterService:
             workers=lambda: self.cluster.peers,
             open_requests=openai.open_requests,
         )
-        app = make_app(openai, status, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
+        apis = Apis(openai, responses, messages, embeddings, status)
+        app = make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
         app.router.routes.extend(admin.routes)
         return app
 
@@ -220,32 +240,6 @@ class RouterService:
         self.failed.set()
 
 
-class _HttpServer(uvicorn.Server):
-    """Leaves signals to us: uvicorn would raise them again after its end, before ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
-
-
-def make_server(app: FastAPI, *, drain_timeout_s: float) -> uvicorn.Server:
-    """A server without access log, for sockets that are bound already."""
-    return _HttpServer(
-        uvicorn.Config(
-            app,
-            http=HttpProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=round(drain_timeout_s),
-        )
-    )
-
-
 async def _serve(
     config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...], listener: socket.socket
 ) -> int:
@@ -284,16 +278,3 @@ def _chat_rules(config: RouterConfig) -> ChatRules:
         ToolPolicy.of(config.tool_call_parser, enable_auto=config.enable_auto_tool_choice),
         None if parser is None else REASONING_FORMATS[parser],
     )
-
-
-def _keys_in_file(name: str | None) -> tuple[str, ...]:
-    if name is None:
-        return ()
-    try:
-        lines = Path(name).read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--api-key-file {name} can't be read: {error}.") from error
-    if not lines:
-        # An empty secret must not open the door.
-        raise StartupError(f"--api-key-file {name} holds no key.")
-    return tuple(lines)

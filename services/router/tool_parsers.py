@@ -9,17 +9,21 @@ import ast
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallPiece:
-    """Some of a call: its name once, and arguments to be joined, as JSON text."""
+    """Some of a call: its name once, and arguments to be joined, as JSON text.
+
+    `num_chars_before` are the characters of content before it, of what the same text came to.
+    """
 
     index: int
     name: str | None
     arguments: str
+    num_chars_before: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -30,8 +34,12 @@ class Parsed:
     calls: list[ToolCallPiece] = field(default_factory=list[ToolCallPiece])
 
     def add(self, following: "Parsed") -> None:
+        num_chars = len(self.content)
+        self.calls += [
+            replace(call, num_chars_before=num_chars + call.num_chars_before)
+            for call in following.calls
+        ]
         self.content += following.content
-        self.calls += following.calls
 
 
 class ToolParser(Protocol):

@@ -1,13 +1,15 @@
 """Refuses what Tandem can't do, instead of answering as if it hadn't been asked."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from protocol.errors import InvalidRequestError
 from services.router.openai_bodies import Unsupported
 
 # Values besides null with which a field asks for what happens anyway.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1, 1.0),
@@ -21,10 +23,22 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 def refuse_unsupported(body: Unsupported) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
-    for name in Unsupported.__struct_fields__:
+    names = Unsupported.__struct_fields__
+    refuse_fields(body, {name: _HARMLESS.get(name, ()) for name in names})
+
+
+def refuse_fields(body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    """As `refuse_unsupported`, for these fields; null is harmless, too."""
+    for name, values in harmless.items():
         value = getattr(body, name)
-        if value is None or value in _HARMLESS.get(name, ()):
-            continue
-        raise InvalidRequestError(
-            f"`{name}` is not supported by this server.", field=name, code="unsupported_parameter"
-        )
+        if value is not None and value not in values:
+            raise unsupported(name)
+
+
+def unsupported(field: str, what: str | None = None) -> InvalidRequestError:
+    """`what` names what is missing, if that isn't the field itself."""
+    return InvalidRequestError(
+        f"{what or f'`{field}`'} is not supported by this server.",
+        field=field,
+        code="unsupported_parameter",
+    )

@@ -18,6 +18,9 @@
 {ns}:batch:{id}:cancel              string, Unix time at which it was cancelled
 {ns}:batch:{id}:counts              hash, requests done and tokens used
 {ns}:batch:{id}:results:{bucket}    hash, line number -> result, of 256 lines each
+{ns}:response:{id}                  string, StoredResponse as JSON, expires
+{ns}:responses                      list of their ids and sizes, oldest first
+{ns}:response_bytes                 sum of those sizes
 """
 
 from dataclasses import dataclass
@@ -70,11 +73,22 @@ class RedisKeys:
         """`part` is `lease`, `cancel`, `counts` or `results:{bucket}`."""
         return f"{self.namespace}:batch:{batch_id}:{part}"
 
+    @property
+    def responses(self) -> str:
+        return f"{self.namespace}:responses"
+
+    @property
+    def response_bytes(self) -> str:
+        return f"{self.namespace}:response_bytes"
+
     def worker(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:worker:{worker_id}"
 
     def load(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:load:{worker_id}"
+
+    def response(self, response_id: str) -> str:
+        return f"{self.namespace}:response:{response_id}"
 
     def kv_stream(self, ref: WorkerRef) -> str:
         return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"

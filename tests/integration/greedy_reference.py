@@ -40,3 +40,16 @@ class GreedyReference:
             )
             self._known[key] = output[0, len(prompt) :].tolist()
         return self._known[key]
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        """Of each token but the first, behind those in front of it."""
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([prompt])).logits[0, :-1]
+        chosen = torch.tensor(prompt[1:]).unsqueeze(-1)
+        return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).tolist()
+
+    def embedding(self, prompt: list[int]) -> list[float]:
+        """The last token's state, with length 1."""
+        with torch.inference_mode():
+            hidden = self._model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        return torch.nn.functional.normalize(hidden, dim=0).tolist()

@@ -120,3 +120,26 @@ def test_after_preemption(
             assert ask(stack, batch).token_ids == [reference(prompt) for prompt in batch]
         assert stack.metric("vllm:num_preemptions_total", "decode-0") > 0
         stack.wait_idle()
+
+
+def test_prompt_logprobs(
+    stack: TandemStack, prompts: list[list[int]], reference: GreedyReference
+) -> None:
+    """As evaluation harnesses ask for likelihoods; the second time the prompt is cached."""
+    for prompt in (prompts[0], prompts[10], prompts[-3], prompts[-3]):
+        body = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        answer = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=300.0).json()
+        first, *logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
+        assert first is None
+        assert logprobs[:-1] == pytest.approx(reference.prompt_logprobs(prompt), abs=2e-3)
+    stack.wait_idle()
+
+
+def test_embeddings(
+    stack: TandemStack, prompts: list[list[int]], reference: GreedyReference
+) -> None:
+    body = {"input": prompts[:-2]}
+    answer = httpx.post(f"{stack.url}/v1/embeddings", json=body, timeout=300.0).json()
+    for prompt, item in zip(prompts[:-2], answer["data"], strict=True):
+        assert item["embedding"] == pytest.approx(reference.embedding(prompt), abs=1e-3)
+    stack.wait_idle()

@@ -44,11 +44,11 @@ class InProcessApi:
         try:
             response = await self._endpoints[path](request)
         except TandemError as error:
-            response = error_reply(error).response
+            response = error_reply(error).response_at(path)
         except Exception:
             # What the HTTP server does with a bug of ours: this request fails, the others go on.
             logger.exception("a request to %s failed", path)
-            response = INTERNAL_ERROR.response
+            response = INTERNAL_ERROR.response_at(path)
         return Answer(response.status_code, bytes(response.body))
 
 

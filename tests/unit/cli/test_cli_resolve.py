@@ -79,7 +79,7 @@ def test_every_form_is_read(argv, environ, wanted):
         ((), {"TANDEM_MAX_NUM_SEQ": "3"}, "did you mean TANDEM_MAX_NUM_SEQS?"),
         (("--max-num-seq", "3"), {}, "has no flag --max-num-seq; did you mean --max-num-seqs?"),
         (("--max-num", "3"), {}, "has no flag --max-num"),
-        (("--tensor-parallel-size", "2"), {}, "is a vLLM flag that tandem example doesn't have"),
+        (("--data-parallel-size", "2"), {}, "is a vLLM flag that tandem example doesn't have"),
         (("--no-enable-lora",), {}, "--no-enable-lora is a vLLM flag"),
         (("a", "b"), {}, "doesn't take the argument 'b'"),
         (("--max-num-seqs",), {}, "expected one argument; see tandem example --help."),

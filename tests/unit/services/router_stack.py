@@ -20,9 +20,10 @@ from tokenizers import Tokenizer as Backend
 from cli.redis_server import find_redis_server, redis_arguments, redis_socket_url
 from protocol.ids import WorkerRole
 from services.router.config import RouterConfig
+from services.router.http_server import make_server
 from services.router.noop_worker import NoopBehaviour, NoopWorker
 from services.router.served_model import ServedModel
-from services.router.service import RouterService, make_server
+from services.router.service import RouterService
 
 DEADLINE_S = 20.0
 MODEL = "toy"
@@ -139,6 +140,18 @@ def parse_events(content: bytes) -> list[dict[str, Any]]:
     events = content.decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+def parse_named_events(content: bytes) -> list[dict[str, Any]]:
+    """Of a stream whose events have names, which their data repeats as `type`."""
+    *raw, rest = content.decode().split("\n\n")
+    assert rest == ""
+    events = []
+    for lines in raw:
+        name, data = lines.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
 
 
 async def until(condition: Callable[[], bool]) -> None:

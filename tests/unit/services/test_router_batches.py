@@ -17,7 +17,6 @@ from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, unti
 from services.router.batch.records import BatchRecord
 from services.router.noop_worker import NoopBehaviour
 from services.router.openai_bodies import CompletionBody
-from services.router.prompts import Prompt
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -97,6 +96,20 @@ async def test_a_batch_of_chats(client: AsyncOpenAI) -> None:
         assert output["response"]["request_id"] == body["id"]
     file = await client.files.retrieve(batch.output_file_id or "")
     assert (file.purpose, file.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/responses", "/v1/embeddings"])
+async def test_batches_of_what_else_is_served(client: AsyncOpenAI, endpoint: str) -> None:
+    body = {"model": MODEL, "input": "abc"}
+    if endpoint == "/v1/responses":
+        body["max_output_tokens"] = 20  # type: ignore[assignment]
+    lines = [{"custom_id": i, "method": "POST", "url": endpoint, "body": body} for i in "ab"]
+    batch = await ended(client, await create(client, lines, endpoint))
+    assert batch.status == "completed"
+    assert batch.usage is not None
+    assert batch.usage.input_tokens > 0
+    outputs = await results(client, batch.output_file_id)
+    assert [output["custom_id"] for output in outputs] == ["a", "b"]
 
 
 async def test_requests_that_fail_go_to_the_error_file(client: AsyncOpenAI) -> None:
@@ -334,15 +347,11 @@ async def test_it_waits_for_workers(tmp_path_factory: pytest.TempPathFactory) ->
 async def test_a_fault_in_an_endpoint_fails_its_line_alone(
     stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = stack.service._openai._encoder
-    encode = encoder.completion_prompts
-
-    async def encode_some(body: CompletionBody) -> list[Prompt]:
+    def broken(body: CompletionBody) -> None:
         if body.prompt == "bug":
             raise ZeroDivisionError
-        return await encode(body)
 
-    monkeypatch.setattr(encoder, "completion_prompts", encode_some)
+    monkeypatch.setattr("services.router.openai_api.refuse_unsupported", broken)
     batch = await ended(client, await create(client, [line("a"), line("b", prompt="bug")]))
     assert batch.status == "completed"
     [failed] = await results(client, batch.error_file_id)

@@ -1,0 +1,39 @@
+"""/v1/messages: Anthropic's Messages API, translated to a chat and back."""
+
+from fastapi import Request, Response
+
+from services.router.answers import AnswerFormat, AnswerHead, encode_json
+from services.router.body import BodyReader
+from services.router.chat_fields import fields_named
+from services.router.chat_reader import ReadingRules
+from services.router.logprobs import TokenNames
+from services.router.messages_answers import MessagesAnswers
+from services.router.messages_bodies import MessagesBody, PromptBody
+from services.router.messages_input import FIELD_NAMES, chat_body, prompt_chat_body
+from services.router.openai_api import OpenAIApi
+
+
+class MessagesApi:
+    """Its errors are TandemErrors, which the app puts into words."""
+
+    def __init__(self, openai: OpenAIApi, *, max_body_bytes: int) -> None:
+        self._openai = openai
+        self._bodies = BodyReader(MessagesBody, max_bytes=max_body_bytes)
+        self._prompt_bodies = BodyReader(PromptBody, max_bytes=max_body_bytes)
+
+    async def create(self, request: Request) -> Response:
+        body = await self._bodies.read(request)
+        with fields_named(FIELD_NAMES):
+            return await self._openai.answer_chat(
+                request, chat_body(body), _answers, id_prefix="msg_"
+            )
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = await self._prompt_bodies.read(request)
+        with fields_named(FIELD_NAMES):
+            num_tokens = await self._openai.count_prompt_tokens(prompt_chat_body(body))
+        return Response(encode_json({"input_tokens": num_tokens}), media_type="application/json")
+
+
+def _answers(head: AnswerHead, names: TokenNames, reading: ReadingRules) -> AnswerFormat:  # noqa: ARG001
+    return MessagesAnswers(head, reading)

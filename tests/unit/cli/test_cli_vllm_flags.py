@@ -1,0 +1,95 @@
+"""A vLLM command line runs, or is refused with a sentence that says what to do."""
+
+import pytest
+
+from cli.declarations import SERVE
+from cli.resolve import Settings, resolve
+from engine.config import EngineConfig
+from protocol.errors import StartupError
+
+# Each flag of vLLM's usual command lines, with a value that runs here.
+ACCEPTED = """
+--model some/model
+--tensor-parallel-size 1
+--pipeline-parallel-size 1
+--max-model-len 2048
+--max-num-seqs 64
+--max-num-batched-tokens 4096
+--gpu-memory-utilization 0.85
+--swap-space 0
+--kv-cache-dtype auto
+--enable-prefix-caching
+--no-enable-prefix-caching
+--enable-chunked-prefill
+--num-scheduler-steps 1
+--max-loras 1
+--max-lora-rank 16
+--disable-log-requests
+--guided-decoding-backend guidance
+--guided-decoding-backend auto
+--enforce-eager
+--distributed-executor-backend mp
+--block-size 32
+--preemption-mode recompute
+--served-model-name one two
+--api-key secret
+--enable-auto-tool-choice
+--tool-call-parser hermes
+--reasoning-parser deepseek_r1
+--dtype bfloat16
+--seed 7
+--host 0.0.0.0
+--port 9000
+--chat-template file.jinja
+--load-format dummy
+--num-gpu-blocks-override 100
+"""
+
+REFUSED = {
+    "--tensor-parallel-size 2": "--prefill-workers and --decode-workers",
+    "--pipeline-parallel-size 2": "--prefill-workers and --decode-workers",
+    "--swap-space 4": "computed anew",
+    "--kv-cache-dtype fp8": "choose that with --dtype",
+    "--quantization awq": "one of --dtype's types",
+    "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
+    "--num-scheduler-steps 8": "each step is planned for itself",
+    "--speculative-model draft": "leave it out",
+    "--num-speculative-tokens 5": "leave it out",
+    "--enable-lora": "merge the adapter",
+    "--max-loras 4": "merge the adapter",
+    "--max-lora-rank 64": "merge the adapter",
+    '--rope-scaling {"rope_type":"yarn"}': "config.json",
+    "--guided-decoding-backend xgrammar": "one of auto, guidance",
+    "--distributed-executor-backend ray": "one of mp, uni",
+    "--preemption-mode swap": "one of recompute",
+    '--limit-mm-per-prompt {"image":1}': "text only",
+    "--data-parallel-size 2": "a vLLM flag that tandem serve doesn't have",
+}
+
+
+def serve(line: str) -> Settings:
+    return resolve(SERVE, line.split(), environ={})
+
+
+@pytest.mark.parametrize("line", ACCEPTED.strip().splitlines())
+def test_what_runs(line: str) -> None:
+    assert serve(line).config(EngineConfig) is not None
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_is_refused(line: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        serve(line)
+    text = str(caught.value)
+    assert line.split()[0].replace("--no-", "--") in text
+    assert REFUSED[line] in text
+    assert "\n" not in text
+
+
+def test_variables_and_files_are_held_to_the_same(tmp_path) -> None:
+    with pytest.raises(StartupError, match="TANDEM_TENSOR_PARALLEL_SIZE can't be 4: a worker"):
+        resolve(SERVE, [], environ={"TANDEM_TENSOR_PARALLEL_SIZE": "4"})
+    file = tmp_path / "settings.yaml"
+    file.write_text("tensor-parallel-size: 1\nenable-lora: true\n")
+    with pytest.raises(StartupError, match=r"enable-lora in .* can't be True: adapters"):
+        resolve(SERVE, ["--config", str(file)], environ={})
