@@ -1,5 +1,6 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,14 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from protocol.errors import TandemError
+from services.router.admin_api import AbortBody
 from services.router.auth import ApiKeyGuard
+from services.router.batch.batches_api import BatchBody
+from services.router.batch.files_api import UPLOAD_SCHEMA
 from services.router.embeddings_api import EmbeddingsApi
 from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
 from services.router.http_errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
+from services.router.live_settings import LiveSettingsBody
 from services.router.messages_api import MessagesApi
 from services.router.messages_bodies import MessagesBody, PromptBody
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
@@ -38,6 +43,29 @@ _BODIES: dict[str, type[msgspec.Struct]] = {
     "/rerank": RerankBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/v1/batches": BatchBody,
+    "/load_config": LiveSettingsBody,
+    "/abort": AbortBody,
+}
+_OK = {"responses": {"200": {"description": "Successful Response"}}}
+# Of paths without a JSON body, which are plain routes for all that.
+_PLAIN_PATHS: dict[str, dict[str, Any]] = {
+    "/v1/files": {
+        "post": _OK
+        | {
+            "requestBody": {
+                "required": True,
+                "content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}},
+            }
+        },
+        "get": _OK,
+    },
+    "/v1/files/{file_id}": {"get": _OK, "delete": _OK},
+    "/v1/files/{file_id}/content": {"get": _OK},
+    "/v1/batches": {"get": _OK},
+    "/v1/batches/{batch_id}": {"get": _OK},
+    "/v1/batches/{batch_id}/cancel": {"post": _OK},
+    "/reset_prefix_cache": {"post": _OK},
 }
 
 
@@ -129,13 +157,26 @@ def _openapi_schema(app: FastAPI) -> dict[str, Any]:
     schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
     for path, body in zip(_BODIES, bodies, strict=True):
         content = {"application/json": {"schema": body}}
-        schema["paths"][path] = {
-            "post": {
-                "requestBody": {"required": True, "content": content},
-                "responses": {"200": {"description": "Successful Response"}},
-            }
+        schema["paths"].setdefault(path, {})["post"] = _OK | {
+            "requestBody": {"required": True, "content": content}
         }
+    for path, operations in _PLAIN_PATHS.items():
+        schema["paths"].setdefault(path, {}).update(operations)
+    for path, operations in schema["paths"].items():
+        _name_parameters(path, operations)
     return schema
+
+
+def _name_parameters(path: str, operations: dict[str, Any]) -> None:
+    """OpenAPI wants each part of a path that is in braces described."""
+    names = re.findall(r"{(\w+)}", path)
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in names
+    ]
+    for method, operation in operations.items():
+        if names and "parameters" not in operation:
+            operations[method] = operation | {"parameters": parameters}
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
