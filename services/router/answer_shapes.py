@@ -260,3 +260,17 @@ class LoadConfig(msgspec.Struct):
     max_model_len: int
     settings: dict[str, Any]
     workers: list[dict[str, Any]]
+
+
+class ChangedSettings(msgspec.Struct):
+    settings: dict[str, Any]
+
+
+class DroppedBlocks(msgspec.Struct):
+    num_dropped_blocks: int
+    workers: dict[str, int]
+
+
+class AbortedRequests(msgspec.Struct):
+    num_aborted: int
+    request_ids: list[str]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from services.router.openapi import OPERATIONS
+from services.router.operations import OPERATIONS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -24,6 +24,7 @@ WEATHER: dict[str, Any] = {
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 SCHEMA = WEATHER["function"]["parameters"]
 FUNCTION = {"type": "function", "name": "weather", "parameters": SCHEMA}
+BATCH = {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h"}
 TOOL = {"name": "weather", "input_schema": SCHEMA}
 ITEMS = [
     {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -71,12 +72,13 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": [[65, 66], [67]], "normalize": False}),
     ("/v1/score", {"text_1": "a", "text_2": ["b", "c"], "truncate_prompt_tokens": 2}),
     ("/v2/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
+    ("/v1/batches", BATCH),
     ("/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("/tokenize", {"messages": USER, "add_generation_prompt": False}),
     ("/detokenize", {"tokens": [65, 66, 67]}),
 ]
 
-_BODIES = {op.path: op.body for op in OPERATIONS if op.body is not None}
+_BODIES = {op.path: op.body for op in OPERATIONS if isinstance(op.body, type)}
 FIELDS = {path: body.__struct_fields__ for path, body in _BODIES.items()}
 
 # Written as they are, since no JSON library would.

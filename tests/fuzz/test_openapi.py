@@ -80,7 +80,11 @@ def refusal_names_the_field(ctx: CheckContext, response: Response, case: Case) -
         raise Failure(operation=case.operation.label, title="No field named", message=response.text)
 
 
-@api.parametrize()
+# Those change the server for all who follow.
+ordinary = api.exclude(path="/load_config", method="POST").exclude(path="/abort")
+
+
+@ordinary.parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_router_does_as_described(
     case: Case, router: StackThread, session: requests.Session
