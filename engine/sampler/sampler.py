@@ -6,7 +6,8 @@ others divide by their temperature, filter, and choose by a random number that i
 (seed, output position).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from engine.sampler.logprobs import token_logprobs
 from engine.sampler.penalties import PenaltyCounts
 from engine.sampler.randomness import uniforms
 from engine.sampler.rows import NO_PENALTY_SLOT, SamplingTable
+from engine.sampler.sampled import OutputFailure
 from engine.sequence import Sequence
 from kernels.sampling import filter_weights
 from protocol.request import TokenLogprobs
@@ -29,10 +31,14 @@ from protocol.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """One token a row, in the order of the rows given; `logprobs` None if no row asked."""
+    """One token a row, in the order of the rows given; `logprobs` None if no row asked.
+
+    `failures` are of rows, by their place, that can't go on.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
+    failures: Mapping[int, OutputFailure] = field(default_factory=dict[int, OutputFailure])
 
 
 class Sampler:
@@ -98,20 +104,21 @@ class Sampler:
         wanted = groups.logprobs
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
         self._adjust(scores, groups, positions)
+        failures: dict[int, OutputFailure] = {}
         if constrained:
-            self._constraints.rule_out(scores, constrained)
+            failures = self._constraints.rule_out(scores, constrained)
         chosen = self._choose(scores, groups, positions)
         if groups.penalized is not None:
             self._penalty_counts.count(groups.penalized, chosen)
         token_ids: list[int] = chosen.tolist()
         self._constraints.accept(constrained, token_ids)
         if wanted is None or unadjusted is None:
-            return SampledRows(token_ids, None)
+            return SampledRows(token_ids, None, failures)
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)
         found = token_logprobs(unadjusted, chosen[wanted.index], wanted.num_top)
         for place, value in zip(wanted.places, found, strict=True):
             logprobs[place] = value
-        return SampledRows(token_ids, logprobs)
+        return SampledRows(token_ids, logprobs, failures)
 
     def _groups_of(self, rows: NDArray[np.int64]) -> RowGroups:
         """Decode steps in a row have the same rows; only a change makes new groups."""

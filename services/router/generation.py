@@ -20,6 +20,7 @@ from protocol.request import (
     TokenLogprobs,
 )
 from protocol.sampling import SamplingParams
+from services.router.chat_fields import renamed
 from services.router.choice import Choice
 from services.router.dispatch import Dispatcher
 from services.router.flight import Flight
@@ -32,7 +33,8 @@ class GenerationSpec:
     """What is asked for, validated. `max_tokens` are bounded for each prompt.
 
     Of each prompt's `sampling.n` outputs the best `num_returned` are answered, all if it's None.
-    `is_prompt_only` throws the output away: the prompt itself is of interest.
+    `is_prompt_only` throws the output away: the prompt itself is of interest. `structure_field` is
+    where the client said what `sampling.structured_outputs` says.
     """
 
     prompts: Sequence[Prompt]
@@ -43,6 +45,7 @@ class GenerationSpec:
     num_returned: int | None = None
     pooling: PoolingParams | None = None
     is_prompt_only: bool = False
+    structure_field: str = "structured_outputs"
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -249,7 +252,8 @@ class Output:
         self.generation.output_came(self, len(output.token_ids))
 
     def fail(self, error: TandemError) -> None:
-        self.generation.failed(error)
+        names = {"structured_outputs": self.generation.spec.structure_field}
+        self.generation.failed(renamed(error, names))
 
     def _request(self) -> Request:
         spec = self.generation.spec

@@ -87,7 +87,7 @@ class OpenAIApi:
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
         tools = self._chat_rules.tools.read(body)
-        sampling = await self._constrained(body, sampling, tools)
+        sampling, structure_field = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
         prompt = truncated(prompt, body.truncate_prompt_tokens, sampling, self._model.limits)
         max_tokens = bounded_max_tokens(
@@ -100,6 +100,7 @@ class OpenAIApi:
             body.cache_salt,
             body.priority or 0,
             num_returned=body.n or 1,
+            structure_field=structure_field,
         )
         reading = self._chat_rules.reading(tools, sampling)
         answers = make_answers(head, self._names(body), reading)
@@ -118,7 +119,7 @@ class OpenAIApi:
         refuse_unsupported(body)
         limits = self._model.limits
         sampling = completion_sampling(body, limits)
-        sampling = await self._constrained(body, sampling)
+        sampling, structure_field = await self._constrained(body, sampling)
         prompts = [
             truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
             for prompt in await self._encoder.prompts(
@@ -143,6 +144,7 @@ class OpenAIApi:
             body.priority or 0,
             num_returned=body.n or 1,
             is_prompt_only=is_prompt_only(body),
+            structure_field=structure_field,
         )
         options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
@@ -195,15 +197,17 @@ class OpenAIApi:
 
     async def _constrained(
         self, body: SamplingBody, sampling: SamplingParams, tools: ToolUse = NO_TOOLS
-    ) -> SamplingParams:
-        """`sampling` with what the output is held to. Raises InvalidRequestError."""
+    ) -> tuple[SamplingParams, str]:
+        """`sampling` with what the output is held to, and the name of the field whose grammar that
+        is, if there's one. Raises InvalidRequestError."""
         changes = token_constraints(body, self._model.limits, self._model.tokenizer)
-        params = await self._structured_outputs.read(body, for_tools=tools.structure)
-        if params is not None:
-            changes["structured_outputs"] = params
+        field = "structured_outputs"
+        found = await self._structured_outputs.read(body, for_tools=tools.structure)
+        if found is not None:
+            field, changes["structured_outputs"] = found
         if tools.keeps_special_tokens:
             changes["skip_special_tokens"] = False
-        return msgspec.structs.replace(sampling, **changes) if changes else sampling
+        return msgspec.structs.replace(sampling, **changes) if changes else sampling, field
 
     def _ended(self, generation: Generation) -> None:
         self.num_open -= 1

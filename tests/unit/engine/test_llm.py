@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import engine
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.scheduler.plan import StepPlan
 from engine.weights.model_dir import resolve_model
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
@@ -235,3 +235,18 @@ def test_the_package_imports_torch_only_when_asked_for() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         engine.nothing_like_it  # noqa: B018
+
+
+def test_an_output_whose_grammar_fails_is_given_up_alone(llm: LLM) -> None:
+    """Behind its first token this grammar has too many ways to go on."""
+    choice = tuple(f"x{number}" for number in range(20_000))
+    broken = sampling_with(structured_outputs=StructuredOutputsParams(choice=choice))
+    held = sampling_with(structured_outputs=StructuredOutputsParams(regex="[a-z]{9}"))
+    alone = [output.outputs[0] for output in llm.generate([PROMPT] * 2, [SEEDED, held])]
+    free, failed, also_held = llm.generate([PROMPT] * 3, [SEEDED, broken, held])
+    assert [free.outputs[0], also_held.outputs[0]] == alone
+    assert failed.outputs[0].text == "x"
+    assert failed.outputs[0].finish_reason == "abort"
+    assert "can't be followed any further" in str(failed.outputs[0].stop_reason)
+    assert llm.engine.num_rows == 0
+    assert llm.engine.pool.counts.referenced == 0
