@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from protocol.request import (
 )
 from protocol.sampling import SamplingParams
 from services.router.chat_fields import renamed
-from services.router.choice import Choice
+from services.router.choice import Choice, Watch
 from services.router.dispatch import Dispatcher
 from services.router.flight import Flight
 from services.router.http_errors import RequestTimeoutError
@@ -34,7 +34,7 @@ class GenerationSpec:
 
     Of each prompt's `sampling.n` outputs the best `num_returned` are answered, all if it's None.
     `is_prompt_only` throws the output away: the prompt itself is of interest. `structure_field` is
-    where the client said what `sampling.structured_outputs` says.
+    where the client said what `sampling.structured_outputs` says. `make_watch` may end an output.
     """
 
     prompts: Sequence[Prompt]
@@ -46,6 +46,7 @@ class GenerationSpec:
     pooling: PoolingParams | None = None
     is_prompt_only: bool = False
     structure_field: str = "structured_outputs"
+    make_watch: Callable[[], Watch | None] = lambda: None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -95,7 +96,12 @@ class Generation:
         self._over = asyncio.Event()
         n = spec.sampling.n
         self.outputs = [
-            Output(self, i, prompt_index=i // n, choice=Choice(tokenizer, spec.sampling))
+            Output(
+                self,
+                i,
+                prompt_index=i // n,
+                choice=Choice(tokenizer, spec.sampling, spec.make_watch()),
+            )
             for i in range(spec.num_outputs)
         ]
         self._num_unfinished = len(self.outputs)

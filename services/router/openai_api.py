@@ -93,6 +93,7 @@ class OpenAIApi:
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
+        reading = self._chat_rules.reading(tools, sampling)
         spec = GenerationSpec(
             [prompt],
             [max_tokens],
@@ -101,8 +102,8 @@ class OpenAIApi:
             body.priority or 0,
             num_returned=body.n or 1,
             structure_field=structure_field,
+            make_watch=reading.watch,
         )
-        reading = self._chat_rules.reading(tools, sampling)
         answers = make_answers(head, self._names(body), reading)
         return await self.answer(request, spec, head, answers, _chat_options(body))
 
