@@ -32,7 +32,7 @@ from services.router.sampling import (
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
 from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
-from services.router.unsupported import refuse_unsupported
+from services.router.unsupported import refuse_unsupported, unsupported
 
 # What an answer needs to know of its chat: whose it is, how tokens are named, what is looked for.
 MakeChatAnswers = Callable[[AnswerHead, TokenNames, ReadingRules], AnswerFormat]
@@ -71,6 +71,10 @@ class OpenAIApi:
         self._completion_bodies = BodyReader(CompletionBody, max_bytes=max_body_bytes)
         self.num_open = 0
 
+    @property
+    def can_limit_thoughts(self) -> bool:
+        return self._chat_rules.thoughts.can_limit
+
     async def chat(self, request: Request) -> Response:
         body = await self._chat_bodies.read(request)
 
@@ -86,6 +90,8 @@ class OpenAIApi:
         head = self._head(body, id_prefix)
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
+        thoughts = self._chat_rules.thoughts.read(body.thinking_token_budget)
+        sampling = msgspec.structs.replace(sampling, thoughts=thoughts)
         tools = self._chat_rules.tools.read(body)
         sampling, structure_field = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
@@ -119,6 +125,8 @@ class OpenAIApi:
         head = self._head(body, "cmpl-")
         refuse_unsupported(body)
         limits = self._model.limits
+        if body.thinking_token_budget is not None:
+            raise unsupported("thinking_token_budget")
         sampling = completion_sampling(body, limits)
         sampling, structure_field = await self._constrained(body, sampling)
         prompts = [

@@ -13,6 +13,7 @@ from services.router.chat_reader import ReadingRules
 from services.router.first_call import FirstCallParser
 from services.router.openai_bodies import ChatBody, NamedToolChoice, Tool
 from services.router.reasoning_parsers import ThinkParser
+from services.router.thoughts import ThoughtPolicy
 from services.router.tool_parsers import (
     TOOL_FORMATS,
     NamedCallParser,
@@ -91,6 +92,7 @@ class ChatRules:
     """How chats are read on this server: its tools, and how the model marks its thoughts."""
 
     tools: ToolPolicy
+    thoughts: ThoughtPolicy
     make_thoughts: Callable[[], ThinkParser] | None = None
 
     def reading(self, tools: ToolUse, sampling: SamplingParams) -> ReadingRules:
