@@ -14,6 +14,7 @@ from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.scheduler.plan import StepPlan
 from engine.weights.model_dir import resolve_model
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
+from protocol.sampling import ThoughtLimit
 
 PROMPT = "Once upon a time there was a fox"
 
@@ -250,3 +251,16 @@ def test_an_output_whose_grammar_fails_is_given_up_alone(llm: LLM) -> None:
     assert "can't be followed any further" in str(failed.outputs[0].stop_reason)
     assert llm.engine.num_rows == 0
     assert llm.engine.pool.counts.referenced == 0
+
+
+def test_thoughts_end_in_time(llm: LLM) -> None:
+    """One by one as in a batch, the first token, which comes of the prompt's step, included."""
+    for max_tokens in (0, 1, 5):
+        limit = ThoughtLimit(
+            max_tokens=max_tokens, opening_token_id=3, closing_token_id=4, starts_inside=True
+        )
+        free, held = llm.generate([PROMPT] * 2, [SEEDED, sampling_with(thoughts=limit)])
+        thoughts = free.outputs[0].token_ids[:max_tokens]
+        assert 4 not in thoughts
+        assert held.outputs[0].token_ids[: max_tokens + 1] == [*thoughts, 4]
+        assert len(held.outputs[0].token_ids) == 20
