@@ -40,12 +40,16 @@ class Constraint:
         if self.bad_words:
             _clear(mask, (word[-1] for word in self.bad_words if self._is_due(word)))
 
-    def check(self, mask: Mask) -> bool:
-        """Whether anything but the end may follow, `mask` being what `write` wrote.
+    @property
+    def is_too_short(self) -> bool:
+        """Whether `min_tokens` may have ruled tokens out."""
+        return self.sequence.num_output_tokens < self.sequence.request.sampling.min_tokens
+
+    def check(self, *, is_stuck: bool) -> bool:
+        """Whether anything but the end may follow; `is_stuck` if no token may come.
 
         Sets `failure` if the grammar isn't through, but can't be followed any further.
         """
-        is_stuck = not mask.any()
         if self.matcher is None:
             return self.failure is None and not is_stuck
         if self.failure is None:
@@ -110,7 +114,10 @@ class Constraints:
         places = torch.tensor([place for place, _ in constrained], device=scores.device)
         rule_out(scores, places=places, allowed=torch.from_numpy(masks.view(np.int32)))
         for mask, (place, constraint) in zip(masks, constrained, strict=True):
-            if not constraint.check(mask):
+            is_stuck = not mask.any()
+            if constraint.is_too_short and not is_stuck:
+                is_stuck = bool(scores[place].isneginf().all())
+            if not constraint.check(is_stuck=is_stuck):
                 # Even if `min_tokens` wanted more: there is nothing more to say.
                 scores[place] = -torch.inf
                 scores[place, self._eos_token_ids] = 0.0

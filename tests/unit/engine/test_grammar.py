@@ -168,6 +168,20 @@ def test_a_grammar_without_a_token_that_may_come_fails(
     assert "allow none" in sampled.failures[0].message
 
 
+def test_stop_tokens_that_come_too_early_leave_a_grammar_without_a_token(
+    sampler: Sampler, tokenizer: Tokenizer
+) -> None:
+    stop = tuple(tokenizer.encode("left"))
+    early = {"stop_token_ids": stop, "min_tokens": 2}
+    sampler.add(0, sequence(StructuredOutputsParams(choice=("left",)), [], **early))
+    sampler.add(1, sequence(StructuredOutputsParams(choice=("left", "right")), [], **early))
+    sampled = sampler.sample(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([0, 0]))
+    assert {place: failure.field for place, failure in sampled.failures.items()} == {
+        0: "structured_outputs"
+    }
+    assert sampled.token_ids[1] not in (EOS, *stop)
+
+
 def test_outputs_that_do_not_obey_are_the_workers_fault(
     sampler: Sampler, tokenizer: Tokenizer
 ) -> None:
