@@ -53,6 +53,12 @@ class Completion:
             self._parts.append(self._matcher.finish())
             self.finish_reason, self._stop_reason = update.finish_reason, update.stop_token_id
 
+    def give_up(self, reason: str) -> None:
+        """It can't go on."""
+        self._push_text(self._detokenizer.finish())
+        self._parts.append(self._matcher.finish())
+        self.finish_reason, self._stop_reason = "abort", reason
+
     def output(self) -> CompletionOutput:
         """The finished output."""
         assert self.finish_reason is not None

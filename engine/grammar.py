@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _WORD_BITS = 32
 _NUM_CACHED_GRAMMARS = 256
+_REFUSAL = "doesn't satisfy the grammar"  # llguidance's words
 # One way to write each value: a small model given free whitespace may write nothing else.
 _JSON_STYLE: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -40,9 +41,19 @@ class GrammarMatcher:
         return self._matcher.is_stopped() or self._matcher.is_error()
 
     @property
+    def may_end(self) -> bool:
+        """The output obeys as it is."""
+        return self._matcher.is_accepting()
+
+    @property
     def error(self) -> str:
-        """Why the grammar can't be followed any further; empty if it can."""
-        return self._matcher.get_error()
+        """Why the grammar can't be followed any further, in one line; empty if it can."""
+        return self._matcher.get_error().strip().split("\n", 1)[0]
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether a token that the grammar doesn't allow was the error."""
+        return _REFUSAL in self.error
 
     def accept(self, token_id: int) -> bool:
         """Goes on by a token; False if the grammar doesn't allow it here, and is over then."""
@@ -87,10 +98,9 @@ class GrammarCompiler:
             matcher.write_allowed(ctypes.addressof(mask), self.mask_bytes)
             error = matcher.error
         except ValueError as refused:
-            error = str(refused)
+            error = str(refused).strip().split("\n", 1)[0]
         if error:
-            reason = error.strip().split("\n", 1)[0]
-            raise InvalidRequestError(f"`{field}` can't be followed: {reason}", field=field)
+            raise InvalidRequestError(f"`{field}` can't be followed: {error}", field=field)
 
     def _make_prototype(self, key: bytes) -> "LLMatcher":
         from llguidance import LLMatcher

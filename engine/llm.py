@@ -284,7 +284,10 @@ class LLM:
                 job, completion = completions[key]
                 if result.prompt is not NO_REPORT:
                     job.report = result.prompt
-                completion.push(result.update, result.logprobs)
+                if result.failure is None:
+                    completion.push(result.update, result.logprobs)
+                else:
+                    completion.give_up(result.failure.message)
                 if completion.finish_reason is not None:
                     self._loop.abort(key)
                     rate = num_tokens / (time.perf_counter() - start_s)

@@ -26,7 +26,8 @@ class CompletionOutput:
     """One of a request's `n` outputs.
 
     `stop_reason` is the stop string or stop token id that ended it, None after an
-    end-of-sequence token. `logprobs` has, for each token, the likeliest tokens and itself.
+    end-of-sequence token; of an output that couldn't go on (its `finish_reason` is "abort"), it's
+    the reason in words. `logprobs` has, for each token, the likeliest tokens and itself.
     """
 
     index: int

@@ -81,7 +81,7 @@ class ModelRunner:
             self._model.logits(hidden), arrays.sample_rows, arrays.sample_positions
         )
         sequences = [item.sequence for item in plan.scheduled if item.samples]
-        if sampled.logprobs is None and not is_read:
+        if sampled.logprobs is None and not sampled.failures and not is_read:
             return [
                 SampledToken(sequence, token_id, None)
                 for sequence, token_id in zip(sequences, sampled.token_ids, strict=True)
@@ -89,8 +89,14 @@ class ModelRunner:
         logprobs = sampled.logprobs or [None] * len(sequences)
         columns = zip(sequences, sampled.token_ids, logprobs, strict=True)
         return [
-            SampledToken(sequence, token_id, logprob, self._reader.report(sequence))
-            for sequence, token_id, logprob in columns
+            SampledToken(
+                sequence,
+                token_id,
+                logprob,
+                self._reader.report(sequence),
+                sampled.failures.get(place),
+            )
+            for place, (sequence, token_id, logprob) in enumerate(columns)
         ]
 
     def release(self, sequence: Sequence) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.engine import Engine
-from engine.sampler.sampled import PromptReport
+from engine.sampler.sampled import NO_REPORT, OutputFailure, PromptReport
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate
 from engine.sequence import Sequence
@@ -15,11 +15,12 @@ from protocol.request import TokenLogprobs
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """A sequence's new token, `update.new_token_ids`, and what was asked for about it and, with
-    the first, about the prompt."""
+    the first, about the prompt. With a `failure` there is none, and the sequence is gone."""
 
     update: SequenceUpdate
     logprobs: TokenLogprobs | None
-    prompt: PromptReport
+    prompt: PromptReport = NO_REPORT
+    failure: OutputFailure | None = None
 
 
 class StepLoop:
@@ -48,10 +49,17 @@ class StepLoop:
         plan = self.scheduler.schedule()
         assert plan.scheduled or plan.preempted, "there is work, but no step can do any of it"
         sampled = self.engine.execute(plan)
+        failed = [token for token in sampled if token.failure is not None]
+        for token in failed:
+            self.abort(token.sequence.key)
         updates = self.scheduler.commit(plan, [[token.token_id] for token in sampled])
-        # One thread: nothing was aborted between schedule and commit, so each sample has its
-        # update, in the same order.
-        for update, token in zip(updates, sampled, strict=True):
+        # One thread: nothing else was aborted between schedule and commit, so each other sample
+        # has its update, in the same order.
+        going_on = (token for token in sampled if token.failure is None)
+        for update, token in zip(updates, going_on, strict=True):
             if update.finish_reason is not None:
                 self.engine.release(update.sequence)
             yield StepResult(update, token.logprobs, token.prompt)
+        for token in failed:
+            update = SequenceUpdate(token.sequence, [], "abort")
+            yield StepResult(update, None, failure=token.failure)

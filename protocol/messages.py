@@ -77,11 +77,15 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """The worker gave the request up; `retryable` if another attempt elsewhere can succeed."""
+    """The worker gave the request up; `retryable` if another attempt elsewhere can succeed.
+
+    `field` is the sampling parameter that is to blame, if one is.
+    """
 
     key: RequestKey
     message: str
     retryable: bool
+    field: str | None = None
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):

@@ -10,13 +10,26 @@ from protocol.structured_outputs import StructuredOutputsParams
 MAX_LOGPROBS = 20
 
 
+class ThoughtLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Behind `max_tokens` tokens of thoughts the closing token comes.
+
+    Thoughts are what follows the opening token, if that is an output's first; with `starts_inside`
+    the output begins with thoughts in any case.
+    """
+
+    max_tokens: int
+    opening_token_id: int
+    closing_token_id: int
+    starts_inside: bool = False
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence's sampling parameters; `n` is for the router and `LLM`, which ask n times.
 
     Stop strings are matched where text exists (router, `LLM`); workers see `stop_token_ids` only.
     `prompt_logprobs` asks for those of the prompt's own tokens, with that many of the likeliest.
     `allowed_token_ids` are the only ones that may be chosen, besides an end; none of
-    `bad_words_token_ids` comes as a whole.
+    `bad_words_token_ids` comes as a whole. `thoughts` bounds those of outputs without a grammar.
     """
 
     n: int = 1
@@ -41,6 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     structured_outputs: StructuredOutputsParams | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    thoughts: ThoughtLimit | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -85,6 +99,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError(
                 "`bad_words_token_ids` must hold token ids, none below 0.",
                 field="bad_words_token_ids",
+            )
+        if self.thoughts is not None and self.thoughts.max_tokens < 0:
+            raise InvalidRequestError(
+                f"`thoughts` may not be limited to {self.thoughts.max_tokens} tokens.",
+                field="thoughts",
             )
         if any(not text for text in self.stop):
             raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")

@@ -1,6 +1,5 @@
 """The rows of a step that may not choose freely: grammars, allowed tokens, bad words."""
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.grammar import GrammarCompiler, GrammarMatcher
+from engine.sampler.sampled import OutputFailure
 from engine.sequence import Sequence
 from kernels.sampling import rule_out
 
-logger = logging.getLogger(__name__)
+_FIELD = "structured_outputs"
 
 Mask = NDArray[np.uint32]
 """Bit i % 32 of word i // 32 is whether token i may come."""
@@ -27,6 +27,7 @@ class Constraint:
     matcher: GrammarMatcher | None
     allowed: Mask | None
     bad_words: tuple[tuple[int, ...], ...]
+    failure: OutputFailure | None = None
 
     def write(self, mask: Mask) -> None:
         """Overwrites `mask`."""
@@ -38,6 +39,22 @@ class Constraint:
             mask &= self.allowed
         if self.bad_words:
             _clear(mask, (word[-1] for word in self.bad_words if self._is_due(word)))
+
+    @property
+    def is_too_short(self) -> bool:
+        """Whether `min_tokens` may have ruled tokens out."""
+        return self.sequence.num_output_tokens < self.sequence.request.sampling.min_tokens
+
+    def check(self, *, is_stuck: bool) -> bool:
+        """Whether anything but the end may follow; `is_stuck` if no token may come.
+
+        Sets `failure` if the grammar isn't through, but can't be followed any further.
+        """
+        if self.matcher is None:
+            return self.failure is None and not is_stuck
+        if self.failure is None:
+            self.failure = _failure(self.matcher, is_stuck=is_stuck)
+        return not (is_stuck or self.failure is not None or self.matcher.is_over)
 
     def _is_due(self, word: tuple[int, ...]) -> bool:
         """Whether the word's last token would complete it now."""
@@ -63,23 +80,16 @@ class Constraints:
     def add(self, row: int, sequence: Sequence) -> None:
         """Nothing happens if `sequence` is free to say what it likes."""
         sampling = sequence.request.sampling
-        matcher: GrammarMatcher | None = None
         allowed: Mask | None = None
-        try:
-            matcher = self._matcher(sequence)
-        except ValueError as error:
-            # The router lets nothing through that doesn't compile there. Should this process think
-            # otherwise, one output ends at once, and nobody else's fails.
-            logger.warning("an output ends at once, its grammar doesn't compile: %s", error)
-            allowed = np.zeros(self._num_words, dtype=np.uint32)
-        if sampling.allowed_token_ids and allowed is None:
+        matcher, failure = self._matcher(sequence)
+        if sampling.allowed_token_ids:
             allowed = np.zeros(self._num_words, dtype=np.uint32)
             _set(allowed, (i for i in sampling.allowed_token_ids if i < self._vocab_size))
             if not sampling.ignore_eos:
                 _set(allowed, self._eos_token_ids)
         bad_words = tuple(w for w in sampling.bad_words_token_ids if max(w) < self._vocab_size)
-        if matcher is not None or allowed is not None or bad_words:
-            self._rows[row] = Constraint(sequence, matcher, allowed, bad_words)
+        if matcher is not None or failure is not None or allowed is not None or bad_words:
+            self._rows[row] = Constraint(sequence, matcher, allowed, bad_words, failure)
 
     def remove(self, row: int) -> None:
         self._rows.pop(row, None)
@@ -91,37 +101,67 @@ class Constraints:
         found = ((place, self._rows.get(row)) for place, row in enumerate(rows.tolist()))
         return [(place, constraint) for place, constraint in found if constraint is not None]
 
-    def rule_out(self, scores: Tensor, constrained: list[tuple[int, Constraint]]) -> None:
-        """Sets the scores [num_rows, padded_vocab_size] of what may not come to -inf."""
+    def rule_out(
+        self, scores: Tensor, constrained: list[tuple[int, Constraint]]
+    ) -> dict[int, OutputFailure]:
+        """Sets the scores [num_rows, padded_vocab_size] of what may not come to -inf.
+
+        Returns the failures of outputs that can't go on, by place.
+        """
         masks = np.empty((len(constrained), self._num_words), dtype=np.uint32)
         for mask, (_, constraint) in zip(masks, constrained, strict=True):
             constraint.write(mask)
         places = torch.tensor([place for place, _ in constrained], device=scores.device)
         rule_out(scores, places=places, allowed=torch.from_numpy(masks.view(np.int32)))
         for mask, (place, constraint) in zip(masks, constrained, strict=True):
-            matcher = constraint.matcher
-            if not mask.any() or (matcher is not None and matcher.is_over):
+            is_stuck = not mask.any()
+            if constraint.is_too_short and not is_stuck:
+                is_stuck = bool(scores[place].isneginf().all())
+            if not constraint.check(is_stuck=is_stuck):
                 # Even if `min_tokens` wanted more: there is nothing more to say.
                 scores[place] = -torch.inf
                 scores[place, self._eos_token_ids] = 0.0
+        return {place: held.failure for place, held in constrained if held.failure is not None}
 
     @staticmethod
     def accept(constrained: list[tuple[int, Constraint]], token_ids: list[int]) -> None:
         """Each constrained row has got its token of `token_ids`, one for each row of the step."""
         for place, constraint in constrained:
-            matcher = constraint.matcher
-            if matcher is not None and not matcher.accept(token_ids[place]):
-                logger.warning("an output is cut short, its grammar failed: %s", matcher.error)
+            if constraint.matcher is not None:
+                # An error shows when one more token is wanted; perhaps this was the last.
+                constraint.matcher.accept(token_ids[place])
 
-    def _matcher(self, sequence: Sequence) -> GrammarMatcher | None:
-        """Raises ValueError if the grammar can't be read."""
+    def _matcher(self, sequence: Sequence) -> tuple[GrammarMatcher | None, OutputFailure | None]:
+        """The router lets nothing through that doesn't compile there. Should this process think
+        otherwise, one output fails, and nobody else's."""
         params = sequence.request.sampling.structured_outputs
         if params is None or self._compiler is None:
-            return None
-        matcher = self._compiler.matcher(params)
-        for token_id in sequence.token_ids[sequence.request.num_prompt_tokens :]:
-            matcher.accept(token_id)
-        return matcher
+            return None, None
+        try:
+            matcher = self._compiler.matcher(params)
+            error = matcher.error
+        except ValueError as refused:
+            error = str(refused)
+        else:
+            if not error:
+                for token_id in sequence.token_ids[sequence.request.num_prompt_tokens :]:
+                    matcher.accept(token_id)
+                return matcher, None
+        return None, OutputFailure(f"the grammar doesn't compile here: {error}")
+
+
+def _failure(matcher: GrammarMatcher, *, is_stuck: bool) -> OutputFailure | None:
+    error = matcher.error
+    if error:
+        field = None if matcher.has_refused else _FIELD
+        return OutputFailure(f"`{_FIELD}` can't be followed any further: {error}", field)
+    if is_stuck and not matcher.may_end:
+        return OutputFailure(
+            f"`{_FIELD}` can't be followed any further: of the tokens that may come next, "
+            "the request's other constraints allow none.",
+            _FIELD,
+        )
+    return None
 
 
 def _set(mask: Mask, token_ids: Iterable[int]) -> None:

@@ -18,10 +18,23 @@ NO_REPORT = PromptReport()
 
 
 @dataclass(slots=True, frozen=True)
+class OutputFailure:
+    """Why nothing can follow what an output has so far; `field` is the sampling parameter to
+    blame, None if this worker is."""
+
+    message: str
+    field: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
 class SampledToken:
-    """The next token of `sequence`; `logprobs` and `prompt` if its request asked for them."""
+    """The next token of `sequence`; `logprobs` and `prompt` if its request asked for them.
+
+    With a `failure` it's no token of any worth: the sequence has to be given up.
+    """
 
     sequence: Sequence
     token_id: int
     logprobs: TokenLogprobs | None
     prompt: PromptReport = NO_REPORT
+    failure: OutputFailure | None = None

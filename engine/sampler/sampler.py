@@ -1,12 +1,13 @@
 """From a step's logits to its tokens, vectorised over rows.
 
 Order, as in vLLM: logprobs are taken from the logits as they come; then bias, minimum length,
-penalties, constraints (grammar, allowed tokens, bad words); greedy rows take the largest; the
-others divide by their temperature, filter, and choose by a random number that is a function of
-(seed, output position).
+penalties, constraints (grammar, allowed tokens, bad words), the end of long thoughts; greedy rows
+take the largest; the others divide by their temperature, filter, and choose by a random number
+that is a function of (seed, output position).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from engine.sampler.logprobs import token_logprobs
 from engine.sampler.penalties import PenaltyCounts
 from engine.sampler.randomness import uniforms
 from engine.sampler.rows import NO_PENALTY_SLOT, SamplingTable
+from engine.sampler.sampled import OutputFailure
+from engine.sampler.thoughts import ThoughtLimits
 from engine.sequence import Sequence
 from kernels.sampling import filter_weights
 from protocol.request import TokenLogprobs
@@ -29,10 +32,14 @@ from protocol.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """One token a row, in the order of the rows given; `logprobs` None if no row asked."""
+    """One token a row, in the order of the rows given; `logprobs` None if no row asked.
+
+    `failures` are of rows, by their place, that can't go on.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None
+    failures: Mapping[int, OutputFailure] = field(default_factory=dict[int, OutputFailure])
 
 
 class Sampler:
@@ -60,6 +67,7 @@ class Sampler:
         self._constraints = Constraints(
             grammars, vocab_size=vocab_size, eos_token_ids=eos_token_ids
         )
+        self._thoughts = ThoughtLimits(vocab_size=vocab_size)
         self._groups: RowGroups | None = None
         self._grouped: tuple[int, bytes] | None = None
         # Chunked search wants whole chunks; the surplus logits are -inf.
@@ -76,9 +84,11 @@ class Sampler:
             )
         self._table.add(row, sequence, slot)
         self._constraints.add(row, sequence)
+        self._thoughts.add(row, sequence)
 
     def remove(self, row: int) -> None:
         self._constraints.remove(row)
+        self._thoughts.remove(row)
         slot = self._table.remove(row)
         if slot is not None:
             self._penalty_counts.remove(slot)
@@ -92,26 +102,30 @@ class Sampler:
         """
         groups = self._groups_of(rows)
         constrained = self._constraints.of(rows)
-        if groups.is_plain_greedy and logits.is_cuda and not constrained:
+        limited = self._thoughts.of(rows)
+        if groups.is_plain_greedy and logits.is_cuda and not (constrained or limited):
             return SampledRows(logits.argmax(-1).tolist(), None)
         scores = self._load(logits)
         wanted = groups.logprobs
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
         self._adjust(scores, groups, positions)
+        failures: dict[int, OutputFailure] = {}
         if constrained:
-            self._constraints.rule_out(scores, constrained)
+            failures = self._constraints.rule_out(scores, constrained)
+        self._thoughts.force(scores, limited)
         chosen = self._choose(scores, groups, positions)
         if groups.penalized is not None:
             self._penalty_counts.count(groups.penalized, chosen)
         token_ids: list[int] = chosen.tolist()
         self._constraints.accept(constrained, token_ids)
+        self._thoughts.accept(limited, token_ids)
         if wanted is None or unadjusted is None:
-            return SampledRows(token_ids, None)
+            return SampledRows(token_ids, None, failures)
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)
         found = token_logprobs(unadjusted, chosen[wanted.index], wanted.num_top)
         for place, value in zip(wanted.places, found, strict=True):
             logprobs[place] = value
-        return SampledRows(token_ids, logprobs)
+        return SampledRows(token_ids, logprobs, failures)
 
     def _groups_of(self, rows: NDArray[np.int64]) -> RowGroups:
         """Decode steps in a row have the same rows; only a change makes new groups."""

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import msgspec
 
 from engine.engine import Engine
-from engine.sampler.sampled import SampledToken
+from engine.sampler.sampled import OutputFailure, SampledToken
 from engine.scheduler.admission import PrefixStats
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate, StepPlan
@@ -87,10 +87,12 @@ class RoomMade:
 
 @dataclass(slots=True, frozen=True)
 class Refused:
-    """The request can't run here, whatever becomes free."""
+    """The request can't run here, whatever becomes free, or not on: see `OutputFailure`."""
 
     key: RequestKey
     message: str
+    retryable: bool = False
+    field: str | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -169,6 +171,9 @@ class DecodeLoop:
         num_decoding = sum(item.num_new_tokens == 1 and item.samples for item in plan.scheduled)
         num_prefill_tokens = plan.num_tokens - num_decoding
         sampled = self._engine.execute(plan)
+        for token in sampled:
+            if token.failure is not None:
+                self._give_up(token.sequence.key, token.failure)
         updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
         now_s = time.monotonic()
         self._meter.observe_step(
@@ -244,6 +249,12 @@ class DecodeLoop:
         sequence = self._scheduler.abort(key)
         if sequence is not None:
             self._engine.release(sequence)
+
+    def _give_up(self, key: RequestKey, failure: OutputFailure) -> None:
+        self._abort(key)
+        self._report.refused.append(
+            Refused(key, failure.message, retryable=failure.field is None, field=failure.field)
+        )
 
     def _note_start(self, plan: StepPlan, now_s: float) -> None:
         for item in plan.scheduled:

@@ -80,7 +80,9 @@ class DecodeWorker:
             self._transfers.grant(room)
         for refused in report.refused:
             self._transfers.refused(refused.key)
-            self._fail(refused.key, refused.message, retryable=False)
+            self._fail(
+                refused.key, refused.message, retryable=refused.retryable, field=refused.field
+            )
         self._send_outputs(report.outputs)
         for dropped in report.caches_dropped:
             answer = PrefixCacheReset(dropped.reset_id, dropped.num_blocks)
@@ -155,10 +157,12 @@ class DecodeWorker:
         for key in [key for key, router in self._routers.items() if router is peer]:
             self._abort(key)
 
-    def _fail(self, key: RequestKey, message: str, *, retryable: bool) -> None:
+    def _fail(
+        self, key: RequestKey, message: str, *, retryable: bool, field: str | None = None
+    ) -> None:
         router = self._routers.pop(key, None)
         if router is not None:
-            router.send(RequestFailed(key, message, retryable))
+            router.send(RequestFailed(key, message, retryable, field))
 
     def _send_outputs(self, outputs: list[SequenceOutput]) -> None:
         by_router: dict[Peer, list[SequenceOutput]] = {}

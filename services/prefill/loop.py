@@ -70,10 +70,12 @@ class PromptDone:
 
 @dataclass(slots=True, frozen=True)
 class PromptRefused:
-    """The prompt can never run here."""
+    """The prompt can never run here, or its output can't begin: see `OutputFailure`."""
 
     key: RequestKey
     message: str
+    retryable: bool = False
+    field: str | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -175,7 +177,19 @@ class PrefillLoop:
         sequence = update.sequence
         assert sequence.first_scheduled_s is not None, "it has just run"
         self._engine.release(sequence)
+        # Also if it failed: its blocks may be being sent, until the event loop has stopped that.
         self._retained[sequence.key] = sequence
+        failure = token.failure
+        if failure is not None:
+            self._report.refused.append(
+                PromptRefused(
+                    sequence.key,
+                    failure.message,
+                    retryable=failure.field is None,
+                    field=failure.field,
+                )
+            )
+            return
         timings = PhaseTimings(
             prefill_queue_s=sequence.first_scheduled_s - sequence.arrival_s,
             prefill_s=now_s - sequence.first_scheduled_s,

@@ -100,7 +100,9 @@ class PrefillWorker:
         for router, outputs in first_tokens.items():
             router.send(StepOutputs(outputs))
         for refused in report.refused:
-            self._fail(refused.key, refused.message, retryable=False)
+            self._fail(
+                refused.key, refused.message, retryable=refused.retryable, field=refused.field
+            )
         for dropped in report.caches_dropped:
             answer = PrefixCacheReset(dropped.reset_id, dropped.num_blocks)
             if asker := self._resets.pop(dropped.reset_id, None):
@@ -187,11 +189,13 @@ class PrefillWorker:
             elif outgoing.router is peer:
                 self._stop(key)
 
-    def _fail(self, key: RequestKey, message: str, *, retryable: bool) -> None:
+    def _fail(
+        self, key: RequestKey, message: str, *, retryable: bool, field: str | None = None
+    ) -> None:
         outgoing = self._outgoing.get(key)
         if outgoing is not None:
             outgoing.failure = message
-            outgoing.router.send(RequestFailed(key, message, retryable))
+            outgoing.router.send(RequestFailed(key, message, retryable, field))
             self._stop(key)
 
     def _stop(self, key: RequestKey) -> None:

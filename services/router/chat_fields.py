@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from protocol.errors import InvalidRequestError
+from protocol.errors import InvalidRequestError, TandemError
 from services.router.openai_bodies import Json, StructuredOutputsBody
 
 ValueT = TypeVar("ValueT")
@@ -53,9 +53,16 @@ def fields_named(names: Mapping[str, str]) -> Generator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        message = re.sub(r"`([^`]+)`", lambda found: f"`{_named(found[1], names)}`", error.message)
-        field = None if error.field is None else _named(error.field, names)
-        raise InvalidRequestError(message, field=field, code=error.code) from error
+        raise renamed(error, names) from error
+
+
+def renamed(error: TandemError, names: Mapping[str, str]) -> TandemError:
+    """As inside `fields_named`."""
+    if not isinstance(error, InvalidRequestError):
+        return error
+    message = re.sub(r"`([^`]+)`", lambda found: f"`{_named(found[1], names)}`", error.message)
+    field = None if error.field is None else _named(error.field, names)
+    return InvalidRequestError(message, field=field, code=error.code)
 
 
 def _named(field: str, names: Mapping[str, str]) -> str:

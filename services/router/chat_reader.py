@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from services.router.choice import Watch
 from services.router.reasoning_parsers import ThinkParser
 from services.router.tool_parsers import ToolCallPiece, ToolParser
 
@@ -47,16 +48,24 @@ class ChatReader:
 @dataclass(frozen=True, slots=True)
 class ReadingRules:
     """What is looked for in the outputs of one request. `says_tool_calls`: calls are the reason
-    that an output gives for its end."""
+    that an output gives for its end. `ends_with_call`: the first one ends it."""
 
     make_thoughts: Callable[[], ThinkParser] | None = None
     make_calls: Callable[[], ToolParser] | None = None
     says_tool_calls: bool = True
+    ends_with_call: bool = False
 
     @property
     def is_plain(self) -> bool:
         """The text is the answer, as it comes."""
         return self.make_thoughts is None and self.make_calls is None
+
+    def watch(self) -> Watch | None:
+        """For one output; None if it's wanted to its end."""
+        if not self.ends_with_call:
+            return None
+        reader = self.reader()
+        return lambda text: bool(reader.read(text, is_last=False).calls)
 
     def reader(self) -> ChatReader:
         """For one output."""

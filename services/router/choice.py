@@ -1,6 +1,6 @@
 """One output of a request while it grows: tokens in, text out, and where it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -9,6 +9,8 @@ from protocol.request import FinishReason, SequenceOutput, TokenLogprobs
 from protocol.sampling import SamplingParams
 
 StopReason: TypeAlias = int | str | None
+Watch: TypeAlias = Callable[[str], bool]
+"""Fed with an output's text as it comes; True once nothing more is wanted."""
 
 
 @dataclass(slots=True)
@@ -38,11 +40,15 @@ class Choice:
         "_pending",
         "_sampling",
         "_stop",
+        "_watch",
         "finish_reason",
         "num_tokens",
     )
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, watch: Watch | None = None
+    ) -> None:
+        """`watch` may end it, as a stop string does."""
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
         self._sampling = sampling
@@ -50,7 +56,8 @@ class Choice:
             tokenizer, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stop: StopMatcher | None = None
-        if sampling.stop:
+        self._watch = watch
+        if sampling.stop or watch is not None:
             self._stop = StopMatcher(sampling.stop, include=sampling.include_stop_str_in_output)
         self._parts: list[str] = []
         self._pending = Delta()
@@ -110,7 +117,8 @@ class Choice:
         if self.num_tokens > self._sampling.min_tokens:
             text = stop.push(text)
         self._append(text)
-        if stop.matched is None:
+        is_enough = self._watch is not None and self._watch(text)
+        if stop.matched is None and not is_enough:
             return False
         self._finish("stop", stop.matched)
         return True

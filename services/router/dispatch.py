@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from protocol.block_hash import BlockHash
 from protocol.errors import (
+    InvalidRequestError,
     OverloadedError,
     ServiceUnavailableError,
     TandemError,
@@ -107,7 +108,7 @@ class Dispatcher:
             return
         if not message.retryable:
             self._abort_attempt(flight)
-            self._fail(flight, RequestRefusedError(message.message))
+            self._fail(flight, _refusal(message))
             return
         self._try_again(flight, f"{peer.peer_id}: {message.message}", avoid=peer)
 
@@ -244,6 +245,12 @@ class Dispatcher:
     def _fail(self, flight: Flight, error: TandemError) -> None:
         self._finish(flight)
         flight.sink.fail(error)
+
+
+def _refusal(message: RequestFailed) -> TandemError:
+    if message.field is None:
+        return RequestRefusedError(message.message)
+    return InvalidRequestError(message.message, field=message.field, code="output_failed")
 
 
 def _no_worker(flight: Flight) -> TandemError:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,8 @@ from protocol.request import (
     TokenLogprobs,
 )
 from protocol.sampling import SamplingParams
-from services.router.choice import Choice
+from services.router.chat_fields import renamed
+from services.router.choice import Choice, Watch
 from services.router.dispatch import Dispatcher
 from services.router.flight import Flight
 from services.router.http_errors import RequestTimeoutError
@@ -32,7 +33,8 @@ class GenerationSpec:
     """What is asked for, validated. `max_tokens` are bounded for each prompt.
 
     Of each prompt's `sampling.n` outputs the best `num_returned` are answered, all if it's None.
-    `is_prompt_only` throws the output away: the prompt itself is of interest.
+    `is_prompt_only` throws the output away: the prompt itself is of interest. `structure_field` is
+    where the client said what `sampling.structured_outputs` says. `make_watch` may end an output.
     """
 
     prompts: Sequence[Prompt]
@@ -43,6 +45,8 @@ class GenerationSpec:
     num_returned: int | None = None
     pooling: PoolingParams | None = None
     is_prompt_only: bool = False
+    structure_field: str = "structured_outputs"
+    make_watch: Callable[[], Watch | None] = lambda: None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -92,7 +96,12 @@ class Generation:
         self._over = asyncio.Event()
         n = spec.sampling.n
         self.outputs = [
-            Output(self, i, prompt_index=i // n, choice=Choice(tokenizer, spec.sampling))
+            Output(
+                self,
+                i,
+                prompt_index=i // n,
+                choice=Choice(tokenizer, spec.sampling, spec.make_watch()),
+            )
             for i in range(spec.num_outputs)
         ]
         self._num_unfinished = len(self.outputs)
@@ -249,7 +258,8 @@ class Output:
         self.generation.output_came(self, len(output.token_ids))
 
     def fail(self, error: TandemError) -> None:
-        self.generation.failed(error)
+        names = {"structured_outputs": self.generation.spec.structure_field}
+        self.generation.failed(renamed(error, names))
 
     def _request(self) -> Request:
         spec = self.generation.spec

@@ -6,10 +6,12 @@ from typing import Any, cast
 
 from services.router.answer_parts import Closed, Grew, Opened, Part, PartEvent, PartKind, PartReader
 from services.router.answers import AnswerHead, encode_json, named_event
+from services.router.chat_fields import renamed
 from services.router.chat_reader import ReadingRules
 from services.router.choice import Delta
 from services.router.generation import Generation, Output
 from services.router.http_errors import error_reply
+from services.router.messages_input import FIELD_NAMES
 
 
 class MessagesAnswers:
@@ -33,7 +35,8 @@ class MessagesAnswers:
         if generation.aborted:
             return b""
         if generation.error is not None:
-            return named_event("error", error_reply(generation.error).messages_body)
+            error = renamed(generation.error, FIELD_NAMES)
+            return named_event("error", error_reply(error).messages_body)
         usage = _usage(generation)
         return (
             self._opening(generation)

@@ -24,9 +24,11 @@ class MessagesApi:
     async def create(self, request: Request) -> Response:
         body = await self._bodies.read(request)
         with fields_named(FIELD_NAMES):
-            return await self._openai.answer_chat(
-                request, chat_body(body), _answers, id_prefix="msg_"
-            )
+            chat = chat_body(body)
+            if not self._openai.can_limit_thoughts:
+                # This API has no thoughts without a budget, which is no promise to use it up.
+                chat.thinking_token_budget = None
+            return await self._openai.answer_chat(request, chat, _answers, id_prefix="msg_")
 
     async def count_tokens(self, request: Request) -> Response:
         body = await self._prompt_bodies.read(request)

@@ -46,7 +46,8 @@ class MessagesToolChoice(msgspec.Struct, kw_only=True):
 
 
 class ThinkingOptions(msgspec.Struct, kw_only=True):
-    """Goes to the chat template as `enable_thinking`; `max_tokens` alone bounds the thoughts."""
+    """Goes to the chat template as `enable_thinking`. Where the model has no tokens that mark
+    thoughts, `max_tokens` alone bounds them."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None

@@ -34,6 +34,7 @@ FIELD_NAMES: Mapping[str, str] = {
     r"tools\[(\d+)\]\.function": r"tools[\1]",
     "reasoning_effort": "output_config.effort",
     "continue_final_message": "messages",
+    "thinking_token_budget": "thinking.budget_tokens",
 }
 
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {"container": (), "mcp_servers": ([],)}
@@ -72,6 +73,7 @@ def prompt_chat_body(body: PromptBody) -> ChatBody:
         chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
     if body.thinking is not None:
         thinks = body.thinking.type != "disabled"
+        chat.thinking_token_budget = body.thinking.budget_tokens if thinks else None
         chat.chat_template_kwargs = {"enable_thinking": thinks} | (body.chat_template_kwargs or {})
     return chat
 

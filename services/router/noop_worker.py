@@ -53,13 +53,14 @@ NOOP_LAYOUT = KVLayout(
 class NoopBehaviour:
     """`step_s` lie between two steps, each of which makes `tokens_per_step` tokens a sequence.
 
-    `stall_at` is the output position at which every sequence stops for good; `refuses` fails every
-    request, retryably or not.
+    `stall_at` is the output position at which every sequence stops for good, `fails_at` the one
+    behind which its grammar can't be followed; `refuses` fails every request, retryably or not.
     """
 
     step_s: float = 0.0
     tokens_per_step: int = 1
     stall_at: int | None = None
+    fails_at: int | None = None
     refuses: bool = False
     refusal_is_retryable: bool = True
     max_model_len: int = 8192
@@ -186,6 +187,12 @@ class NoopWorker:
         outputs: dict[Peer, list[SequenceOutput]] = {}
         for key, run in list(self._running.items()):
             if self.behaviour.stall_at is not None and run.position >= self.behaviour.stall_at:
+                continue
+            if run.position == self.behaviour.fails_at:
+                field = "structured_outputs"
+                message = f"`{field}` can't be followed any further: it's too complex"
+                run.router.send(RequestFailed(key, message, retryable=False, field=field))
+                del self._running[key]
                 continue
             output = self._advance(run)
             outputs.setdefault(run.router, []).append(output)

@@ -32,7 +32,7 @@ from services.router.sampling import (
 from services.router.served_model import ServedModel
 from services.router.structured_outputs import StructuredOutputs
 from services.router.tool_choice import NO_TOOLS, ChatRules, ToolUse
-from services.router.unsupported import refuse_unsupported
+from services.router.unsupported import refuse_unsupported, unsupported
 
 # What an answer needs to know of its chat: whose it is, how tokens are named, what is looked for.
 MakeChatAnswers = Callable[[AnswerHead, TokenNames, ReadingRules], AnswerFormat]
@@ -76,6 +76,10 @@ class OpenAIApi:
         """Those that aren't over, by id."""
         return self._open
 
+    @property
+    def can_limit_thoughts(self) -> bool:
+        return self._chat_rules.thoughts.can_limit
+
     async def chat(self, request: Request) -> Response:
         body = await self._chat_bodies.read(request)
 
@@ -91,13 +95,16 @@ class OpenAIApi:
         head = self._head(body, id_prefix)
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
+        thoughts = self._chat_rules.thoughts.read(body.thinking_token_budget)
+        sampling = msgspec.structs.replace(sampling, thoughts=thoughts)
         tools = self._chat_rules.tools.read(body)
-        sampling = await self._constrained(body, sampling, tools)
+        sampling, structure_field = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
         prompt = truncated(prompt, body.truncate_prompt_tokens, sampling, self._model.limits)
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
+        reading = self._chat_rules.reading(tools, sampling)
         spec = GenerationSpec(
             [prompt],
             [max_tokens],
@@ -105,8 +112,9 @@ class OpenAIApi:
             body.cache_salt,
             body.priority or 0,
             num_returned=body.n or 1,
+            structure_field=structure_field,
+            make_watch=reading.watch,
         )
-        reading = self._chat_rules.reading(tools, sampling)
         answers = make_answers(head, self._names(body), reading)
         return await self.answer(request, spec, head, answers, _chat_options(body))
 
@@ -122,8 +130,10 @@ class OpenAIApi:
         head = self._head(body, "cmpl-")
         refuse_unsupported(body)
         limits = self._model.limits
+        if body.thinking_token_budget is not None:
+            raise unsupported("thinking_token_budget")
         sampling = completion_sampling(body, limits)
-        sampling = await self._constrained(body, sampling)
+        sampling, structure_field = await self._constrained(body, sampling)
         prompts = [
             truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
             for prompt in await self._encoder.prompts(
@@ -148,6 +158,7 @@ class OpenAIApi:
             body.priority or 0,
             num_returned=body.n or 1,
             is_prompt_only=is_prompt_only(body),
+            structure_field=structure_field,
         )
         options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
@@ -200,15 +211,17 @@ class OpenAIApi:
 
     async def _constrained(
         self, body: SamplingBody, sampling: SamplingParams, tools: ToolUse = NO_TOOLS
-    ) -> SamplingParams:
-        """`sampling` with what the output is held to. Raises InvalidRequestError."""
+    ) -> tuple[SamplingParams, str]:
+        """`sampling` with what the output is held to, and the name of the field whose grammar that
+        is, if there's one. Raises InvalidRequestError."""
         changes = token_constraints(body, self._model.limits, self._model.tokenizer)
-        params = await self._structured_outputs.read(body, for_tools=tools.structure)
-        if params is not None:
-            changes["structured_outputs"] = params
+        field = "structured_outputs"
+        found = await self._structured_outputs.read(body, for_tools=tools.structure)
+        if found is not None:
+            field, changes["structured_outputs"] = found
         if tools.keeps_special_tokens:
             changes["skip_special_tokens"] = False
-        return msgspec.structs.replace(sampling, **changes) if changes else sampling
+        return msgspec.structs.replace(sampling, **changes) if changes else sampling, field
 
     def _ended(self, generation: Generation) -> None:
         del self._open[generation.request_id]

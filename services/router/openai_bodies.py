@@ -30,7 +30,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     prompt_embeds: Json = None
     structural_tag: Json = None
     suffix: Json = None
-    thinking_token_budget: Json = None
     use_beam_search: Json = None
     web_search_options: Json = None
 
@@ -100,6 +99,7 @@ class SamplingBody(Unsupported, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
+    thinking_token_budget: int | None = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):

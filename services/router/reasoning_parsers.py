@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+OPENING, CLOSING = "<think>", "</think>"
+
 
 @dataclass(frozen=True, slots=True)
 class Thought:
@@ -19,12 +21,16 @@ class ThinkParser:
     out: everything up to the closing mark is thought.
     """
 
-    _OPENING, _CLOSING = "<think>", "</think>"
+    _OPENING, _CLOSING = OPENING, CLOSING
 
     def __init__(self, *, starts_inside: bool) -> None:
         self._starts_inside = starts_inside
         self._held = ""
         self._state = self._before
+
+    @property
+    def starts_inside(self) -> bool:
+        return self._starts_inside
 
     def push(self, text: str) -> Thought:
         self._held += text

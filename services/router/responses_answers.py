@@ -10,6 +10,7 @@ import msgspec
 from protocol.errors import TandemError
 from services.router.answer_parts import Closed, Grew, Opened, Part, PartEvent, PartKind, PartReader
 from services.router.answers import AnswerHead, encode_json, named_event
+from services.router.chat_fields import renamed
 from services.router.chat_reader import ReadingRules
 from services.router.choice import Delta
 from services.router.generation import Generation, Output
@@ -24,7 +25,7 @@ from services.router.responses_bodies import (
     TextFormat,
     TextOptions,
 )
-from services.router.responses_input import input_messages
+from services.router.responses_input import FIELD_NAMES, input_messages
 
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed"]
 CountTokens: TypeAlias = Callable[[str], Awaitable[int]]
@@ -274,6 +275,6 @@ def _content(part: Part, text: str, logprobs: list[dict[str, Any]]) -> dict[str,
 
 def _failure(error: TandemError) -> dict[str, Any]:
     """The codes that OpenAI's API has for a failed response."""
-    reply = error_reply(error)
+    reply = error_reply(renamed(error, FIELD_NAMES))
     code = "rate_limit_exceeded" if reply.status == 429 else "server_error"
     return {"code": code, "message": reply.detail.message}

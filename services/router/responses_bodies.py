@@ -86,6 +86,7 @@ class ResponsesBody(SharedFields, kw_only=True):
     truncation: Literal["auto", "disabled"] | None = None
     stop: str | list[str] | None = None
     user: str | None = None
+    thinking_token_budget: int | None = None
 
     background: Json = None
     context_management: Json = None

@@ -75,6 +75,7 @@ def chat_body(body: ResponsesBody, messages: Sequence[Message]) -> ChatBody:
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=None if text is None or text.format is None else _format(text.format),
         reasoning_effort=None if reasoning is None else reasoning.effort,
+        thinking_token_budget=body.thinking_token_budget,
         logprobs=with_logprobs,
         top_logprobs=body.top_logprobs if with_logprobs else None,
     )

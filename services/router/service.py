@@ -52,6 +52,7 @@ from services.router.responses_api import ResponsesApi
 from services.router.served_model import ServedModel
 from services.router.status_api import StatusApi
 from services.router.structured_outputs import StructuredOutputs
+from services.router.thoughts import ThoughtPolicy
 from services.router.tool_choice import ChatRules, ToolPolicy
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
@@ -94,7 +95,7 @@ class RouterService:
         self, config: RouterConfig, model: ServedModel, *, api_keys: tuple[str, ...] = ()
     ) -> None:
         assert config.redis_url is not None, "checked at the start"
-        self._chat_rules = _chat_rules(config)
+        self._chat_rules = _chat_rules(config, model)
         self.failed = asyncio.Event()
         identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
         self._channel = ControlChannel(identity, self._on_channel)
@@ -269,12 +270,14 @@ async def _serve(
     return exit_code
 
 
-def _chat_rules(config: RouterConfig) -> ChatRules:
+def _chat_rules(config: RouterConfig, model: ServedModel) -> ChatRules:
     """Raises StartupError."""
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise StartupError("--enable-auto-tool-choice needs --tool-call-parser.")
     parser = config.reasoning_parser
+    make_thoughts = None if parser is None else REASONING_FORMATS[parser]
     return ChatRules(
         ToolPolicy.of(config.tool_call_parser, enable_auto=config.enable_auto_tool_choice),
-        None if parser is None else REASONING_FORMATS[parser],
+        ThoughtPolicy(model.tokenizer, make_thoughts),
+        make_thoughts,
     )

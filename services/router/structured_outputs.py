@@ -28,10 +28,11 @@ class StructuredOutputs:
 
     async def read(
         self, body: SamplingBody, *, for_tools: StructuredOutputsParams | None = None
-    ) -> StructuredOutputsParams | None:
-        """None if the output is free; `for_tools` is what a forced tool call asks for.
+    ) -> tuple[str, StructuredOutputsParams] | None:
+        """The field that asks for something, and what; None if the output is free.
 
-        Raises InvalidRequestError that names the client's field.
+        `for_tools` is what a forced tool call asks for. Raises InvalidRequestError that names the
+        client's field.
         """
         found = _requested(body, for_tools)
         if found is None:
@@ -46,7 +47,7 @@ class StructuredOutputs:
         self._known[key] = None
         if len(self._known) > _NUM_REMEMBERED:
             del self._known[next(iter(self._known))]
-        return params
+        return found
 
     async def _check(self, params: StructuredOutputsParams, field: str) -> None:
         compiling = asyncio.get_running_loop().run_in_executor(

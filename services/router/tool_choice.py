@@ -10,8 +10,10 @@ from protocol.errors import InvalidRequestError
 from protocol.sampling import SamplingParams
 from protocol.structured_outputs import StructuredOutputsParams
 from services.router.chat_reader import ReadingRules
+from services.router.first_call import FirstCallParser
 from services.router.openai_bodies import ChatBody, NamedToolChoice, Tool
 from services.router.reasoning_parsers import ThinkParser
+from services.router.thoughts import ThoughtPolicy
 from services.router.tool_parsers import (
     TOOL_FORMATS,
     NamedCallParser,
@@ -29,7 +31,8 @@ class ToolUse:
 
     `make_parser` is None if its text is no more than text. `structure` holds the output to calls;
     `keeps_special_tokens` if the marks of calls are among them. `says_tool_calls` is whether calls
-    are the finish reason: OpenAI's answer to a named tool says "stop".
+    are the finish reason: OpenAI's answer to a named tool says "stop". `ends_with_call`: nothing is
+    wanted behind the first call.
     """
 
     definitions: list[dict[str, Any]] | None = None
@@ -37,6 +40,7 @@ class ToolUse:
     structure: StructuredOutputsParams | None = None
     keeps_special_tokens: bool = False
     says_tool_calls: bool = True
+    ends_with_call: bool = False
 
 
 NO_TOOLS = ToolUse()
@@ -80,11 +84,7 @@ class ToolPolicy:
                 field="tool_choice",
                 code="unsupported_parameter",
             )
-        return ToolUse(
-            definitions,
-            make_parser=self._format.make,
-            keeps_special_tokens=self._format.uses_special_tokens,
-        )
+        return _auto(definitions, self._format, several=body.parallel_tool_calls is not False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class ChatRules:
     """How chats are read on this server: its tools, and how the model marks its thoughts."""
 
     tools: ToolPolicy
+    thoughts: ThoughtPolicy
     make_thoughts: Callable[[], ThinkParser] | None = None
 
     def reading(self, tools: ToolUse, sampling: SamplingParams) -> ReadingRules:
@@ -101,6 +102,7 @@ class ChatRules:
             make_thoughts=self.make_thoughts if thinks else None,
             make_calls=tools.make_parser,
             says_tool_calls=tools.says_tool_calls,
+            ends_with_call=tools.ends_with_call,
         )
 
 
@@ -116,6 +118,16 @@ def _check(tools: list[Tool]) -> None:
             raise InvalidRequestError(f"`{field}` must not be empty.", field=field)
         if name in names[:i]:
             raise InvalidRequestError(f"`{field}` is there twice: {name!r:.80}.", field=field)
+
+
+def _auto(definitions: list[dict[str, Any]], tool_format: ToolFormat, *, several: bool) -> ToolUse:
+    make, closings = tool_format.make, tool_format.closings
+    return ToolUse(
+        definitions,
+        make_parser=make if several else lambda: FirstCallParser(make, closings),
+        keeps_special_tokens=tool_format.uses_special_tokens,
+        ends_with_call=not several,
+    )
 
 
 def _named(name: str, tools: list[Tool], definitions: list[dict[str, Any]]) -> ToolUse:

@@ -251,10 +251,12 @@ class WholeCallsParser:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes calls. `uses_special_tokens`: its marks are among them."""
+    """How a family of models writes calls. `uses_special_tokens`: its marks are among them. Where
+    calls reach to the output's end, `closings` are what may follow the last."""
 
     make: Callable[[], ToolParser]
     uses_special_tokens: bool = False
+    closings: tuple[str, ...] = ()
 
 
 def _marked(read: ReadCalls, opening: str, closing: str = "") -> Callable[[], ToolParser]:
@@ -280,10 +282,14 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "qwen": ToolFormat(
         _marked(read_json_call, "<tool_call>", "</tool_call>"), uses_special_tokens=True
     ),
-    "llama3_json": ToolFormat(_llama3, uses_special_tokens=True),
-    "mistral": ToolFormat(_marked(read_json_calls, "[TOOL_CALLS]"), uses_special_tokens=True),
-    "granite": ToolFormat(_marked(read_json_calls, "<|tool_call|>"), uses_special_tokens=True),
-    "pythonic": ToolFormat(_pythonic),
+    "llama3_json": ToolFormat(_llama3, uses_special_tokens=True, closings=("", "]")),
+    "mistral": ToolFormat(
+        _marked(read_json_calls, "[TOOL_CALLS]"), uses_special_tokens=True, closings=("", "]")
+    ),
+    "granite": ToolFormat(
+        _marked(read_json_calls, "<|tool_call|>"), uses_special_tokens=True, closings=("", "]")
+    ),
+    "pythonic": ToolFormat(_pythonic, closings=("]",)),
 }
 
 

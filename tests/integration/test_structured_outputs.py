@@ -191,3 +191,47 @@ def test_bad_words_allowed_tokens_and_truncated_prompts(
     assert set(ask("One, two, three:", allowed_token_ids=allowed)) <= set("0123456789")
     tokens = list(range(1000, 1064))
     assert ask(tokens, truncate_prompt_tokens=20) == ask(tokens[-20:])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_fails_amid_the_output_is_the_clients_to_change(
+    stack: TandemStack, *, stream: bool
+) -> None:
+    """Its first token, prefill's, is fine; decode finds too many ways to go on behind it."""
+    choices = [f"x{number}" for number in range(20_000)]
+
+    def ask(client: openai.OpenAI) -> None:
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="One of many: " * 20,
+            stream=stream,
+            extra_body={"guided_choice": choices},
+        )
+        for chunk in answer:
+            assert chunk.choices[0].text in ("", "x")
+
+    url = f"{stack.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.APIError, match="`guided_choice` can't be followed") as failure:
+            ask(client)
+        assert failure.value.param == "guided_choice"
+        after = client.completions.create(model=MODEL, prompt="Yes or no? ", max_tokens=4)
+    assert after.choices[0].finish_reason in ("length", "stop")
+
+
+def test_an_output_that_cannot_begin_is_refused_by_prefill(
+    stack: TandemStack, model_dir: Path
+) -> None:
+    """Its blocks are on their way to decode by then; the same prompt is served afterwards."""
+    allowed = Tokenizer.from_dir(model_dir).encode("right")
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+
+        def ask(**extra: object) -> str:
+            prompt = "Left or right? " * 40
+            answer = client.completions.create(model=MODEL, prompt=prompt, extra_body=extra)
+            return answer.choices[0].text
+
+        with pytest.raises(openai.BadRequestError, match="allow none") as failure:
+            ask(guided_choice=["left"], allowed_token_ids=allowed)
+        assert failure.value.param == "guided_choice"
+        assert ask(guided_choice=["left"]) == "left"

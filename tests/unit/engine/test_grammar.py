@@ -129,6 +129,76 @@ def test_what_does_not_compile_ends_its_own_output_only(
     sampled = sampler.sample(logits, np.array([0, 1]), np.array([0, 0]))
     assert sampled.token_ids[0] == EOS
     assert sampled.token_ids[1] != EOS
+    [(place, failure)] = sampled.failures.items()
+    assert (place, failure.field) == (0, None), "it's this worker that can't"
+    assert "doesn't compile here" in failure.message
+
+
+# Its first token is fine; behind that, there are too many ways to go on.
+TOO_COMPLEX = StructuredOutputsParams(choice=tuple(f"x{number}" for number in range(20_000)))
+
+
+def test_a_grammar_that_becomes_too_complex_fails_its_own_output_only(
+    sampler: Sampler, tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    compiler.check(TOO_COMPLEX, "choice")
+    sampler.add(0, sequence(TOO_COMPLEX, []))
+    sampler.add(1, sequence(StructuredOutputsParams(regex="[a-z]+"), []))
+    logits = torch.zeros(2, VOCAB_SIZE)
+    logits[:, tokenizer.encode("x")[0]] = 9.0
+    rows = np.array([0, 1])
+    first = sampler.sample(logits, rows, np.array([0, 0]))
+    assert tokenizer.decode(first.token_ids) == "xx"
+    assert not first.failures, "it may have been the last token"
+    second = sampler.sample(logits, rows, np.array([1, 1]))
+    [(place, failure)] = second.failures.items()
+    assert (place, failure.field) == (0, "structured_outputs")
+    assert "`structured_outputs` can't be followed any further: " in failure.message
+    assert "\n" not in failure.message
+    assert tokenizer.decode(second.token_ids[1:]) == "x"
+
+
+def test_a_grammar_without_a_token_that_may_come_fails(
+    sampler: Sampler, tokenizer: Tokenizer
+) -> None:
+    params = StructuredOutputsParams(choice=("left",))
+    sampler.add(0, sequence(params, [], allowed_token_ids=tuple(tokenizer.encode("right"))))
+    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([0]))
+    assert sampled.failures[0].field == "structured_outputs"
+    assert "allow none" in sampled.failures[0].message
+
+
+def test_stop_tokens_that_come_too_early_leave_a_grammar_without_a_token(
+    sampler: Sampler, tokenizer: Tokenizer
+) -> None:
+    stop = tuple(tokenizer.encode("left"))
+    early = {"stop_token_ids": stop, "min_tokens": 2}
+    sampler.add(0, sequence(StructuredOutputsParams(choice=("left",)), [], **early))
+    sampler.add(1, sequence(StructuredOutputsParams(choice=("left", "right")), [], **early))
+    sampled = sampler.sample(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([0, 0]))
+    assert {place: failure.field for place, failure in sampled.failures.items()} == {
+        0: "structured_outputs"
+    }
+    assert sampled.token_ids[1] not in (EOS, *stop)
+
+
+def test_outputs_that_do_not_obey_are_the_workers_fault(
+    sampler: Sampler, tokenizer: Tokenizer
+) -> None:
+    sampler.add(0, sequence(StructuredOutputsParams(choice=("left",)), tokenizer.encode("right")))
+    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([1]))
+    assert sampled.failures[0].field is None
+
+
+def test_the_end_of_a_grammar_is_no_failure(sampler: Sampler, tokenizer: Tokenizer) -> None:
+    params = StructuredOutputsParams(choice=("left",))
+    sampler.add(0, sequence(params, tokenizer.encode("left"), min_tokens=9))
+    # More could follow here, but only what isn't allowed.
+    more, letters = StructuredOutputsParams(regex="[a-z]+"), tuple(tokenizer.encode("1"))
+    outputs = tokenizer.encode("left")
+    sampler.add(1, sequence(more, outputs, allowed_token_ids=letters, ignore_eos=True))
+    sampled = sampler.sample(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([1, 1]))
+    assert (sampled.token_ids, dict(sampled.failures)) == ([EOS, EOS], {})
 
 
 def test_a_row_is_free_again_when_its_sequence_is_gone(sampler: Sampler) -> None:

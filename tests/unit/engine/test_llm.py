@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import engine
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.scheduler.plan import StepPlan
 from engine.weights.model_dir import resolve_model
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
+from protocol.sampling import ThoughtLimit
 
 PROMPT = "Once upon a time there was a fox"
 
@@ -269,3 +270,31 @@ def test_preempted_sequences_are_reported_once(llm: LLM, model_dir: Path) -> Non
             assert {i: e.logprob for i, e in entry.items()} == pytest.approx(
                 {i: e.logprob for i, e in wanted.items()}, abs=1e-4
             )
+
+
+def test_an_output_whose_grammar_fails_is_given_up_alone(llm: LLM) -> None:
+    """Behind its first token this grammar has too many ways to go on."""
+    choice = tuple(f"x{number}" for number in range(20_000))
+    broken = sampling_with(structured_outputs=StructuredOutputsParams(choice=choice))
+    held = sampling_with(structured_outputs=StructuredOutputsParams(regex="[a-z]{9}"))
+    alone = [output.outputs[0] for output in llm.generate([PROMPT] * 2, [SEEDED, held])]
+    free, failed, also_held = llm.generate([PROMPT] * 3, [SEEDED, broken, held])
+    assert [free.outputs[0], also_held.outputs[0]] == alone
+    assert failed.outputs[0].text == "x"
+    assert failed.outputs[0].finish_reason == "abort"
+    assert "can't be followed any further" in str(failed.outputs[0].stop_reason)
+    assert llm.engine.num_rows == 0
+    assert llm.engine.pool.counts.referenced == 0
+
+
+def test_thoughts_end_in_time(llm: LLM) -> None:
+    """One by one as in a batch, the first token, which comes of the prompt's step, included."""
+    for max_tokens in (0, 1, 5):
+        limit = ThoughtLimit(
+            max_tokens=max_tokens, opening_token_id=3, closing_token_id=4, starts_inside=True
+        )
+        free, held = llm.generate([PROMPT] * 2, [SEEDED, sampling_with(thoughts=limit)])
+        thoughts = free.outputs[0].token_ids[:max_tokens]
+        assert 4 not in thoughts
+        assert held.outputs[0].token_ids[: max_tokens + 1] == [*thoughts, 4]
+        assert len(held.outputs[0].token_ids) == 20

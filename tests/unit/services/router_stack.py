@@ -38,17 +38,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_toy_model(path: Path) -> Path:
-    """Every byte is a token, so that texts, tokens and characters cut across each other."""
+def write_toy_model(path: Path, *, marks: tuple[str, ...] = ()) -> Path:
+    """Every byte is a token, so that texts, tokens and characters cut across each other; so is
+    each of `marks`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    backend.add_tokens([AddedToken(mark) for mark in marks])
     backend.save(str(path / "tokenizer.json"))
     config = {
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 258,
+        "vocab_size": 258 + len(marks),
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_attention_heads": 1,
@@ -162,12 +164,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def open_router_stack(
-    path: Path, *, api_keys: tuple[str, ...] = (), **settings: Any
+    path: Path, *, api_keys: tuple[str, ...] = (), marks: tuple[str, ...] = (), **settings: Any
 ) -> AsyncIterator[RouterStack]:
-    """A router without workers. `settings` are RouterConfig's."""
+    """A router without workers. `marks` are the toy model's; `settings` are RouterConfig's."""
     async with AsyncExitStack() as stack:
         redis_url, redis_process = await _start_redis(path, stack)
-        model = ServedModel.from_dir(write_toy_model(path), names=(MODEL, "alias"))
+        model = ServedModel.from_dir(write_toy_model(path, marks=marks), names=(MODEL, "alias"))
         config = RouterConfig(redis_url=redis_url, **settings)
         service = RouterService(config, model, api_keys=api_keys)
         listener = socket.create_server(("127.0.0.1", 0))

@@ -205,6 +205,13 @@ async def test_tool_choices_are_a_chats(stack: RouterStack) -> None:
     assert stack.workers[0].requests[0].sampling.structured_outputs.json["maxItems"] == 1
 
 
+async def test_one_tool_use_at_most(stack: RouterStack) -> None:
+    alone = {"type": "auto", "disable_parallel_tool_use": True}
+    answer = await ask(stack, says(f"{CALL}\n{CALL} Done.", tools=[WEATHER], tool_choice=alone))
+    assert [part["type"] for part in answer["content"]] == ["text", "tool_use"]
+    assert answer["stop_reason"] == "tool_use"
+
+
 async def test_a_named_tools_call_that_is_cut_off(stack: RouterStack) -> None:
     choice = {"type": "tool", "name": "get_weather"}
     answer = await ask(stack, {"tools": [WEATHER], "tool_choice": choice})

@@ -187,6 +187,13 @@ async def test_calls_and_thoughts_are_items_of_their_own(stack: RouterStack) -> 
     assert [e["output_index"] for e in arguments] == [1, 2]
 
 
+async def test_one_call_at_most(stack: RouterStack) -> None:
+    body = says(f"{CALL}\n{CALL} Done.", tools=[WEATHER], parallel_tool_calls=False)
+    for answer in (await ask(stack, body), (await events_of(stack, body))[-1]["response"]):
+        assert [item["type"] for item in answer["output"]] == ["message", "function_call"]
+        assert (answer["status"], answer["parallel_tool_calls"]) == ("completed", False)
+
+
 def _without_ids(item: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in item.items() if name not in ("id", "call_id")}
 

@@ -9,6 +9,7 @@ import pytest_asyncio
 from router_stack import RouterStack, open_router_stack
 
 from protocol.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
+from services.router.noop_worker import NoopBehaviour
 from services.router.openai_bodies import ChatBody
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,7 +53,9 @@ async def test_workers_get_what_was_asked(
     stack: RouterStack, fields: dict[str, Any], expected: StructuredOutputsParams | None
 ) -> None:
     body = msgspec.convert({"messages": MESSAGES, **fields}, ChatBody)
-    assert await stack.service.structured_outputs.read(body) == expected
+    found = await stack.service.structured_outputs.read(body)
+    assert (found and found[1]) == expected
+    assert found is None or found[0] in fields
     answer = await stack.client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
     assert answer.status_code == 200, answer.text
 
@@ -108,3 +111,64 @@ HOSTILE: list[dict[str, Any]] = [
 async def test_hostile_grammars_are_answered(stack: RouterStack, fields: dict[str, Any]) -> None:
     answer = await stack.client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
     assert answer.status_code in (200, 400), answer.text
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def failing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RouterStack]:
+    """Behind four tokens no grammar can be followed."""
+    async with open_router_stack(tmp_path_factory.mktemp("failing")) as stack:
+        await stack.add_worker(behaviour=NoopBehaviour(fails_at=4))
+        yield stack
+
+
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+FAILS: list[tuple[str, dict[str, Any], str]] = [
+    ("chat/completions", {"messages": MESSAGES, "response_format": FORMAT}, "response_format"),
+    ("chat/completions", {"messages": MESSAGES, "guided_regex": "a+"}, "guided_regex"),
+    (
+        "chat/completions",
+        {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "required"},
+        "tools",
+    ),
+    ("completions", {"prompt": "hi", "n": 2, "guided_choice": ["a"]}, "guided_choice"),
+    (
+        "responses",
+        {"input": "hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}},
+        "text.format",
+    ),
+    (
+        "messages",
+        {
+            "messages": MESSAGES,
+            "max_tokens": 9,
+            "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+        },
+        "output_config.format",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), FAILS, ids=lambda value: str(value)[:40])
+async def test_a_grammar_that_fails_amid_the_output_is_reported(
+    failing: RouterStack, path: str, body: dict[str, Any], field: str
+) -> None:
+    answer = await failing.client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert f"`{field}` can't be followed any further" in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if path != "messages":
+        assert (error["param"], error["code"]) == (field, "output_failed")
+    streamed = await failing.client.post(f"/v1/{path}", json={**body, "stream": True})
+    assert streamed.status_code == 200
+    assert f"`{field}` can't be followed any further" in streamed.text
+    assert failing.service.dispatcher.num_flights == 0
+
+
+async def test_a_stream_tells_of_a_failed_grammar_behind_what_came(failing: RouterStack) -> None:
+    body = {"messages": MESSAGES, "guided_regex": "a+"}
+    *chunks, last = await failing.stream("/v1/chat/completions", body)
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert text == "use", "and a special token before"
+    assert last["error"]["param"] == "guided_regex"

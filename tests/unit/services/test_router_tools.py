@@ -113,6 +113,29 @@ async def test_usage_and_logprobs_survive_what_is_held_back(stack: RouterStack) 
     assert num_logprobs == events[-1]["usage"]["completion_tokens"]
 
 
+async def test_one_call_at_most_ends_the_output_behind_it(stack: RouterStack) -> None:
+    body = says(f"One. {CALL} Two.{SECOND}", tools=[WEATHER, TIME], parallel_tool_calls=False)
+    answer = await stack.post(CHAT, body)
+    [choice] = answer.json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert choice["message"]["content"] == f"{BEFORE}One. "
+    assert choice["finish_reason"] == "tool_calls"
+    num_tokens = answer.json()["usage"]["completion_tokens"]
+    assert num_tokens == len(f"\0user\nOne. {CALL}".encode()), "nothing is generated behind it"
+    events = await stack.stream(CHAT, body)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert [d["tool_calls"][0]["index"] for d in deltas if "tool_calls" in d] == [0]
+    assert "".join(d.get("content") or "" for d in deltas) == f"{BEFORE}One. "
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert stack.service.dispatcher.num_flights == 0
+
+
+async def test_without_a_call_one_at_most_changes_nothing(stack: RouterStack) -> None:
+    words = says("Just words <tool_call>{}</tool_call>!", tools=[WEATHER])
+    assert await ask(stack, **words) == await ask(stack, **words, parallel_tool_calls=False)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice"),

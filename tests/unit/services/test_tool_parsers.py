@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.router.chat_reader import ReadingRules
+from services.router.first_call import FirstCallParser
 from services.router.reasoning_parsers import REASONING_FORMATS, Thought
 from services.router.tool_parsers import (
     TOOL_FORMATS,
@@ -111,6 +114,67 @@ def test_cuts_make_no_difference_and_arguments_are_json(
     if name != "named":
         for _, arguments in whole[1].values():
             assert isinstance(json.loads(arguments, parse_constant=pytest.fail), dict)
+
+
+def first_parser(name: str) -> FirstCallParser:
+    tool_format = TOOL_FORMATS[name]
+    return FirstCallParser(tool_format.make, tool_format.closings)
+
+
+ODD = '{"name": "f", "arguments": {"x": "}\\"}{("}}'
+FIRST_EXAMPLES = [
+    ("hermes", f"So. <tool_call>{WEATHER}</tool_call>", f"<tool_call>{TIME}</tool_call>", "So. "),
+    ("qwen", f"<tool_call>{ODD}</tool_call>", " Done.", ""),
+    ("mistral", f"It's {{so}}. [TOOL_CALLS] [{ODD}", f", {TIME}]", "It's {so}. "),
+    ("mistral", f"[TOOL_CALLS]{TIME}", "", ""),
+    ("granite", f"<|tool_call|>[{WEATHER}", "]", ""),
+    ("llama3_json", ODD, f"; {TIME}", ""),
+    ("llama3_json", f"<|python_tag|>[{WEATHER}", f", {TIME}]", ""),
+    ("pythonic", """[f(x={"a": ("'", ')')})""", ", get_time()]", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "rest", "content"), FIRST_EXAMPLES)
+def test_the_first_call_is_passed_on_once_it_is_whole_and_is_the_last(
+    name: str, text: str, rest: str, content: str
+) -> None:
+    parser = first_parser(name)
+    parsed = Parsed()
+    for char in text:
+        assert not parsed.calls
+        parsed.add(parser.push(char))
+    assert [call.index for call in parsed.calls] == [0]
+    assert parsed.content == content
+    parsed.add(parser.push(rest))
+    parsed.add(parser.finish())
+    assert joined(parsed) == joined(parse(first_parser(name), text + rest))
+    assert joined(parsed)[1][0] == joined(parse(PARSERS[name](), text + rest))[1][0]
+
+
+def test_a_call_among_thoughts_does_not_end_an_output() -> None:
+    thoughts, calls = REASONING_FORMATS["qwen3"], partial(first_parser, "hermes")
+    watch = ReadingRules(make_thoughts=thoughts, make_calls=calls, ends_with_call=True).watch()
+    assert watch is not None
+    call = f"<tool_call>{TIME}</tool_call>"
+    assert not watch(f"<think>{call}</think>{call[:-1]}")
+    assert watch(">")
+    assert ReadingRules(make_calls=calls).watch() is None
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@settings(max_examples=300, deadline=None)
+@given(text=texts, places=st.lists(st.integers(0, 200), max_size=8))
+def test_first_calls_do_not_depend_on_cuts_and_are_those_of_all(
+    name: str, text: str, places: list[int]
+) -> None:
+    whole = joined(parse(first_parser(name), text))
+    assert joined(parse(first_parser(name), *cut(text, places))) == whole
+    assert joined(parse(first_parser(name), *text)) == whole
+    assert len(whole[1]) <= 1
+    content, calls = joined(parse(PARSERS[name](), text))
+    if calls:
+        assert whole[1] == {0: calls[0]}
+        assert content.startswith(whole[0])
 
 
 def think(name: str, *texts: str) -> tuple[str, str]:
