@@ -3,6 +3,7 @@
 #   make serve ARGS="--port 9000"   serve the built-in model on 127.0.0.1 (flags: docs/configuration.md)
 #   make test ARGS="-k scheduler"   run the tests
 #   make check                      lint, types and import rules
+#   make fuzz                       send the router 100,000 broken requests, others each day
 #   make format                     let ruff repair what it can
 #   make docs                       write docs/configuration.md anew
 #   make clean                      remove the environment and all caches of this folder
@@ -42,7 +43,7 @@ KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(TORCH) $(TRITON) $(T
 SERVE_STAMP := $(VENV)/.serve-$(KEY)
 DEV_STAMP := $(VENV)/.dev-$(KEY)
 
-.PHONY: help serve test check lint types imports format docs clean setup
+.PHONY: help serve test fuzz check lint types imports format docs clean setup
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -54,6 +55,10 @@ serve: $(SERVE_STAMP)
 
 test: $(DEV_STAMP)
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(DEV_STAMP)
+	@exec $(BIN)/python -m pytest tests/fuzz/test_raw_http.py -s --timeout 0 -o faulthandler_timeout=0 \
+		--fuzz-requests 100000 --fuzz-seed $$(date +%Y%m%d000000) $(ARGS)
 
 check: lint types imports
 
@@ -75,7 +80,7 @@ docs: $(DEV_STAMP)
 	$(BIN)/python -m cli.config_docs
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info tests/clients/node/node_modules .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -101,7 +106,8 @@ endif
 
 $(DEV_STAMP): $(SERVE_STAMP)
 	@echo "Installing the tools for tests and checks …"
-	@$(PIP) --group dev
+	@$(PIP) --group dev --group clients
+	@$(PIP) --no-deps instructor lm_eval
 	@# torch's CUDA builds bring their Triton; elsewhere its interpreter runs our kernels in tests.
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
 	@rm -f $(VENV)/.dev-* && touch $@

@@ -52,7 +52,8 @@ def _row(option: Option) -> str:
         meaning += "; one of " + ", ".join(f"`{choice}`" for choice in option.info.choices)
     elif option.info.minimum is not None or option.info.maximum is not None:
         meaning += f" ({option.wanted})"
-    cells = (f"`{option.flag}`", f"`{option.variable}`", _default(option), meaning)
+    flag = option.flag if option.info.short is None else f"-{option.info.short}, {option.flag}"
+    cells = (f"`{flag}`", f"`{option.variable}`", _default(option), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

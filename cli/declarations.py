@@ -1,7 +1,7 @@
 """Every command and the configuration classes that it takes."""
 
 from cli.resolve import Command, Group
-from cli.stack_config import FetchConfig, StackConfig
+from cli.stack_config import FetchConfig, RunBatchConfig, StackConfig
 from cli.vllm_config import VllmConfig
 from engine.config import EngineConfig
 from loadtest.config import BenchConfig
@@ -42,4 +42,20 @@ FETCH = Command(
     positional="model",
 )
 
-WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, FETCH, BENCH)
+# Its stack is there for its own requests alone.
+FOR_BATCH = frozenset({"fd", "host", "port", "api_key_file", "disable_log_requests"})
+RUN_BATCH = Command(
+    "run-batch",
+    "Answer a file of requests, by a stack of its own or a running server.",
+    (
+        Group(RunBatchConfig, "Batch file"),
+        Group(StackConfig, "Stack"),
+        Group(RouterConfig, "Router", FOR_BATCH),
+        _ENGINE,
+        Group(WorkerConfig, "Workers", PER_WORKER),
+        _VLLM,
+    ),
+    positional="model",
+)
+
+WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, FETCH, BENCH, RUN_BATCH)

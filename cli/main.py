@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "decode": Subcommand("cli.services", "run_decode", "run one decode worker"),
     "fetch": Subcommand("cli.fetch", "run", "find, import or download a model"),
     "ps": Subcommand("cli.ps", "run", "list the processes of local stacks"),
+    "run-batch": Subcommand("cli.run_batch", "run", "answer a file of requests"),
     "bench": Subcommand("cli.bench", "run", "load an OpenAI-compatible server"),
 }
 
@@ -72,7 +73,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<9}{sub.summary}" for name, sub in SUBCOMMANDS.items()]
+    lines = [f"  {name:<11}{sub.summary}" for name, sub in SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: tandem COMMAND …",

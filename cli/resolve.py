@@ -124,15 +124,17 @@ def make_parser(command: Command) -> argparse.ArgumentParser:
 
 def _add_flag(section: argparse._ArgumentGroup, option: Option) -> None:
     text = _help_text(option)
+    # The long one gives the value its name, so it's found as the others are.
+    flags = (option.flag,) if option.info.short is None else (f"-{option.info.short}", option.flag)
     if option.kind is bool:
-        section.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=text)
+        section.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
     elif option.kind is tuple:
-        section.add_argument(option.flag, nargs="+", metavar=option.info.metavar, help=text)
+        section.add_argument(*flags, nargs="+", metavar=option.info.metavar, help=text)
     else:
         metavar = option.info.metavar
         if metavar is None and option.info.choices:
             metavar = "{" + ",".join(option.info.choices) + "}"
-        section.add_argument(option.flag, metavar=metavar, help=text)
+        section.add_argument(*flags, metavar=metavar, help=text)
 
 
 def _help_text(option: Option) -> str:

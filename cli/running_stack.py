@@ -4,13 +4,16 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cli.announce import Announcer, Row
 from cli.registered_workers import RegisteredWorkers
 from cli.runtime_dir import RuntimeDir, StackProcess, StackRecord
 from cli.stack import Endpoints
 from cli.supervisor import Service, Supervised, Supervisor
+
+# What a stack was started for; it gets the stack's URL.
+StackWork = Callable[[str], Awaitable[None]]
 
 
 class RunningStack:
@@ -37,15 +40,18 @@ class RunningStack:
         self._started_unix_s = time.time()
         self._stop = asyncio.Event()
 
-    async def run(self, *, start_timeout_s: float) -> None:
-        """Until a signal; StartupError if a process can't start or isn't ready in time."""
+    async def run(self, *, start_timeout_s: float, work: StackWork | None = None) -> None:
+        """Until a signal or the end of `work`, which a signal cancels.
+
+        StartupError if a process can't start or isn't ready in time.
+        """
         self._listen_for_signals()
         names = ", ".join(one.name for one in self._supervisor.supervised)
         self._announcer.say("starting", f"Starting {names} for {self._model} …")
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._supervisor.run())
-                reporting = tasks.create_task(self._report_ready(start_timeout_s))
+                reporting = tasks.create_task(self._when_ready(start_timeout_s, work))
                 await self._stop.wait()
                 reporting.cancel()
                 self._announcer.say("stopping", "Stopping; what runs may end first …")
@@ -67,9 +73,12 @@ class RunningStack:
             self._supervisor.kill()
         self._stop.set()
 
-    async def _report_ready(self, timeout_s: float) -> None:
+    async def _when_ready(self, timeout_s: float, work: StackWork | None) -> None:
         await self._supervisor.wait_ready(timeout_s=timeout_s)
         self._announcer.ready(model=self._model, url=self._url, rows=await self._rows())
+        if work is not None:
+            await work(self._url)
+            self._stop.set()
 
     async def _rows(self) -> list[Row]:
         rows: list[Row] = []

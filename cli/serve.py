@@ -19,7 +19,7 @@ from cli.listen import bind_listeners, bound_port, reachable_host
 from cli.redis_server import answers, find_redis_server, redis_socket_url
 from cli.registered_workers import RegisteredWorkers
 from cli.resolve import Settings, resolve
-from cli.running_stack import RunningStack
+from cli.running_stack import RunningStack, StackWork
 from cli.runtime_dir import RuntimeDir, runtime_dir
 from cli.stack import Endpoints, redis_service, router_services, worker_names, worker_services
 from cli.stack_config import StackConfig
@@ -34,12 +34,19 @@ from services.runtime.redis_client import open_redis
 def run(argv: Sequence[str]) -> int:
     """Serves until SIGINT or SIGTERM; StartupError if something can't start."""
     settings = resolve(SERVE, argv)
-    router = settings.config(RouterConfig, fd=None)
+    run_stack(settings, settings.config(RouterConfig, fd=None))
+    return 0
+
+
+def run_stack(settings: Settings, router: RouterConfig, *, work: StackWork | None = None) -> None:
+    """Until a signal, or until `work` is done, which gets the URL of the ready stack.
+
+    Raises StartupError, and what `work` raises.
+    """
     listeners = bind_listeners(router.host, router.port, count=settings.config(StackConfig).routers)
     resolve_model(settings.config(EngineConfig).model)
     with runtime_dir() as directory:
-        asyncio.run(_serve(settings, router, listeners, directory))
-    return 0
+        asyncio.run(_serve(settings, router, listeners, directory, work))
 
 
 async def _serve(
@@ -47,6 +54,7 @@ async def _serve(
     router: RouterConfig,
     listeners: Sequence[socket.socket],
     runtime: RuntimeDir,
+    work: StackWork | None,
 ) -> None:
     redis_url = router.redis_url or redis_socket_url(runtime.redis_socket)
     endpoints = Endpoints(redis_url, reachable_host(router.host), bound_port(listeners[0]))
@@ -72,7 +80,8 @@ async def _serve(
         announcer=Announcer(json_lines=router.log_format == "json"),
     )
     try:
-        await stack.run(start_timeout_s=settings.config(StackConfig).start_timeout_s)
+        start_timeout_s = settings.config(StackConfig).start_timeout_s
+        await stack.run(start_timeout_s=start_timeout_s, work=work)
     finally:
         await redis.aclose()
 

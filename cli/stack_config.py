@@ -29,3 +29,22 @@ class FetchConfig:
         None,
         help="local HF directory, hub id, or nothing for the built-in SmolLM2-135M-Instruct",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RunBatchConfig:
+    """What `tandem run-batch` reads and writes, and who answers; vLLM's names."""
+
+    input_file: str | None = setting(
+        None, short="i", metavar="FILE", help="requests, one a line, in OpenAI's batch format"
+    )
+    output_file: str | None = setting(
+        None,
+        short="o",
+        metavar="FILE",
+        help="results, one a line as they come; what is in it already isn't asked again",
+    )
+    url: str | None = setting(
+        None, metavar="URL", help="running server to ask, instead of a stack of its own"
+    )
+    max_concurrency: int = setting(64, minimum=1, help="requests at once at most")

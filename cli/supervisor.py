@@ -120,6 +120,9 @@ class Supervisor:
         while not self._stopping.is_set():
             started_s = time.monotonic()
             one.child = child = await Child.start(one.service.spec)
+            if self._stopping.is_set():
+                # Whoever stopped it found nothing to end yet.
+                child.signal(signal.SIGKILL)
             self._change(one, State.STARTING, f"pid {child.pid}")
             status = await self._wait_for_end(one, child)
             if self._stopping.is_set():

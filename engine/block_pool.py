@@ -183,9 +183,14 @@ class BlockPool:
         self._quarantined.difference_update(block_ids)
         self._free.extend(reversed(block_ids))
 
-    def reset_cache(self) -> None:
-        """Forgets all content. Blocks in use stay with their holders, but can't be hit."""
-        self._free.extend(self._cache.clear())
+    def reset_cache(self) -> int:
+        """Forgets all content. Blocks in use stay with their holders, but can't be hit.
+
+        Returns how many blocks are free by that.
+        """
+        freed = self._cache.clear()
+        self._free.extend(freed)
+        return len(freed)
 
     def drain_events(self) -> list[KVEvent]:
         """Changes of the prefix cache since the last call, in order."""

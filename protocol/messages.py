@@ -3,9 +3,9 @@
 A connection opens with `Hello` both ways; a peer with another `PROTOCOL_VERSION` is refused.
 Who sends what:
 
-    router  -> prefill   RunPrefill, AbortRequest
-    router  -> decode    ExpectRequest, RunLocal, AbortRequest
-    worker  -> router    StepOutputs, RequestFailed, LoadReport
+    router  -> prefill   RunPrefill, AbortRequest, ResetPrefixCache
+    router  -> decode    ExpectRequest, RunLocal, AbortRequest, ResetPrefixCache
+    worker  -> router    StepOutputs, RequestFailed, LoadReport, PrefixCacheReset
     prefill -> decode    ConnectKV, ReserveBlocks, PrefillDone, PrefillFailed, TransferStopped,
                          RenewTickets
     decode  -> prefill   KVConnected, GrantTicket, CancelTransfer
@@ -22,7 +22,7 @@ from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings, Request, SequenceOutput
 from protocol.ticket import TransferTicket
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -90,6 +90,20 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     load: WorkerLoad
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_cache"):
+    """Forget all cached blocks; the answer is a `PrefixCacheReset`. Those in use stay in use, but
+    nobody finds them any more. `reset_id` is the router's, and no other router's."""
+
+    reset_id: int
+
+
+class PrefixCacheReset(msgspec.Struct, frozen=True, tag="cache_reset"):
+    """`num_dropped_blocks` blocks that nobody used are free now."""
+
+    reset_id: int
+    num_dropped_blocks: int
 
 
 class ConnectKV(msgspec.Struct, frozen=True, tag="connect_kv"):
@@ -170,6 +184,8 @@ ControlMessage: TypeAlias = (
     | StepOutputs
     | RequestFailed
     | LoadReport
+    | ResetPrefixCache
+    | PrefixCacheReset
     | ConnectKV
     | KVConnected
     | ReserveBlocks

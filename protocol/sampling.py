@@ -62,7 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def validate(self) -> None:
         """Raises InvalidRequestError that names the first field out of range."""
-        for name, low, high, wanted in _RANGES:
+        for name, low, high, wanted in RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InvalidRequestError(f"`{name}` must be {wanted}, got {value}.", field=name)
@@ -109,7 +109,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError("`stop` must not contain an empty string.", field="stop")
 
 
-_RANGES: tuple[tuple[str, float, float, str], ...] = (
+# Name, least and greatest value, and both in words.
+RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("n", 1, 128, "between 1 and 128"),
     ("temperature", 0.0, 100.0, "between 0 and 100"),
     ("top_k", -1, 2**31 - 1, "-1, 0 or a positive integer"),

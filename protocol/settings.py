@@ -19,6 +19,7 @@ class SettingInfo:
     maximum: float | None = None
     metavar: str | None = None
     secret: bool = False
+    short: str | None = None
     only_default: str = ""
 
 
@@ -31,14 +32,15 @@ def setting(
     maximum: float | None = None,
     metavar: str | None = None,
     secret: bool = False,
+    short: str | None = None,
     only_default: str = "",
 ) -> Any:  # noqa: ANN401
     """A dataclass field that carries its help text and its bounds.
 
-    A secret's value never appears in an argument list or a message. `only_default` says why no
-    other value is accepted, and what to do instead.
+    A secret's value never appears in an argument list or a message. `short` is the letter of a
+    short flag. `only_default` says why no other value is accepted, and what to do instead.
     """
-    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, only_default)
+    info = SettingInfo(help, choices, minimum, maximum, metavar, secret, short, only_default)
     return dataclasses.field(default=default, metadata={"setting": info})
 
 

@@ -19,3 +19,11 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.kill()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "raw requests of tests/fuzz")
+    group.addoption("--fuzz-requests", type=int, default=4000, help="how many are sent")
+    group.addoption(
+        "--fuzz-seed", type=int, default=0, help="seed of the first; the next is 1 more"
+    )

@@ -18,7 +18,13 @@ class Tokenizer:
     `num_ids` is one more than the largest token id. Made by `from_dir`.
     """
 
-    def __init__(self, backend: Backend, chat_template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        chat_template: ChatTemplate | None = None,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         rules = decoder_rules(json.loads(backend.to_str())["decoder"])
@@ -27,6 +33,7 @@ class Tokenizer:
         self.pieces = TokenPieces(backend, rules)
         self.strips_first_space = rules.strips_first_space
         self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
         self.num_ids = max(vocabulary.values(), default=-1) + 1
         # A text of n characters has at least n / max_token_chars tokens.
         self.max_token_chars = max(map(len, vocabulary), default=1)
@@ -48,7 +55,7 @@ class Tokenizer:
         source = _template_source(path, chat_template)
         special_tokens = _special_tokens(path)
         template = None if source is None else ChatTemplate(source, special_tokens)
-        return cls(backend, template)
+        return cls(backend, template, special_tokens=special_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around a text."""
@@ -71,16 +78,24 @@ class Tokenizer:
         """The token as the vocabulary writes it, None if the id has no token."""
         return self._backend.id_to_token(token_id)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:  # noqa: ANN401
-        """The prompt's text; options as of `ChatTemplate.render`.
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: ChatTemplate | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> str:
+        """The prompt's text, by `template` or the model's own; options as of
+        `ChatTemplate.render`.
 
-        Raises InvalidRequestError if the model has no chat template or it refuses.
+        Raises InvalidRequestError if there is no chat template or it refuses.
         """
-        if self.chat_template is None:
+        template = template or self.chat_template
+        if template is None:
             raise InvalidRequestError(
                 "This model has no chat template; use completions instead.", field="messages"
             )
-        return self.chat_template.render(messages, **options)
+        return template.render(messages, **options)
 
     def apply_chat_template(
         self,

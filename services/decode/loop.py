@@ -67,18 +67,12 @@ class Abort:
 
 
 @dataclass(slots=True, frozen=True)
-class ResetPrefixCache:
-    pass
+class DropCache:
+    reset_id: int
 
 
 Command: TypeAlias = (
-    StartLocal
-    | MakeRoom
-    | AdmitTransferred
-    | DropTransfer
-    | EndQuarantine
-    | Abort
-    | ResetPrefixCache
+    StartLocal | MakeRoom | AdmitTransferred | DropTransfer | EndQuarantine | Abort | DropCache
 )
 
 
@@ -101,6 +95,14 @@ class Refused:
     field: str | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class CacheDropped:
+    """`num_blocks` cached blocks are free now."""
+
+    reset_id: int
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class TurnReport:
     """Everything one turn of the loop has to tell the event loop."""
@@ -108,6 +110,7 @@ class TurnReport:
     outputs: list[SequenceOutput] = field(default_factory=list[SequenceOutput])
     rooms: list[RoomMade] = field(default_factory=list[RoomMade])
     refused: list[Refused] = field(default_factory=list[Refused])
+    caches_dropped: list[CacheDropped] = field(default_factory=list[CacheDropped])
     kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
     load: WorkerLoad = field(default_factory=WorkerLoad)
     num_preempted: int = 0
@@ -151,8 +154,9 @@ class DecodeLoop:
                     self._scheduler.confirm_stopped(reservation)
             case Abort(key):
                 self._abort(key)
-            case ResetPrefixCache():
-                self._engine.pool.reset_cache()
+            case DropCache(reset_id):
+                dropped = CacheDropped(reset_id, self._engine.pool.reset_cache())
+                self._report.caches_dropped.append(dropped)
 
     def step(self) -> bool:
         self._give_room()

@@ -20,15 +20,17 @@ from protocol.messages import (
     LoadReport,
     PrefillDone,
     PrefillFailed,
+    PrefixCacheReset,
     RenewTickets,
     RequestFailed,
     ReserveBlocks,
+    ResetPrefixCache,
     RunLocal,
     StepOutputs,
     TransferStopped,
 )
 from protocol.request import SequenceOutput
-from services.decode.loop import Abort, Command, StartLocal, TurnReport
+from services.decode.loop import Abort, Command, DropCache, StartLocal, TurnReport
 from services.decode.transfers import IncomingTransfers
 from services.runtime.engine_thread import EngineThread
 from services.runtime.peers import ChannelEvent, Peer, PeerDown, PeerUp, Received
@@ -55,6 +57,7 @@ class DecodeWorker:
         self._transfers = transfers
         self._tasks = tasks
         self._routers: dict[RequestKey, Peer] = {}
+        self._resets: dict[int, Peer] = {}  # who wants to know of them
 
     @property
     def num_requests(self) -> int:
@@ -81,6 +84,10 @@ class DecodeWorker:
                 refused.key, refused.message, retryable=refused.retryable, field=refused.field
             )
         self._send_outputs(report.outputs)
+        for dropped in report.caches_dropped:
+            answer = PrefixCacheReset(dropped.reset_id, dropped.num_blocks)
+            if asker := self._resets.pop(dropped.reset_id, None):
+                asker.send(answer)
 
     def maintain(self) -> None:
         self._transfers.end_leases()
@@ -102,6 +109,9 @@ class DecodeWorker:
                 self._transfers.expect(request, prefill)
             case AbortRequest(key):
                 self._abort(key)
+            case ResetPrefixCache(reset_id):
+                self._resets[reset_id] = peer
+                self._engine_thread.post(DropCache(reset_id))
             case ReserveBlocks():
                 self._transfers.reserve(peer, message)
             case RenewTickets(ticket_ids):

@@ -44,11 +44,11 @@ class Abort:
 
 
 @dataclass(slots=True, frozen=True)
-class ResetPrefixCache:
-    pass
+class DropCache:
+    reset_id: int
 
 
-Command: TypeAlias = StartPrefill | Release | Abort | ResetPrefixCache
+Command: TypeAlias = StartPrefill | Release | Abort | DropCache
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,6 +78,14 @@ class PromptRefused:
     field: str | None = None
 
 
+@dataclass(slots=True, frozen=True)
+class CacheDropped:
+    """`num_blocks` cached blocks are free now."""
+
+    reset_id: int
+    num_blocks: int
+
+
 @dataclass(slots=True)
 class TurnReport:
     """What one turn of the loop tells the event loop; of `chunks`, later ones replace earlier."""
@@ -85,6 +93,7 @@ class TurnReport:
     chunks: list[ChunkComputed] = field(default_factory=list[ChunkComputed])
     done: list[PromptDone] = field(default_factory=list[PromptDone])
     refused: list[PromptRefused] = field(default_factory=list[PromptRefused])
+    caches_dropped: list[CacheDropped] = field(default_factory=list[CacheDropped])
     kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
     load: WorkerLoad = field(default_factory=WorkerLoad)
     num_prompt_tokens: int = 0
@@ -118,8 +127,9 @@ class PrefillLoop:
                 sequence = self._scheduler.abort(key)
                 if sequence is not None:
                     self._engine.release(sequence)
-            case ResetPrefixCache():
-                self._engine.pool.reset_cache()
+            case DropCache(reset_id):
+                dropped = CacheDropped(reset_id, self._engine.pool.reset_cache())
+                self._report.caches_dropped.append(dropped)
 
     def step(self) -> bool:
         plan = self._scheduler.schedule()

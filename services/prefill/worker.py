@@ -21,15 +21,17 @@ from protocol.messages import (
     KVConnected,
     LoadReport,
     PrefillFailed,
+    PrefixCacheReset,
     RenewTickets,
     RequestFailed,
+    ResetPrefixCache,
     RunPrefill,
     StepOutputs,
     TransferStopped,
 )
 from protocol.request import SequenceOutput
 from services.prefill.links import DecodeLink, DecodeLinks
-from services.prefill.loop import Abort, Command, Release, StartPrefill, TurnReport
+from services.prefill.loop import Abort, Command, DropCache, Release, StartPrefill, TurnReport
 from services.prefill.pushes import Push
 from services.runtime.engine_thread import EngineThread
 from services.runtime.metrics import WorkerMetrics
@@ -67,6 +69,7 @@ class PrefillWorker:
         self._tasks = tasks
         self._metrics = metrics
         self._outgoing: dict[RequestKey, _Outgoing] = {}
+        self._resets: dict[int, Peer] = {}  # who wants to know of them
 
     @property
     def num_requests(self) -> int:
@@ -100,6 +103,10 @@ class PrefillWorker:
             self._fail(
                 refused.key, refused.message, retryable=refused.retryable, field=refused.field
             )
+        for dropped in report.caches_dropped:
+            answer = PrefixCacheReset(dropped.reset_id, dropped.num_blocks)
+            if asker := self._resets.pop(dropped.reset_id, None):
+                asker.send(answer)
 
     def transfer_rates(self) -> dict[WorkerId, float]:
         return self._links.rates_gb_per_s()
@@ -121,6 +128,9 @@ class PrefillWorker:
                 self._start(peer, message)
             case AbortRequest(key):
                 self._stop(key)
+            case ResetPrefixCache(reset_id):
+                self._resets[reset_id] = peer
+                self._engine_thread.post(DropCache(reset_id))
             case GrantTicket(ticket):
                 outgoing = self._outgoing.get(ticket.key)
                 if outgoing is None:

@@ -67,7 +67,8 @@ class Admission:
 
 class AdmissionQueue:
     """`capacity` says how many sequences the workers take now; None means that nobody knows, and
-    everything is let through."""
+    everything is let through. `policy` may be replaced at any time; who waits already keeps the old
+    deadline."""
 
     def __init__(
         self,

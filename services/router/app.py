@@ -1,44 +1,37 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from protocol.errors import TandemError
+from services.router.answers import encode_json
 from services.router.auth import ApiKeyGuard
 from services.router.embeddings_api import EmbeddingsApi
-from services.router.embeddings_bodies import EmbeddingBody, RerankBody, ScoreBody
 from services.router.http_errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
 from services.router.messages_api import MessagesApi
-from services.router.messages_bodies import MessagesBody, PromptBody
 from services.router.openai_api import CLIENT_CLOSED_REQUEST, OpenAIApi
-from services.router.openai_bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from services.router.openapi import openapi_document
 from services.router.responses_api import ResponsesApi
-from services.router.responses_bodies import ResponsesBody
 from services.router.status_api import VERSION, StatusApi
 
-_BODIES: dict[str, type[msgspec.Struct]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/v1/responses": ResponsesBody,
-    "/v1/messages": MessagesBody,
-    "/v1/messages/count_tokens": PromptBody,
-    "/v1/embeddings": EmbeddingBody,
-    "/v1/score": ScoreBody,
-    "/score": ScoreBody,
-    "/v1/rerank": RerankBody,
-    "/v2/rerank": RerankBody,
-    "/rerank": RerankBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-}
+
+class _CorsRules(CORSMiddleware):
+    """Refuses in the API's own words."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        headers = {name: value for name, value in response.headers.items() if "content" not in name}
+        text = f"{bytes(response.body).decode()}."
+        refusal = HttpError(400, text, code="cors_refused", headers=headers)
+        return error_reply(refusal).response_at(path="/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +52,26 @@ def make_app(
     allowed_origins: tuple[str, ...] = (),
 ) -> FastAPI:
     """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
-    app = FastAPI(title="Tandem", version=VERSION, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_routes(app, apis)
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # A redirect would go to whatever host the client named.
+        redirect_slashes=False,
+    )
+    _add_routes(app, apis, has_keys=bool(api_keys))
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     if api_keys:
         app.add_middleware(ApiKeyGuard, keys=api_keys)
     if allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            _CorsRules, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return app
 
 
-def _add_routes(app: FastAPI, apis: Apis) -> None:
+def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
     openai, embeddings, status = apis.openai, apis.embeddings, apis.status
     posts = {
         "/v1/chat/completions": openai.chat,
@@ -97,7 +96,6 @@ def _add_routes(app: FastAPI, apis: Apis) -> None:
         "/v1/models/{name:path}": status.one_model,
         "/v1/responses/{response_id}": apis.responses.retrieve,
         "/health": status.health,
-        "/ping": status.health,
         "/version": status.version,
         "/load": status.load,
         "/load_config": status.load_config,
@@ -111,31 +109,13 @@ def _add_routes(app: FastAPI, apis: Apis) -> None:
         methods=["DELETE"],
         response_model=None,
     )
-    app.add_api_route("/ping", status.health, methods=["POST"], response_model=None)
-    schema = _openapi_schema(app)
+    app.add_api_route("/ping", status.health, methods=["GET", "POST"], response_model=None)
+    description = encode_json(openapi_document(version=VERSION, has_keys=has_keys))
 
-    async def openapi() -> dict[str, Any]:
-        return schema
+    async def openapi() -> Response:
+        return Response(description, media_type="application/json")
 
-    app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-
-
-def _openapi_schema(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's own, with the paths whose bodies are described by msgspec."""
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    bodies, components = msgspec.json.schema_components(
-        _BODIES.values(), ref_template="#/components/schemas/{name}"
-    )
-    schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
-    for path, body in zip(_BODIES, bodies, strict=True):
-        content = {"application/json": {"schema": body}}
-        schema["paths"][path] = {
-            "post": {
-                "requestBody": {"required": True, "content": content},
-                "responses": {"200": {"description": "Successful Response"}},
-            }
-        }
-    return schema
+    app.add_api_route("/openapi.json", openapi, methods=["GET"])
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
@@ -151,12 +131,21 @@ def _error_reply(request: Request, error: Exception) -> ErrorReply:
         case HTTPException(status_code=404):
             text = f"There is no {request.method} {request.url.path} here."
             return error_reply(HttpError(404, text, code="not_found"))
-        case HTTPException(status_code=405, headers=headers):
+        case HTTPException(status_code=405):
             text = f"{request.url.path} doesn't take {request.method}."
-            refusal = HttpError(405, text, code="method_not_allowed", headers=dict(headers or {}))
-            return error_reply(refusal)
+            headers = {"Allow": ", ".join(_methods_at(request))}
+            return error_reply(HttpError(405, text, code="method_not_allowed", headers=headers))
         case HTTPException(status_code=status, detail=detail):
             return error_reply(HttpError(status, detail, code="http_error"))
         case _:
             # The server logs the traceback; it's no client's business.
             return INTERNAL_ERROR
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Of all routes there; each of them knows its own only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.path_regex.match(request.url.path):
+            methods |= route.methods or set()
+    return sorted(methods)

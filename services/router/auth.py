@@ -3,13 +3,22 @@
 import hashlib
 import hmac
 from collections.abc import Iterable
+from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from protocol.errors import StartupError
 from services.router.http_errors import HttpError, error_reply
 
 # Probes and scrapers have no key.
-_GUARDED = ("/v1", "/tokenize", "/detokenize", "/load_config")
+_GUARDED = (
+    *("/v1", "/v2", "/score", "/rerank", "/tokenize", "/detokenize"),
+    *("/load_config", "/reset_prefix_cache", "/abort"),
+)
+
+
+def is_guarded(path: str) -> bool:
+    return path.startswith(_GUARDED)
 
 
 class ApiKeyGuard:
@@ -36,7 +45,7 @@ class ApiKeyGuard:
 
     def _refuses(self, scope: Scope) -> bool:
         # A browser asks with OPTIONS, and without key, whether it may send one.
-        if scope["method"] == "OPTIONS" or not scope["path"].startswith(_GUARDED):
+        if scope["method"] == "OPTIONS" or not is_guarded(scope["path"]):
             return False
         headers: dict[bytes, bytes] = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
@@ -51,3 +60,17 @@ class ApiKeyGuard:
 def _digest(key: bytes) -> bytes:
     """Of equal length for all keys, so that comparing tells nothing about them."""
     return hashlib.sha256(key).digest()
+
+
+def keys_in_file(name: str | None) -> tuple[str, ...]:
+    """The keys of a file with one a line; none without a file. Raises StartupError."""
+    if name is None:
+        return ()
+    try:
+        lines = Path(name).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--api-key-file {name} can't be read: {error}.") from error
+    if not lines:
+        # An empty secret must not open the door.
+        raise StartupError(f"--api-key-file {name} holds no key.")
+    return tuple(lines)

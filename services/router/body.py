@@ -15,6 +15,7 @@ from services.router.http_errors import HttpError
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]+)`")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
 
@@ -36,7 +37,7 @@ class BodyReader(Generic[Body]):
         try:
             return self._decoder.decode(data)
         except msgspec.ValidationError as error:
-            raise _invalid_value(str(error)) from error
+            raise invalid_value(str(error)) from error
         except msgspec.DecodeError as error:
             raise _malformed(data, str(error)) from error
         except UnicodeDecodeError as error:
@@ -75,7 +76,8 @@ def _too_long(max_bytes: int) -> HttpError:
     )
 
 
-def _invalid_value(text: str) -> InvalidRequestError:
+def invalid_value(text: str) -> InvalidRequestError:
+    """What msgspec says is wrong with a body, for its sender."""
     found = _PATH.fullmatch(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
     if missing := _MISSING.search(what):
@@ -83,6 +85,9 @@ def _invalid_value(text: str) -> InvalidRequestError:
         return InvalidRequestError(
             f"`{path}` is required.", field=path, code="missing_required_parameter"
         )
+    if unknown := _UNKNOWN.search(what):
+        path = f"{path}.{unknown['name']}" if path else unknown["name"]
+        return InvalidRequestError(f"There is no `{path}`.", field=path, code="unknown_parameter")
     if not path:
         return InvalidRequestError(f"The request body: {what}.", field=None, code="invalid_type")
     code = "invalid_type" if what.startswith("Expected") else "invalid_value"
@@ -96,6 +101,8 @@ def _malformed(data: bytes, text: str) -> InvalidRequestError:
     except (ValueError, RecursionError):
         path = None
     if path is not None:
+        # Unlike msgspec, the json module lets half a surrogate pair through.
+        path = path.encode(errors="replace").decode()
         return InvalidRequestError(f"`{path}` must be a finite number.", field=path)
     return InvalidRequestError(
         f"The request body isn't valid JSON: {text}.", field=None, code="invalid_json"

@@ -154,6 +154,17 @@ class Cluster:
             for worker_id, worker in self._workers.items()
         ]
 
+    # For the operator:
+
+    @property
+    def peers(self) -> list[Peer]:
+        """The workers' connections."""
+        return [worker.peer for worker in self._workers.values()]
+
+    def adopt_policy(self, policy: PlacementPolicy) -> None:
+        """Of all placements from now on."""
+        self._policy = policy
+
     # For the metrics:
 
     @property

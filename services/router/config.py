@@ -44,6 +44,11 @@ class RouterConfig:
     chat_template: str | None = setting(
         None, metavar="FILE", help="Jinja file to use instead of the model's own chat template"
     )
+    trust_request_chat_template: bool = setting(
+        False,
+        help="render a request's own `chat_template`; it runs sandboxed, but can take as long as "
+        "it likes",
+    )
     guided_decoding_backend: str = setting(
         "auto",
         choices=("auto", "guidance", "llguidance"),
@@ -72,6 +77,9 @@ class RouterConfig:
         help="whether decode workers prefill prompts themselves: when that is cheaper, only "
         "without prefill workers, or always",
     )
+    max_attempts: int = setting(
+        4, minimum=1, help="tries at a request whose workers die or give it up"
+    )
     max_queued_requests: int = setting(
         10_000, minimum=0, help="requests that may wait for workers; others get 429"
     )
@@ -83,6 +91,18 @@ class RouterConfig:
     )
     request_timeout_s: float = setting(
         3600.0, minimum=0.1, help="seconds after which a request ends with an error"
+    )
+    max_file_bytes: int = setting(
+        200 * 2**20, minimum=1024, help="longest file that /v1/files takes; it's kept in Redis"
+    )
+    file_ttl_s: int = setting(
+        30 * 86_400, minimum=60, help="seconds that files, and batches behind their time, are kept"
+    )
+    batch_concurrency: int = setting(
+        32, minimum=1, help="requests of batches that a router sends to workers at once at most"
+    )
+    batch_priority: int = setting(
+        100, minimum=0, help="least priority number of batches' requests; clients' are 0 by default"
     )
     response_ttl_s: float = setting(
         86_400.0,

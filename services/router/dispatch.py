@@ -51,10 +51,13 @@ class Dispatcher:
         *,
         policy: RetryPolicy | None = None,
     ) -> None:
-        """`connect` gives the connection to a worker, without waiting for it."""
+        """`connect` gives the connection to a worker, without waiting for it.
+
+        `policy` may be replaced at any time; it's read when a flight fails.
+        """
         self._chooser = chooser
         self._connect = connect
-        self._policy = policy or RetryPolicy()
+        self.policy = policy or RetryPolicy()
         self._loop = asyncio.get_running_loop()
         self._flights: dict[RequestKey, Flight] = {}
         self._homeless: dict[Flight, float] = {}
@@ -80,7 +83,7 @@ class Dispatcher:
         hashes = self._chooser.block_hashes(request, hashes)
         flight = Flight(request, sink, hashes)
         if not self._take_off(flight):
-            self._wait_for_route(flight, self._loop.time() + self._policy.no_worker_s)
+            self._wait_for_route(flight, self._loop.time() + self.policy.no_worker_s)
         return flight
 
     def abort(self, flight: Flight) -> None:
@@ -174,7 +177,7 @@ class Dispatcher:
         self._abort_attempt(flight)
         self._forget_attempt(flight)
         flight.avoid.add(avoid.peer_id)
-        if flight.attempt >= self._policy.max_attempts:
+        if flight.attempt >= self.policy.max_attempts:
             self._fail(
                 flight, WorkerLostError(f"The request failed {flight.attempt} times: {reason}.")
             )
@@ -189,9 +192,9 @@ class Dispatcher:
         flight.attempt += 1
         flight.num_retries += 1
         if flight.timer is None:
-            flight.timer = self._loop.call_later(self._policy.give_up_s, self._give_up, flight)
+            flight.timer = self._loop.call_later(self.policy.give_up_s, self._give_up, flight)
         flight.hashes = self._chooser.block_hashes(flight.attempt_request(), flight.hashes)
-        self._wait_for_route(flight, self._loop.time() + self._policy.give_up_s)
+        self._wait_for_route(flight, self._loop.time() + self.policy.give_up_s)
 
     def _give_up(self, flight: Flight) -> None:
         self._abort_attempt(flight)
@@ -203,7 +206,7 @@ class Dispatcher:
             # Not at once: whoever reports a loss may go on to report the next one.
             self._loop.call_soon(self._look_for_route, flight)
         else:
-            delay_s = self._policy.poll_s * 4 ** max(0, flight.attempt - 2)
+            delay_s = self.policy.poll_s * 4 ** max(0, flight.attempt - 2)
             self._loop.call_later(delay_s, self._look_for_route, flight)
 
     def _look_for_route(self, flight: Flight) -> None:
@@ -216,7 +219,7 @@ class Dispatcher:
             elif self._loop.time() >= deadline_s:
                 self._fail(flight, _no_worker(flight))
             else:
-                self._loop.call_later(self._policy.poll_s, self._look_for_route, flight)
+                self._loop.call_later(self.policy.poll_s, self._look_for_route, flight)
         except OverloadedError as error:
             self._fail(flight, error)
 

@@ -35,6 +35,10 @@ class RequestRefusedError(TandemError):
     """The workers can't serve this request, now or later: it's too large for their memory."""
 
 
+class StorageUnavailableError(TandemError):
+    """Redis, where files and batches are kept, doesn't answer or has no room."""
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
     message: str
     type: str
@@ -95,6 +99,10 @@ def error_reply(error: TandemError) -> ErrorReply:
         case RequestRefusedError():
             return ErrorReply(
                 400, ErrorDetail(text, "invalid_request_error", None, "request_refused")
+            )
+        case StorageUnavailableError():
+            return ErrorReply(
+                503, ErrorDetail(text, "service_unavailable_error", None, "storage_unavailable")
             )
         case RequestTimeoutError():
             return ErrorReply(504, ErrorDetail(text, "timeout_error", None, "timeout"))

@@ -24,7 +24,9 @@ from protocol.messages import (
     AbortRequest,
     ExpectRequest,
     LoadReport,
+    PrefixCacheReset,
     RequestFailed,
+    ResetPrefixCache,
     RunLocal,
     RunPrefill,
     StepOutputs,
@@ -145,6 +147,8 @@ class NoopWorker:
                 self._start(peer, request, first=0)
             case Received(peer, ExpectRequest(request)):
                 self._start(peer, request, first=1)
+            case Received(peer, ResetPrefixCache(reset_id)):
+                peer.send(PrefixCacheReset(reset_id, num_dropped_blocks=0))
             case Received(_, AbortRequest(key)):
                 self._running.pop(key, None)
                 self.aborted.put_nowait(key)

@@ -45,6 +45,11 @@ class OpenRequest:
         """The next exit isn't the end."""
         self._kept = True
 
+    def fail(self, error: TandemError) -> None:
+        """Ends it here and on the workers, in the queue too; the client gets `error`."""
+        self.generation.failed(error)
+        self._admission.leave()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

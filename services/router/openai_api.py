@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from fastapi import Request, Response
@@ -66,10 +66,15 @@ class OpenAIApi:
         self._admission = admission
         self._observer = observer
         self._on_end = on_end
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self._chat_bodies = BodyReader(ChatBody, max_bytes=max_body_bytes)
         self._completion_bodies = BodyReader(CompletionBody, max_bytes=max_body_bytes)
-        self.num_open = 0
+        self._open: dict[str, OpenRequest] = {}
+
+    @property
+    def open_requests(self) -> Mapping[str, OpenRequest]:
+        """Those that aren't over, by id."""
+        return self._open
 
     @property
     def can_limit_thoughts(self) -> bool:
@@ -179,10 +184,10 @@ class OpenAIApi:
             dispatcher=self._dispatcher,
             tokenizer=self._model.tokenizer,
             observer=self._observer,
-            timeout_s=self._request_timeout_s,
+            timeout_s=self.request_timeout_s,
         )
-        self.num_open += 1
         opened = OpenRequest(generation, admission, request.receive, on_end=self._ended)
+        self._open[head.id] = opened
         with opened:
             if await admission.granted():
                 generation.start()
@@ -219,7 +224,7 @@ class OpenAIApi:
         return msgspec.structs.replace(sampling, **changes) if changes else sampling, field
 
     def _ended(self, generation: Generation) -> None:
-        self.num_open -= 1
+        del self._open[generation.request_id]
         self._on_end(generation)
 
     def _head(self, body: SamplingBody, prefix: str) -> AnswerHead:

@@ -20,7 +20,6 @@ class Unsupported(msgspec.Struct, kw_only=True):
     """Known fields with no effect here; see `unsupported.py` for the values that are harmless."""
 
     audio: Json = None
-    chat_template: Json = None
     function_call: Json = None
     functions: Json = None
     kv_transfer_params: Json = None
@@ -168,6 +167,7 @@ class ChatBody(SamplingBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     documents: list[dict[str, Json]] | None = None
     reasoning_effort: str | None = None
@@ -186,6 +186,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Json] | None = None
     documents: list[dict[str, Json]] | None = None
     reasoning_effort: str | None = None

@@ -1,6 +1,7 @@
 """From a body's prompt or messages to token ids."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import ContextLengthError, InvalidRequestError
+from engine.tokenizer import ChatTemplate
+from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
 from protocol.sampling import SamplingParams
 from services.router.openai_bodies import ChatBody, Message, TokenizeBody
 from services.router.sampling import SamplingLimits, check_token_ids
@@ -17,6 +19,8 @@ from services.router.served_model import ServedModel
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+_MAX_TEMPLATE_CHARS = 64 * 1024
+_MAX_TEMPLATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +34,14 @@ class Prompt:
 class PromptEncoder:
     """Makes prompts; long texts are encoded in `executor`, so that nobody else waits for them."""
 
-    def __init__(self, model: ServedModel, executor: Executor) -> None:
+    def __init__(
+        self, model: ServedModel, executor: Executor, *, trusts_templates: bool = False
+    ) -> None:
+        """`trusts_templates` lets requests bring chat templates of their own."""
         self._model = model
         self._executor = executor
+        self._trusts_templates = trusts_templates
+        self._compiled = functools.lru_cache(maxsize=_MAX_TEMPLATES)(self._compile)
 
     async def prompts(
         self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
@@ -53,15 +62,21 @@ class PromptEncoder:
     ) -> Prompt:
         """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
         chat = template_messages(messages)
+        source = options.chat_template
+        if source is not None:
+            self._check_template(source)
         render = template_options(options) | {"tools": tools}
         add_special_tokens = options.add_special_tokens is True
         num_chars = sum(len(message["content"]) for message in chat if message["content"])
 
         def encode() -> Prompt:
-            text = self._model.tokenizer.render_chat(chat, **render)
+            template = None if source is None else self._compiled(source)
+            text = self._model.tokenizer.render_chat(chat, template=template, **render)
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        return self._not_empty(await self._run(encode, num_chars), field)
+        # A template of somebody else's may take its time.
+        is_quick = source is None and num_chars <= _INLINE_CHARS
+        return self._not_empty(await self._run(encode, is_quick=is_quick), field)
 
     async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
         """A text's tokens, maybe none."""
@@ -69,7 +84,7 @@ class PromptEncoder:
         def encode() -> Prompt:
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        return await self._run(encode, len(text))
+        return await self._run(encode, is_quick=len(text) <= _INLINE_CHARS)
 
     async def _prompt(
         self, prompt: str | list[int], field: str, *, add_special_tokens: bool
@@ -94,8 +109,28 @@ class PromptEncoder:
             )
         return self._model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    async def _run(self, encode: Callable[[], Prompt], num_chars: int) -> Prompt:
-        if num_chars <= _INLINE_CHARS:
+    def _check_template(self, source: str) -> None:
+        if not self._trusts_templates:
+            raise InvalidRequestError(
+                "`chat_template` isn't accepted from requests; the server's operator can allow it "
+                "with --trust-request-chat-template.",
+                field="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(source) > _MAX_TEMPLATE_CHARS:
+            raise InvalidRequestError(
+                f"`chat_template` may have at most {_MAX_TEMPLATE_CHARS} characters.",
+                field="chat_template",
+            )
+
+    def _compile(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._model.tokenizer.special_tokens)
+        except StartupError as error:
+            raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
+
+    async def _run(self, encode: Callable[[], Prompt], *, is_quick: bool) -> Prompt:
+        if is_quick:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 

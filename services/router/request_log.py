@@ -61,8 +61,9 @@ class RequestReports:
     """Tells metrics and log about each request that ended."""
 
     def __init__(self, metrics: RouterMetrics, *, log_requests: bool) -> None:
+        """`log_requests` may be changed at any time."""
         self._metrics = metrics
-        self._log_requests = log_requests
+        self.log_requests = log_requests
 
     def ended(self, generation: Generation) -> None:
         assert generation.end_s is not None, "reported when it's over"
@@ -79,5 +80,5 @@ class RequestReports:
             self._metrics.phases(PhaseTimings(**generation.phases))
         for _ in range(generation.num_retries):
             self._metrics.retried()
-        if self._log_requests:
+        if self.log_requests:
             log_request(generation)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from protocol.errors import InvalidRequestError
+from protocol.sampling import MAX_LOGPROBS
 from services.router.chat_fields import required, shared_fields
 from services.router.openai_bodies import (
     ChatBody,
@@ -58,6 +59,11 @@ def chat_body(body: ResponsesBody, messages: Sequence[Message]) -> ChatBody:
     if body.instructions is not None:
         instructions.append(Message(role="system", content=body.instructions))
     with_logprobs = LOGPROBS in (body.include or ())
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        raise InvalidRequestError(
+            f"`top_logprobs` must be between 0 and {MAX_LOGPROBS}, got {body.top_logprobs}.",
+            field="top_logprobs",
+        )
     text, reasoning = body.text, body.reasoning
     return ChatBody(
         **shared_fields(body),

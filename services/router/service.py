@@ -9,7 +9,6 @@
 """
 
 import asyncio
-import dataclasses
 import gc
 import logging
 import os
@@ -17,7 +16,6 @@ import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import uvloop
 from fastapi import FastAPI
@@ -26,18 +24,23 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from protocol.ids import new_incarnation
-from protocol.messages import LoadReport, RequestFailed, StepOutputs
-from protocol.settings import setting_info
-from services.router.admission import AdmissionPolicy, AdmissionQueue
+from protocol.messages import LoadReport, PrefixCacheReset, RequestFailed, StepOutputs
+from services.router.admin_api import AdminApi
+from services.router.admission import AdmissionQueue
 from services.router.app import Apis, make_app
+from services.router.auth import keys_in_file
+from services.router.batch.service import BatchLimits, BatchService
+from services.router.cache_resets import CacheResets
 from services.router.candidates import PlacementPolicy
 from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.embeddings_api import EmbeddingsApi
+from services.router.flight import RetryPolicy
 from services.router.http_server import make_server, open_listener
 from services.router.index import PrefixIndex
 from services.router.ledger import PlacementLedger
+from services.router.live_settings import LiveSettings, admission_policy
 from services.router.messages_api import MessagesApi
 from services.router.openai_api import OpenAIApi
 from services.router.prompts import PromptEncoder
@@ -80,7 +83,7 @@ def run_router(config: RouterConfig) -> int:
         names=config.served_model_name or (model_name(config.model),),
         chat_template=None if config.chat_template is None else Path(config.chat_template),
     )
-    api_keys = config.api_key + _keys_in_file(config.api_key_file)
+    api_keys = config.api_key + keys_in_file(config.api_key_file)
     listener = open_listener(config)
     return uvloop.run(_serve(config, model, api_keys, listener))
 
@@ -109,22 +112,28 @@ class RouterService:
             self._channel, model, placement, self._feed, on_placed=self._metrics.placed
         )
         self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
-        self.dispatcher = Dispatcher(self.cluster, self._channel.connect)
-        self._admission = AdmissionQueue(
-            self.cluster.capacity,
-            AdmissionPolicy(
-                max_waiting=config.max_queued_requests,
-                max_wait_s=min(config.queue_timeout_s, config.request_timeout_s),
-            ),
-        )
+        self._resets = CacheResets()
+        retries = RetryPolicy(max_attempts=config.max_attempts)
+        self.dispatcher = Dispatcher(self.cluster, self._channel.connect, policy=retries)
+        self._admission = AdmissionQueue(self.cluster.capacity, admission_policy(config))
+        self._settings = LiveSettings(config, self._adopt)
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
         self.app = self._make_app(config, model, api_keys)
+        self.batches = BatchService(
+            self.app.routes,
+            self._redis,
+            model,
+            runner_id=f"{identity.peer_id}-{identity.incarnation}",
+            limits=BatchLimits.of(config),
+        )
+        self.app.router.routes.extend(self.batches.routes)
 
     def start(self) -> None:
         self._tasks.start(self._directory.run())
         self._tasks.start(self._feed.run())
         self._tasks.start(self._reservations.run())
+        self._tasks.start(self.batches.run())
 
     async def close(self) -> None:
         self.dispatcher.close()
@@ -136,10 +145,13 @@ class RouterService:
     def _make_app(
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
     ) -> FastAPI:
-        encoder = PromptEncoder(model, self._executor)
-        reports = RequestReports(self._metrics, log_requests=not config.disable_log_requests)
+        log_requests = not config.disable_log_requests
+        self._reports = RequestReports(self._metrics, log_requests=log_requests)
+        encoder = PromptEncoder(
+            model, self._executor, trusts_templates=config.trust_request_chat_template
+        )
         self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
-        openai = OpenAIApi(
+        self._openai = openai = OpenAIApi(
             model=model,
             encoder=encoder,
             structured_outputs=self.structured_outputs,
@@ -147,7 +159,7 @@ class RouterService:
             dispatcher=self.dispatcher,
             admission=self._admission,
             observer=self._metrics,
-            on_end=reports.ended,
+            on_end=self._reports.ended,
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
@@ -171,14 +183,31 @@ class RouterService:
             model=model,
             encoder=encoder,
             cluster=self.cluster,
-            settings=_public_settings(config),
+            settings=self._settings.public,
             render_metrics=self._render_metrics,
-            num_open=lambda: openai.num_open,
+            num_open=lambda: len(openai.open_requests),
             max_body_bytes=config.max_body_bytes,
+        )
+        admin = AdminApi(
+            self._settings,
+            self._resets,
+            workers=lambda: self.cluster.peers,
+            open_requests=openai.open_requests,
         )
         messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
         apis = Apis(openai, responses, messages, embeddings, status)
-        return make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        app = make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        app.router.routes.extend(admin.routes)
+        return app
+
+    def _adopt(self, config: RouterConfig) -> None:
+        """Live settings have changed."""
+        logging.getLogger().setLevel(config.log_level.upper())
+        self._reports.log_requests = not config.disable_log_requests
+        self._openai.request_timeout_s = config.request_timeout_s
+        self._admission.policy = admission_policy(config)
+        self.dispatcher.policy = RetryPolicy(max_attempts=config.max_attempts)
+        self.cluster.adopt_policy(PlacementPolicy(local_prefill=config.local_prefill))
 
     def _render_metrics(self) -> tuple[bytes, str]:
         self._metrics.observe_workers(self.cluster.loads, self.cluster.count_states())
@@ -194,6 +223,7 @@ class RouterService:
                 logger.warning("worker %s is gone: %s %s", peer.peer_id, reason, detail)
                 self.cluster.peer_lost(peer)
                 self.dispatcher.peer_lost(peer)
+                self._resets.peer_lost(peer)
             case Received(peer, StepOutputs() as message):
                 self.dispatcher.outputs_came(peer, message)
             case Received(peer, LoadReport(load)):
@@ -201,6 +231,8 @@ class RouterService:
                 self._admission.update()
             case Received(peer, RequestFailed() as message):
                 self.dispatcher.request_failed(peer, message)
+            case Received(peer, PrefixCacheReset() as message):
+                self._resets.answered(peer, message)
             case Received(peer, message):
                 logger.warning("%s sent %s, which a router doesn't take", peer, message)
 
@@ -249,25 +281,3 @@ def _chat_rules(config: RouterConfig, model: ServedModel) -> ChatRules:
         ThoughtPolicy(model.tokenizer, make_thoughts),
         make_thoughts,
     )
-
-
-def _keys_in_file(name: str | None) -> tuple[str, ...]:
-    if name is None:
-        return ()
-    try:
-        lines = Path(name).read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--api-key-file {name} can't be read: {error}.") from error
-    if not lines:
-        # An empty secret must not open the door.
-        raise StartupError(f"--api-key-file {name} holds no key.")
-    return tuple(lines)
-
-
-def _public_settings(config: RouterConfig) -> dict[str, Any]:
-    hidden = {"redis_url", "fd"}
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if not setting_info(field).secret and field.name not in hidden
-    }

@@ -46,7 +46,7 @@ class StatusApi:
         model: ServedModel,
         encoder: PromptEncoder,
         cluster: ClusterStatus,
-        settings: dict[str, Any],
+        settings: Callable[[], dict[str, Any]],
         render_metrics: Callable[[], tuple[bytes, str]],
         num_open: Callable[[], int],
         max_body_bytes: int,
@@ -117,7 +117,7 @@ class StatusApi:
             {
                 "model": self._model.names[0],
                 "max_model_len": self._model.limits.max_model_len,
-                "settings": self._settings,
+                "settings": self._settings(),
                 "workers": self._cluster.describe(),
             }
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -152,10 +152,14 @@ def _calls_schema(tools: list[Tool], *, several: bool) -> dict[str, Any]:
     """One call or more. Definitions of a tool's parameters move to where references find them."""
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
-    for tool in tools:
+    for i, tool in enumerate(tools):
         parameters = dict(_parameters(tool))
         for key in ("$defs", "definitions"):
-            for name, schema in parameters.pop(key, {}).items():
+            own: Any = parameters.pop(key, {})
+            if not isinstance(own, dict):
+                field = f"tools[{i}].function.parameters.{key}"
+                raise InvalidRequestError(f"`{field}` must be an object.", field=field)
+            for name, schema in cast("dict[str, Any]", own).items():
                 if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
                     raise InvalidRequestError(
                         f"Two `tools` define {name!r:.80} in different ways.", field="tools"

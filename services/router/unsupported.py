@@ -9,7 +9,7 @@ from protocol.errors import InvalidRequestError
 from services.router.openai_bodies import Unsupported
 
 # Values besides null with which a field asks for what happens anyway.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
+HARMLESS: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "length_penalty": (1, 1.0),
@@ -24,14 +24,14 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 def refuse_unsupported(body: Unsupported) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
     names = Unsupported.__struct_fields__
-    refuse_fields(body, {name: _HARMLESS.get(name, ()) for name in names})
+    refuse_fields(body, {name: HARMLESS.get(name, ()) for name in names})
 
 
 def refuse_fields(body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]]) -> None:
     """As `refuse_unsupported`, for these fields; null is harmless, too."""
     for name, values in harmless.items():
         value = getattr(body, name)
-        if value is not None and value not in values:
+        if value is not None and not any(_same_json(value, other) for other in values):
             raise unsupported(name)
 
 
@@ -42,3 +42,8 @@ def unsupported(field: str, what: str | None = None) -> InvalidRequestError:
         field=field,
         code="unsupported_parameter",
     )
+
+
+def _same_json(value: Any, other: Any) -> bool:  # noqa: ANN401
+    """JSON's false isn't 0, and its 1.0 is 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other

@@ -8,6 +8,16 @@
 {ns}:blocks:{id}:{incarnation}      set of the block hashes (16 bytes each) after all of those
 {ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
 {ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
+{ns}:files                          sorted set of file ids by time; of expired ones until a listing
+{ns}:file:{id}                      string, FileRecord as JSON; all keys of a file expire with it
+{ns}:file:{id}:{n}                  string, its bytes from n * CHUNK_BYTES on
+{ns}:batches                        sorted set of batch ids by time, expired ones as above
+{ns}:batches:open                   set of the ids of batches that have still to be run
+{ns}:batch:{id}                     string, BatchRecord as JSON; all keys of a batch expire with it
+{ns}:batch:{id}:lease               string, who runs it; expires without renewal
+{ns}:batch:{id}:cancel              string, Unix time at which it was cancelled
+{ns}:batch:{id}:counts              hash, requests done and tokens used
+{ns}:batch:{id}:results:{bucket}    hash, line number -> result, of 256 lines each
 {ns}:response:{id}                  string, StoredResponse as JSON, expires
 {ns}:responses                      list of their ids and sizes, oldest first
 {ns}:response_bytes                 sum of those sizes
@@ -37,6 +47,31 @@ class RedisKeys:
     @property
     def placed(self) -> str:
         return f"{self.namespace}:placed"
+
+    @property
+    def files(self) -> str:
+        return f"{self.namespace}:files"
+
+    @property
+    def batches(self) -> str:
+        return f"{self.namespace}:batches"
+
+    @property
+    def open_batches(self) -> str:
+        return f"{self.namespace}:batches:open"
+
+    def file(self, file_id: str) -> str:
+        return f"{self.namespace}:file:{file_id}"
+
+    def file_chunk(self, file_id: str, index: int) -> str:
+        return f"{self.namespace}:file:{file_id}:{index}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.namespace}:batch:{batch_id}"
+
+    def batch_part(self, batch_id: str, part: str) -> str:
+        """`part` is `lease`, `cancel`, `counts` or `results:{bucket}`."""
+        return f"{self.namespace}:batch:{batch_id}:{part}"
 
     @property
     def responses(self) -> str:

@@ -115,6 +115,26 @@ async def test_those_that_are_not_ready_in_time_are_named(tmp_path):
     await running
 
 
+@pytest.mark.parametrize("kill", [True, False])
+async def test_one_that_is_stopped_while_it_starts(tmp_path, kill):
+    path = tmp_path / "never-written"
+    supervisor = Supervisor(
+        [service("slow", "import signal; signal.pause()", ready_file=path)], on_change=Changes()
+    )
+    running = asyncio.create_task(supervisor.run())
+    # The process is being started, and nobody has its id yet.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert supervisor.supervised[0].child is None
+    if kill:
+        supervisor.kill()
+    else:
+        await supervisor.stop()
+    async with asyncio.timeout(20):
+        await running
+    assert supervisor.supervised[0].pid is None
+
+
 async def test_output_carries_the_name_of_its_process(capfdbinary):
     script = "import sys; print('one'); print('two', end=''); sys.exit('tandem: bye')"
     child = await Child.start(

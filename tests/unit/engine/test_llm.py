@@ -264,3 +264,37 @@ def test_thoughts_end_in_time(llm: LLM) -> None:
         assert 4 not in thoughts
         assert held.outputs[0].token_ids[: max_tokens + 1] == [*thoughts, 4]
         assert len(held.outputs[0].token_ids) == 20
+
+
+def test_preempted_sequences_are_reported_once(llm: LLM, model_dir: Path) -> None:
+    prompts = [llm.tokenizer.encode(f"{i} {PROMPT * 9}")[:50] for i in range(6)]
+    sampling = sampling_with(prompt_logprobs=1, max_tokens=60)
+    tight = LLM(
+        str(model_dir),
+        load_format="dummy",
+        dtype="float32",
+        num_threads=1,
+        num_gpu_blocks_override=20,
+    )
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    expected = llm.generate(asked, sampling, use_tqdm=False)
+    preempted = 0
+    schedule = tight._loop.scheduler.schedule
+
+    def counting():
+        nonlocal preempted
+        plan = schedule()
+        preempted += len(plan.preempted)
+        return plan
+
+    tight._loop.scheduler.schedule = counting
+    found = tight.generate(asked, sampling, use_tqdm=False)
+    assert preempted
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        assert ours.prompt_logprobs is not None
+        assert len(ours.prompt_logprobs) == 50
+        for entry, wanted in zip(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], strict=True):
+            assert {i: e.logprob for i, e in entry.items()} == pytest.approx(
+                {i: e.logprob for i, e in wanted.items()}, abs=1e-4
+            )

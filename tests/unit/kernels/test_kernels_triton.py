@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ from kernels.gpu import activation, linear, norm, rope
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and version("triton") < "3.7",
+    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter multiplies bfloat16's bits as integers.

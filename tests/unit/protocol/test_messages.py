@@ -12,6 +12,8 @@ from protocol.messages import (
     ExpectRequest,
     GrantTicket,
     PrefillDone,
+    PrefixCacheReset,
+    ResetPrefixCache,
     StepOutputs,
 )
 from protocol.request import PhaseTimings, Request, SequenceOutput, TokenLogprobs
@@ -46,6 +48,8 @@ MESSAGES = [
         )
     ),
     StepOutputs([OUTPUT]),
+    ResetPrefixCache(new_incarnation()),
+    PrefixCacheReset(new_incarnation(), 12),
     PrefillDone(KEY, 4, 2, OUTPUT, PhaseTimings(transfer_s=0.1)),
 ]
 

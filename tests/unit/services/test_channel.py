@@ -179,10 +179,14 @@ async def test_both_sides_name_a_protocol_mismatch(
     worker, ref = stack.worker()
     router = stack.end("router-a")
     monkeypatch.setattr("services.runtime.control_client.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    with pytest.raises(ProtocolMismatchError, match=r"decode-0 .*version 1, this process 2"):
+    ours, theirs = PROTOCOL_VERSION + 1, PROTOCOL_VERSION
+    with pytest.raises(
+        ProtocolMismatchError, match=rf"decode-0 .*version {theirs}, this process {ours}"
+    ):
         await router.channel.connected(ref)
     assert (await router.events.down()).reason is LostReason.OTHER_PROTOCOL
-    assert "refused router-a: it speaks protocol version 2, this process 1" in caplog.text
+    refusal = f"refused router-a: it speaks protocol version {ours}, this process {theirs}"
+    assert refusal in caplog.text
     assert worker.events.events == []
 
 

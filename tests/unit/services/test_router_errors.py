@@ -84,6 +84,7 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"cache_salt": 5}, "cache_salt"),
     ({"ignore_eos": "no"}, "ignore_eos"),
     ({"use_beam_search": True}, "use_beam_search"),
+    ({"use_beam_search": 0}, "use_beam_search"),
     ({"bad_words": [""]}, "bad_words"),
     ({"bad_words": ["x" * 300]}, "bad_words"),
     ({"bad_words": ["x"] * 300}, "bad_words"),
@@ -118,6 +119,11 @@ async def test_not_a_number_inside_of_a_field(stack: RouterStack) -> None:
     assert_error(await stack.client.post(COMPLETIONS, content=content), 400, "logit_bias.5")
 
 
+async def test_not_a_number_under_half_a_surrogate_pair(stack: RouterStack) -> None:
+    content = '{"prompt": "hi", "\\ud800": NaN}'
+    assert_error(await stack.client.post(COMPLETIONS, content=content), 400, "?")
+
+
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({}, "messages"),
     ({"messages": []}, "messages"),
@@ -142,6 +148,18 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens"),
     ({"messages": USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
     ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
+    *(
+        (
+            {
+                "messages": USER,
+                "tools": [{"function": {"name": "f", "parameters": {key: value}}}],
+                "tool_choice": "required",
+            },
+            f"tools[0].function.parameters.{key}",
+        )
+        for key in ("$defs", "definitions")
+        for value in (5, [], "x", None)
+    ),
     ({"messages": USER, "functions": [{"name": "f"}]}, "functions"),
     ({"messages": USER, "modalities": ["audio"]}, "modalities"),
     ({"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template"),
@@ -230,6 +248,30 @@ async def test_unknown_paths_and_methods(stack: RouterStack) -> None:
     response = await stack.client.get(CHAT)
     assert_error(response, 405, None, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/ping", {"GET", "POST"}), ("/v1/responses/resp_1", {"GET", "DELETE"})],
+)
+async def test_a_refusal_names_all_methods_of_a_path(
+    stack: RouterStack, path: str, methods: set[str]
+) -> None:
+    response = await stack.client.put(path)
+    assert_error(response, 405, None, "method_not_allowed")
+    assert set(response.headers["allow"].split(", ")) == methods
+
+
+@pytest.mark.parametrize("path", ["/health/", f"{CHAT}/", "/tokenize/"])
+async def test_nobody_is_sent_elsewhere_for_a_slash(stack: RouterStack, path: str) -> None:
+    assert_error(await stack.post(path, {"messages": USER}), 404, None, "not_found")
+
+
+async def test_a_page_that_may_not_ask_is_told_in_the_same_shape(stack: RouterStack) -> None:
+    headers = {"Origin": "http://page.example", "Access-Control-Request-Method": "BREW"}
+    response = await stack.client.options(CHAT, headers=headers)
+    assert_error(response, 400, None, "cors_refused")
+    assert response.headers["access-control-allow-origin"] == "*"
 
 
 async def test_a_body_that_is_too_long(stack: RouterStack) -> None:

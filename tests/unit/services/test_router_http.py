@@ -1,11 +1,13 @@
 """Answers of the API, whole and streamed, over real HTTP, ZMQ and Redis."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
-from router_stack import MAX_MODEL_LEN, MODEL, RouterStack, open_router_stack
+from router_stack import MAX_MODEL_LEN, MODEL, RouterStack, open_router_stack, parse_events
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -287,3 +289,18 @@ async def test_metrics_count_requests_and_tokens(stack: RouterStack) -> None:
 async def test_other_origins_may_ask(stack: RouterStack) -> None:
     response = await stack.client.get("/v1/models", headers={"Origin": "http://page.example"})
     assert response.headers["access-control-allow-origin"] == "*"
+
+
+async def test_500_streams_at_once(stack: RouterStack) -> None:
+    limits = httpx.Limits(max_connections=500)
+    async with httpx.AsyncClient(base_url=stack.url, timeout=60.0, limits=limits) as client:
+
+        async def one(i: int) -> str:
+            body = {"prompt": f"{i:03}", "max_tokens": 30, "stream": True}
+            response = await client.post(COMPLETIONS, json=body)
+            events = parse_events(response.content)
+            return "".join(event["choices"][0]["text"] for event in events)
+
+        texts = await asyncio.gather(*(one(i) for i in range(500)))
+    assert texts == [f"{i:03}" * 10 for i in range(500)]
+    assert stack.service.dispatcher.num_flights == 0

@@ -83,7 +83,8 @@ async def test_errors_have_their_own_classes(client: AsyncOpenAI) -> None:
 @pytest.mark.parametrize("key", ["Bearer wrong", f"Basic {KEY}", "Bearer sécret", KEY])
 async def test_a_wrong_key_is_refused(stack: RouterStack, key: str) -> None:
     headers = {"Authorization": key.encode()}
-    for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/load_config", "/v1/nothing"):
+    guarded = ("/v1/models", "/v1/chat/completions", "/tokenize", "/load_config", "/v1/nothing")
+    for path in (*guarded, "/score", "/rerank", "/v2/rerank"):
         response = await stack.client.get(path, headers=headers)  # type: ignore[arg-type]
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"

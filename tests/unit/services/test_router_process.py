@@ -1,64 +1,20 @@
 """A router as a process: what stops its start, and how it ends."""
 
 import asyncio
-import dataclasses
 import json
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from router_stack import RouterStack, open_router_stack, parse_events, until, write_toy_model
+from router_process import router_process
+from router_stack import open_router_stack, parse_events, until, write_toy_model
 
 from protocol.errors import StartupError
 from services.router.config import RouterConfig
 from services.router.noop_worker import NoopBehaviour
 from services.router.service import run_router
-
-
-@asynccontextmanager
-async def router_process(
-    stack: RouterStack, model: Path, listener: socket.socket, **settings: Any
-) -> AsyncIterator[tuple[asyncio.subprocess.Process, httpx.AsyncClient]]:
-    """A second router of the same stack, on an inherited socket."""
-    config = RouterConfig(
-        fd=listener.fileno(), redis_url=stack.redis_url, model=str(model), **settings
-    )
-    code = (
-        "import sys; from services.router.config import RouterConfig;"
-        "from services.router.service import run_router;"
-        f"sys.exit(run_router(RouterConfig(**{dataclasses.asdict(config)!r})))"
-    )
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code),
-        pass_fds=(listener.fileno(),),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        async with httpx.AsyncClient(base_url=url, timeout=30.0) as client:
-            # Healthy only when it has found the stack's worker.
-            async with asyncio.timeout(30.0):
-                while not await _answers(client):
-                    assert process.returncode is None
-                    await asyncio.sleep(0.02)
-            yield process, client
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def _answers(client: httpx.AsyncClient) -> bool:
-    try:
-        return (await client.get("/health")).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 async def test_it_drains_what_runs_when_told_to_stop(tmp_path: Path) -> None:

@@ -291,6 +291,8 @@ async def test_truncation_leaves_out_the_oldest_turns(stack: RouterStack) -> Non
 
 USER = {"role": "user", "content": "x"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"top_logprobs": 21}, "top_logprobs"),
+    ({"top_logprobs": -1}, "top_logprobs"),
     ({"input": []}, "input"),
     ({"input": 3}, "input"),
     ({"input": [{"role": "judge", "content": "x"}]}, "input[0].role"),

@@ -1,0 +1,122 @@
+"""What files and batches have in common: records in Redis, listed by the time they were made."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# redis-py leaves many arguments and results untyped.
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from starlette.datastructures import QueryParams
+
+from protocol.errors import InvalidRequestError
+from services.router.http_errors import StorageUnavailableError
+from services.runtime.redis_client import REPLY_DEADLINE_S
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+_SLICE = 256
+
+
+@asynccontextmanager
+async def reaching_storage(deadline_s: float = REPLY_DEADLINE_S) -> AsyncGenerator[None]:
+    """Around what asks Redis for a client: an outage becomes StorageUnavailableError."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except (RedisError, OSError) as error:
+        raise StorageUnavailableError(f"The store of files and batches failed: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PageQuery:
+    """Which part of a list a client asks for: `limit` records behind the one called `after`."""
+
+    after: str | None
+    limit: int
+    ascending: bool = False
+
+
+def read_page_query(query: QueryParams, *, default_limit: int, max_limit: int) -> PageQuery:
+    """Raises InvalidRequestError that names the parameter."""
+    text = query.get("limit", str(default_limit))
+    if not text.isdecimal() or not 1 <= int(text) <= max_limit:
+        raise InvalidRequestError(f"`limit` must be from 1 to {max_limit}.", field="limit")
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError("`order` must be asc or desc.", field="order")
+    return PageQuery(query.get("after"), int(text), ascending=order == "asc")
+
+
+class RecordIndex(Generic[Record]):
+    """A sorted set of ids, each with a record that may have expired."""
+
+    def __init__(
+        self, redis: Redis, kind: type[Record], *, index: str, record_key: Callable[[str], str]
+    ) -> None:
+        self._redis = redis
+        self._decoder = msgspec.json.Decoder(kind)
+        self._index = index
+        self._record_key = record_key
+
+    async def add(self, record_id: str) -> None:
+        await self._redis.zadd(self._index, {record_id: int(1e6 * time.time())})
+
+    async def remove(self, record_id: str) -> None:
+        await self._redis.zrem(self._index, record_id)
+
+    async def get(self, record_id: str) -> Record | None:
+        async with asyncio.timeout(REPLY_DEADLINE_S):
+            value = await self._redis.get(self._record_key(record_id))
+        return None if value is None else self._decoder.decode(value)
+
+    async def page(
+        self, query: PageQuery, *, wanted: Callable[[Record], bool] = lambda _: True
+    ) -> tuple[list[Record], bool]:
+        """The records, and whether more follow. Raises InvalidRequestError for a bad `after`."""
+        found: list[Record] = []
+        expired: list[bytes] = []
+        start = await self._start(query)
+        while len(found) <= query.limit:
+            reply = await self._redis.zrange(
+                self._index, start, start + _SLICE - 1, desc=not query.ascending
+            )
+            ids = cast("list[bytes]", reply)
+            if not ids:
+                break
+            start += len(ids)
+            values = await self._redis.mget([self._record_key(one.decode()) for one in ids])
+            for record_id, value in zip(ids, values, strict=True):
+                if value is None:
+                    expired.append(record_id)
+                elif wanted(record := self._decoder.decode(cast("bytes", value))):
+                    found.append(record)
+        if expired:
+            # Only now: places in the set were counted on.
+            await self._redis.zrem(self._index, *expired)
+        return found[: query.limit], len(found) > query.limit
+
+    async def _start(self, query: PageQuery) -> int:
+        if query.after is None:
+            return 0
+        rank_of: Any = self._redis.zrank if query.ascending else self._redis.zrevrank
+        rank = cast("int | None", await rank_of(self._index, query.after))
+        if rank is None:
+            raise InvalidRequestError(f"There is no `{query.after}` in the list.", field="after")
+        return rank + 1
+
+
+def list_answer(data: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """OpenAI's envelope of a page."""
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }

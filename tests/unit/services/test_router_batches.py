@@ -1,0 +1,385 @@
+"""/v1/batches as OpenAI's client sees them, over workers without a model."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+from openai import AsyncOpenAI
+from openai.types import Batch
+from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, until
+
+from services.router.batch.records import BatchRecord
+from services.router.noop_worker import NoopBehaviour
+from services.router.openai_bodies import CompletionBody
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEY = "secret"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+OVER = ("completed", "failed", "expired", "cancelled")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RouterStack]:
+    path = tmp_path_factory.mktemp("router")
+    async with open_router_stack(
+        path, api_keys=(KEY,), batch_concurrency=4, batch_priority=7
+    ) as stack:
+        stack.client.headers["Authorization"] = f"Bearer {KEY}"
+        await stack.add_worker()
+        yield stack
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(stack: RouterStack) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def line(custom_id: str, url: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
+    if url == CHAT:
+        body.setdefault("messages", [{"role": "user", "content": "hé"}])
+    else:
+        body.setdefault("prompt", "abc")
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": MODEL} | body}
+
+
+async def create(client: AsyncOpenAI, lines: list[Any], endpoint: Any = COMPLETIONS) -> Batch:
+    texts = [each if isinstance(each, str) else json.dumps(each) for each in lines]
+    file = await client.files.create(file="\n".join(texts).encode(), purpose="batch")
+    return await client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h"
+    )
+
+
+async def ended(client: AsyncOpenAI, batch: Batch) -> Batch:
+    async with asyncio.timeout(DEADLINE_S):
+        while batch.status not in OVER:
+            await asyncio.sleep(0.02)
+            batch = await client.batches.retrieve(batch.id)
+    return batch
+
+
+async def results(client: AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    content = (await client.files.content(file_id)).content
+    assert content.endswith(b"\n")
+    return [json.loads(each) for each in content.splitlines()]
+
+
+async def test_a_batch_of_chats(client: AsyncOpenAI) -> None:
+    batch = await create(client, [line(f"c{i}", CHAT, max_tokens=9) for i in range(20)], CHAT)
+    assert batch.status == "validating"
+    batch = await ended(client, batch)
+    assert batch.status == "completed"
+    assert (batch.model, batch.error_file_id, batch.errors) == (MODEL, None, None)
+    assert batch.request_counts is not None
+    assert batch.request_counts.to_dict() == {"total": 20, "completed": 20, "failed": 0}
+    assert batch.usage is not None
+    assert batch.usage.output_tokens == 180
+    times = (batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at)
+    assert list(times) == sorted(t for t in times if t is not None)
+    outputs = await results(client, batch.output_file_id)
+    assert [output["custom_id"] for output in outputs] == [f"c{i}" for i in range(20)]
+    for output in outputs:
+        assert output["error"] is None
+        assert output["response"]["status_code"] == 200
+        body = output["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == "user\nhé"
+        assert output["response"]["request_id"] == body["id"]
+    file = await client.files.retrieve(batch.output_file_id or "")
+    assert (file.purpose, file.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/responses", "/v1/embeddings"])
+async def test_batches_of_what_else_is_served(client: AsyncOpenAI, endpoint: str) -> None:
+    body = {"model": MODEL, "input": "abc"}
+    if endpoint == "/v1/responses":
+        body["max_output_tokens"] = 20  # type: ignore[assignment]
+    lines = [{"custom_id": i, "method": "POST", "url": endpoint, "body": body} for i in "ab"]
+    batch = await ended(client, await create(client, lines, endpoint))
+    assert batch.status == "completed"
+    assert batch.usage is not None
+    assert batch.usage.input_tokens > 0
+    outputs = await results(client, batch.output_file_id)
+    assert [output["custom_id"] for output in outputs] == ["a", "b"]
+
+
+async def test_requests_that_fail_go_to_the_error_file(client: AsyncOpenAI) -> None:
+    lines = [line("good"), line("hot", temperature=-1), line("long", prompt="a" * 1000)]
+    batch = await ended(client, await create(client, lines))
+    assert batch.status == "completed"
+    assert batch.request_counts is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 2)
+    [good] = await results(client, batch.output_file_id)
+    assert good["custom_id"] == "good"
+    hot, long = await results(client, batch.error_file_id)
+    assert hot["response"]["status_code"] == long["response"]["status_code"] == 400
+    assert hot["response"]["body"]["error"]["param"] == "temperature"
+    assert hot["response"]["request_id"]
+    assert long["response"]["body"]["error"]["code"] == "context_length_exceeded"
+
+
+async def test_bad_lines_are_all_named(client: AsyncOpenAI) -> None:
+    lines = [
+        line("a"),
+        "{no json",
+        "",
+        line("a"),
+        line("b", CHAT),
+        line("c", model="gpt-9"),
+        line("d", stream=True),
+        {"custom_id": "e", "url": COMPLETIONS},
+        {"custom_id": 1, "url": COMPLETIONS, "body": {}},
+        {"custom_id": "f", "url": COMPLETIONS, "body": []},
+        line("g") | {"method": "GET"},
+        "[]",
+    ]
+    batch = await ended(client, await create(client, lines))
+    assert batch.status == "failed"
+    assert batch.failed_at is not None
+    assert batch.errors is not None
+    found = [(error.line, error.code, error.param) for error in batch.errors.data or ()]
+    assert found == [
+        (2, "invalid_json_line", None),
+        (4, "duplicate_custom_id", "custom_id"),
+        (5, "invalid_url", "url"),
+        (6, "model_not_found", "body.model"),
+        (7, "invalid_value", "body.stream"),
+        (8, "missing_required_parameter", "body"),
+        (9, "invalid_type", "custom_id"),
+        (10, "invalid_type", "body"),
+        (11, "invalid_value", "method"),
+        (12, "invalid_type", None),
+    ]
+
+
+async def test_an_empty_file_is_no_batch(client: AsyncOpenAI) -> None:
+    batch = await ended(client, await create(client, ["", " "]))
+    assert batch.errors is not None
+    assert [error.code for error in batch.errors.data or ()] == ["empty_file"]
+
+
+async def test_lines_run_late_and_few_at_once(stack: RouterStack, client: AsyncOpenAI) -> None:
+    lines = [line("a"), line("b", priority=9), line("c", priority=-1), line("d", priority="x")]
+    batch = await ended(client, await create(client, lines))
+    priorities = sorted(request.priority for request in stack.workers[0].requests[-3:])
+    assert priorities == [7, 7, 9]
+    [bad] = await results(client, batch.error_file_id)
+    assert bad["response"]["body"]["error"]["param"] == "priority"
+
+
+async def test_batches_are_listed(stack: RouterStack, client: AsyncOpenAI) -> None:
+    made = [(await create(client, [line("a")])).id for _ in range(3)]
+    page = await client.batches.list(limit=2)
+    assert [batch.id for batch in page.data] == [made[2], made[1]]
+    assert page.has_more
+    page = await client.batches.list(limit=1, after=made[1])
+    assert [batch.id for batch in page.data] == [made[0]]
+    with pytest.raises(openai.BadRequestError) as bad:
+        await client.batches.list(limit=101)
+    assert bad.value.param == "limit"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"endpoint": "/v1/images/generations"}, "endpoint"),
+        ({"endpoint": None}, "endpoint"),
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"completion_window": "31d"}, "completion_window"),
+        ({"input_file_id": "file-1"}, "input_file_id"),
+        ({"input_file_id": 7}, "input_file_id"),
+        ({"metadata": {"k": "x" * 513}}, "metadata"),
+        ({"metadata": {"k": 1}}, "metadata[...]"),
+        ({"output_expires_after": {"seconds": 1}}, "output_expires_after.seconds"),
+    ],
+)
+async def test_bad_fields_are_named(
+    stack: RouterStack, client: AsyncOpenAI, changes: dict[str, Any], field: str
+) -> None:
+    file = await client.files.create(file=b"{}", purpose="batch")
+    body = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"}
+    response = await stack.post("/v1/batches", body | changes)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == field
+
+
+async def test_ids_that_are_not_there(client: AsyncOpenAI) -> None:
+    for call in (client.batches.retrieve, client.batches.cancel):
+        with pytest.raises(openai.NotFoundError) as missing:
+            await call("batch_1")
+        assert missing.value.code == "batch_not_found"
+
+
+async def test_keys_are_asked_for(stack: RouterStack) -> None:
+    async with httpx.AsyncClient(base_url=stack.url) as stranger:
+        for path in ("/v1/files", "/v1/batches", "/v1/batches/batch_1"):
+            assert (await stranger.get(path)).status_code == 401
+
+
+async def test_a_batch_says_how_long_its_output_is_kept(client: AsyncOpenAI) -> None:
+    file = await client.files.create(file=json.dumps(line("a")).encode(), purpose="batch")
+    batch = await client.batches.create(
+        input_file_id=file.id,
+        endpoint=COMPLETIONS,
+        completion_window="24h",
+        metadata={"night": "1"},
+        output_expires_after={"anchor": "created_at", "seconds": 7200},
+    )
+    batch = await ended(client, batch)
+    assert batch.metadata == {"night": "1"}
+    output = await client.files.retrieve(batch.output_file_id or "")
+    assert output.expires_at == output.created_at + 7200
+
+
+async def test_what_ended_can_not_be_cancelled(client: AsyncOpenAI) -> None:
+    batch = await ended(client, await create(client, [line("a")]))
+    with pytest.raises(openai.ConflictError) as conflict:
+        await client.batches.cancel(batch.id)
+    assert conflict.value.code == "batch_not_cancellable"
+
+
+async def test_a_deleted_input_fails_the_batch(stack: RouterStack, client: AsyncOpenAI) -> None:
+    now = int(time.time())
+    record = BatchRecord(
+        id="batch_gone",
+        endpoint=COMPLETIONS,
+        input_file_id="file-gone",
+        completion_window="24h",
+        created_at=now,
+        expires_at=now + 100,
+        output_ttl_s=100,
+    )
+    await stack.service.batches.store.create(record)
+    batch = await ended(client, await client.batches.retrieve(record.id))
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [error.param for error in batch.errors.data or ()] == ["input_file_id"]
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stalling(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[tuple[RouterStack, AsyncOpenAI]]:
+    """One worker, which answers short requests and never ends others."""
+    path = tmp_path_factory.mktemp("router")
+    async with (
+        open_router_stack(path) as stack,
+        AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        await stack.add_worker(behaviour=NoopBehaviour(stall_at=4))
+        yield stack, client
+
+
+async def until_completed(client: AsyncOpenAI, batch: Batch, count: int) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while batch.request_counts is None or batch.request_counts.completed < count:
+            await asyncio.sleep(0.02)
+            batch = await client.batches.retrieve(batch.id)
+
+
+async def test_a_cancelled_batch_keeps_what_is_done(
+    stalling: tuple[RouterStack, AsyncOpenAI],
+) -> None:
+    stack, client = stalling
+    batch = await create(client, [line("a", max_tokens=3), line("b"), line("c", max_tokens=2)])
+    await until_completed(client, batch, 2)
+    batch = await client.batches.cancel(batch.id)
+    assert batch.status == "cancelling"
+    assert batch.cancelling_at is not None
+    batch = await ended(client, batch)
+    assert batch.status == "cancelled"
+    done = [each["custom_id"] for each in await results(client, batch.output_file_id)]
+    assert done == ["a", "c"]
+    [left] = await results(client, batch.error_file_id)
+    assert (left["custom_id"], left["response"]) == ("b", None)
+    assert left["error"]["code"] == "batch_cancelled"
+    await until(lambda: stack.workers[0].num_running == 0)
+
+
+async def test_time_runs_out(stalling: tuple[RouterStack, AsyncOpenAI]) -> None:
+    stack, client = stalling
+    lines = [json.dumps(each) for each in (line("a", max_tokens=3), line("b"))]
+    file = await client.files.create(file="\n".join(lines).encode(), purpose="batch")
+    now = int(time.time())
+    record = BatchRecord(
+        id="batch_short",
+        endpoint=COMPLETIONS,
+        input_file_id=file.id,
+        completion_window="24h",
+        created_at=now,
+        expires_at=now + 2,
+        output_ttl_s=100,
+    )
+    await stack.service.batches.store.create(record)
+    stack.service.batches.wake()
+    batch = await ended(client, await client.batches.retrieve(record.id))
+    assert batch.status == "expired"
+    [done] = await results(client, batch.output_file_id)
+    [left] = await results(client, batch.error_file_id)
+    assert (done["custom_id"], left["error"]["code"]) == ("a", "batch_expired")
+
+
+async def test_it_waits_for_workers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("router")
+    async with (
+        open_router_stack(path) as stack,
+        AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        batch = await create(client, [line(str(i)) for i in range(3)])
+        dispatcher = stack.service.dispatcher
+        await until(lambda: dispatcher.num_flights == 3)
+        await until(lambda: dispatcher.num_flights == 0)  # all were told that there is no worker
+        await stack.add_worker()
+        batch = await ended(client, batch)
+        assert batch.request_counts is not None
+        assert batch.request_counts.completed == 3
+
+
+async def test_a_fault_in_an_endpoint_fails_its_line_alone(
+    stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(body: CompletionBody) -> None:
+        if body.prompt == "bug":
+            raise ZeroDivisionError
+
+    monkeypatch.setattr("services.router.openai_api.refuse_unsupported", broken)
+    batch = await ended(client, await create(client, [line("a"), line("b", prompt="bug")]))
+    assert batch.status == "completed"
+    [failed] = await results(client, batch.error_file_id)
+    assert failed["response"]["status_code"] == 500
+    assert len(await results(client, batch.output_file_id)) == 1
+
+
+async def test_a_fault_in_a_batch_fails_it_alone(
+    stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(line: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("services.router.batch.run.model_in", broken)
+    batch = await ended(client, await create(client, [line("a")]))
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [error.code for error in batch.errors.data or ()] == ["internal_error"]
+    assert not stack.service.failed.is_set()
+
+
+async def test_an_aborted_line_is_an_error(stalling: tuple[RouterStack, AsyncOpenAI]) -> None:
+    stack, client = stalling
+    batch = await create(client, [line("a", max_tokens=3), line("b")])
+    await until_completed(client, batch, 1)
+    aborted = await stack.post("/abort", {"abort_all": True})
+    assert aborted.json()["num_aborted"] == 1
+    batch = await ended(client, batch)
+    assert batch.status == "completed"
+    [left] = await results(client, batch.error_file_id)
+    assert (left["custom_id"], left["error"]["code"]) == ("b", "request_aborted")
