@@ -115,9 +115,9 @@ async def test_hostile_grammars_are_answered(stack: RouterStack, fields: dict[st
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def failing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RouterStack]:
-    """Behind four tokens no grammar can be followed."""
+    """Behind four tokens no grammar can be followed; by then a stream has begun."""
     async with open_router_stack(tmp_path_factory.mktemp("failing")) as stack:
-        await stack.add_worker(behaviour=NoopBehaviour(fails_at=4))
+        await stack.add_worker(behaviour=NoopBehaviour(step_s=0.05, fails_at=4))
         yield stack
 
 
@@ -161,7 +161,7 @@ async def test_a_grammar_that_fails_amid_the_output_is_reported(
     if path != "messages":
         assert (error["param"], error["code"]) == (field, "output_failed")
     streamed = await failing.client.post(f"/v1/{path}", json={**body, "stream": True})
-    assert streamed.status_code == 200
+    assert streamed.status_code == 200, streamed.text
     assert f"`{field}` can't be followed any further" in streamed.text
     assert failing.service.dispatcher.num_flights == 0
 
