@@ -110,6 +110,10 @@ class NoopWorker:
         for peer in self._channel.peers:
             peer.send(LoadReport(load))
 
+    def wake(self) -> None:
+        """Goes on with what has stalled; `behaviour` has changed."""
+        self._has_work.set()
+
     async def close(self) -> None:
         """Raises what went wrong in the background, if something did."""
         await self._tasks.close()

@@ -1,6 +1,9 @@
 """Structured outputs as clients ask for them: what is passed on, and what is refused."""
 
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -166,9 +169,22 @@ async def test_a_grammar_that_fails_amid_the_output_is_reported(
     assert failing.service.dispatcher.num_flights == 0
 
 
-async def test_a_stream_tells_of_a_failed_grammar_behind_what_came(failing: RouterStack) -> None:
-    body = {"messages": MESSAGES, "guided_regex": "a+"}
-    *chunks, last = await failing.stream("/v1/chat/completions", body)
-    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-    assert text == "use", "and a special token before"
+async def test_a_stream_tells_of_a_failed_grammar_behind_what_came(tmp_path: Path) -> None:
+    body = {"messages": MESSAGES, "guided_regex": "a+", "stream": True}
+    events: list[dict[str, Any]] = []
+    text = ""
+    async with open_router_stack(tmp_path) as stack:
+        worker = await stack.add_worker(behaviour=NoopBehaviour(stall_at=4))
+        async with stack.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                events.append(json.loads(line.removeprefix("data: ")))
+                for choice in events[-1].get("choices", ()):
+                    text += choice["delta"].get("content") or ""
+                if text == "use":  # behind a special token, which isn't text
+                    worker.behaviour = replace(worker.behaviour, stall_at=None, fails_at=4)
+                    worker.wake()
+    last = events[-1]
+    assert text == "use"
     assert last["error"]["param"] == "guided_regex"
