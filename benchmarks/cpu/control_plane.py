@@ -24,15 +24,15 @@ import uvloop
 from protocol.ids import RequestKey, WorkerRef
 from protocol.messages import AbortRequest, ControlMessage, StepOutputs
 from protocol.request import SequenceOutput
-from services.router.candidates import (
+from services.router.placement.candidates import (
     DecodeCandidate,
     LineRates,
     PlacementPolicy,
     PrefillCandidate,
     RequestFacts,
 )
-from services.router.index import PrefixIndex
-from services.router.placement import place
+from services.router.placement.index import PrefixIndex
+from services.router.placement.placement import place
 from services.runtime.channel import ControlChannel
 from services.runtime.peers import ChannelEvent, Identity, Received
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from protocol.settings import setting
-from services.router.reasoning_parsers import REASONING_FORMATS
-from services.router.tool_parsers import TOOL_FORMATS
+from services.router.openai.reasoning_parsers import REASONING_FORMATS
+from services.router.openai.tool_parsers import TOOL_FORMATS
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from protocol.request import PhaseTimings
-from services.router.generation import Generation
+from services.router.dispatch.generation import Generation
 from services.runtime.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)

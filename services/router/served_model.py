@@ -11,7 +11,7 @@ from engine.weights.pooling_config import read_pooling_type
 from protocol.errors import ModelNotFoundError
 from protocol.pooling import PoolingType
 from services.router.generation_defaults import read_generation_defaults
-from services.router.sampling import SamplingLimits
+from services.router.openai.sampling import SamplingLimits
 
 
 class ServedModel:

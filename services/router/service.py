@@ -2,8 +2,8 @@
 
 1. The model directory is found and its tokenizer read; then the HTTP socket is bound.
 2. Redis says which workers there are; the control channel connects to each of them.
-3. Requests are served: parsed (body.py, openai_bodies.py), encoded (prompts.py), dispatched
-   (dispatch.py, cluster.py), tracked (generation.py, choice.py) and answered (event_stream.py).
+3. Requests are served: parsed (`http`), encoded and checked (`openai` and the other APIs), placed
+   (`placement`), sent and tracked (`dispatch`), answered.
 4. SIGTERM or SIGINT: no new connections, running requests get `drain_timeout_s`; a second signal
    ends them at once.
 """
@@ -25,35 +25,35 @@ from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, PrefixCacheReset, RequestFailed, StepOutputs
-from services.router.admin_api import AdminApi
-from services.router.admission import AdmissionQueue
-from services.router.app import Apis, make_app
-from services.router.auth import keys_in_file
+from services.router.admin.admin_api import AdminApi
+from services.router.admin.cache_resets import CacheResets
+from services.router.admin.live_settings import LiveSettings, admission_policy
+from services.router.admin.status_api import StatusApi
 from services.router.batch.service import BatchLimits, BatchService
-from services.router.cache_resets import CacheResets
-from services.router.candidates import PlacementPolicy
-from services.router.cluster import Cluster, PlacementState
 from services.router.config import RouterConfig
-from services.router.dispatch import Dispatcher
-from services.router.embeddings_api import EmbeddingsApi
-from services.router.flight import RetryPolicy
-from services.router.http_server import make_server, open_listener
-from services.router.index import PrefixIndex
-from services.router.ledger import PlacementLedger
-from services.router.live_settings import LiveSettings, admission_policy
-from services.router.messages_api import MessagesApi
-from services.router.openai_api import OpenAIApi
-from services.router.prompts import PromptEncoder
-from services.router.reasoning_parsers import REASONING_FORMATS
+from services.router.dispatch.admission import AdmissionQueue
+from services.router.dispatch.dispatch import Dispatcher
+from services.router.dispatch.flight import RetryPolicy
+from services.router.embeddings.api import EmbeddingsApi
+from services.router.http.app import Apis, make_app
+from services.router.http.auth import keys_in_file
+from services.router.http.server import make_server, open_listener
+from services.router.messages.api import MessagesApi
+from services.router.openai.api import OpenAIApi
+from services.router.openai.prompts import PromptEncoder
+from services.router.openai.reasoning_parsers import REASONING_FORMATS
+from services.router.openai.structured_outputs import StructuredOutputs
+from services.router.openai.thoughts import ThoughtPolicy
+from services.router.openai.tool_choice import ChatRules, ToolPolicy
+from services.router.placement.candidates import PlacementPolicy
+from services.router.placement.cluster import Cluster, PlacementState
+from services.router.placement.index import PrefixIndex
+from services.router.placement.ledger import PlacementLedger
+from services.router.placement.reservations import SharedReservations
 from services.router.request_log import RequestReports
-from services.router.reservations import SharedReservations
-from services.router.response_store import ResponseStore
-from services.router.responses_api import ResponsesApi
+from services.router.responses.api import ResponsesApi
+from services.router.responses.store import ResponseStore
 from services.router.served_model import ServedModel
-from services.router.status_api import StatusApi
-from services.router.structured_outputs import StructuredOutputs
-from services.router.thoughts import ThoughtPolicy
-from services.router.tool_choice import ChatRules, ToolPolicy
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from services.router.operations import OPERATIONS
+from services.router.openapi.operations import OPERATIONS
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"

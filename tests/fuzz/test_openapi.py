@@ -19,8 +19,8 @@ from schemathesis.core.transport import Response
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from stack_thread import StackThread
 
-from services.router.openapi import openapi_document
-from services.router.status_api import VERSION
+from services.router.admin.status_api import VERSION
+from services.router.openapi.document import openapi_document
 
 KEY = "open-sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from protocol.ids import RequestKey
-from services.router.ledger import NO_WORK, PlacedWork, PlacementLedger
-from services.router.reservations import SharedReservations
+from services.router.placement.ledger import NO_WORK, PlacedWork, PlacementLedger
+from services.router.placement.reservations import SharedReservations
 from services.runtime.redis_client import open_redis
 
 PATIENCE_S = 20.0

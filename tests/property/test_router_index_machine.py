@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from protocol.records import BlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
-from services.router.index import IndexState, PrefixIndex
+from services.router.placement.index import IndexState, PrefixIndex
 
 WORKERS = st.sampled_from(["a", "b", "c"])
 HASHES = st.lists(st.integers(0, 11).map(lambda n: n.to_bytes(16, "little")), max_size=8)

@@ -11,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.errors import InvalidRequestError
-from services.router.answers import encode_json
 from services.router.batch.files import FileStore
 from services.router.batch.files_api import MAX_TTL_S, MIN_TTL_S, PURPOSE
 from services.router.batch.records import BatchRecord, batch_view
 from services.router.batch.storage import list_answer, reaching_storage, read_page_query
 from services.router.batch.store import BatchStore
-from services.router.body import BodyReader
-from services.router.http_errors import HttpError
+from services.router.http.body import BodyReader
+from services.router.http.errors import HttpError
+from services.router.openai.answers import encode_json
 
 _WINDOW = re.compile(r"(?P<count>[1-9][0-9]{0,4})(?P<unit>[mhd])")
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}

@@ -10,7 +10,7 @@ from starlette.types import Message
 
 from protocol.errors import TandemError
 from services.router.batch.answer import Answer
-from services.router.http_errors import INTERNAL_ERROR, error_reply
+from services.router.http.errors import INTERNAL_ERROR, error_reply
 
 logger = logging.getLogger(__name__)
 

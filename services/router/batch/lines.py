@@ -9,8 +9,8 @@ import msgspec
 from protocol.errors import InvalidRequestError, ModelNotFoundError
 from services.router.batch.answer import Answer
 from services.router.batch.records import BatchError
-from services.router.body import invalid_value
-from services.router.openai_api import CLIENT_CLOSED_REQUEST
+from services.router.http.body import invalid_value
+from services.router.openai.api import CLIENT_CLOSED_REQUEST
 
 # Of all that can be in a batch; which of them are there depends on the router's routes.
 BATCH_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from starlette.datastructures import QueryParams
 
 from protocol.errors import InvalidRequestError
-from services.router.http_errors import StorageUnavailableError
+from services.router.http.errors import StorageUnavailableError
 from services.runtime.redis_client import REPLY_DEADLINE_S
 
 Record = TypeVar("Record", bound=msgspec.Struct)

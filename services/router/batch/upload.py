@@ -9,7 +9,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from protocol.errors import InvalidRequestError
-from services.router.http_errors import HttpError
+from services.router.http.errors import HttpError
 
 # What it has to say is in its exceptions, and so in the client's answer.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 from cli.redis_server import find_redis_server, redis_arguments, redis_socket_url
 from protocol.ids import WorkerRole
 from services.router.config import RouterConfig
-from services.router.http_server import make_server
+from services.router.http.server import make_server
 from services.router.noop_worker import NoopBehaviour, NoopWorker
 from services.router.served_model import ServedModel
 from services.router.service import RouterService

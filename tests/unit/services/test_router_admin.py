@@ -12,7 +12,7 @@ import pytest_asyncio
 from router_stack import RouterStack, open_router_stack, until
 
 from protocol.messages import ControlMessage, PrefixCacheReset, ResetPrefixCache
-from services.router.cache_resets import CacheResets
+from services.router.admin.cache_resets import CacheResets
 from services.router.noop_worker import NoopBehaviour
 from services.runtime.peers import Peer, PeerSignal
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from protocol.errors import OverloadedError
-from services.router.admission import Admission, AdmissionPolicy, AdmissionQueue
+from services.router.dispatch.admission import Admission, AdmissionPolicy, AdmissionQueue
 
 
 class Setup:

@@ -16,7 +16,7 @@ from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, unti
 
 from services.router.batch.records import BatchRecord
 from services.router.noop_worker import NoopBehaviour
-from services.router.openai_bodies import CompletionBody
+from services.router.openai.bodies import CompletionBody
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -351,7 +351,7 @@ async def test_a_fault_in_an_endpoint_fails_its_line_alone(
         if body.prompt == "bug":
             raise ZeroDivisionError
 
-    monkeypatch.setattr("services.router.openai_api.refuse_unsupported", broken)
+    monkeypatch.setattr("services.router.openai.api.refuse_unsupported", broken)
     batch = await ended(client, await create(client, [line("a"), line("b", prompt="bug")]))
     assert batch.status == "completed"
     [failed] = await results(client, batch.error_file_id)

@@ -7,7 +7,7 @@ from engine.tokenizer import Tokenizer
 from protocol.ids import RequestKey
 from protocol.request import SequenceOutput, TokenLogprobs
 from protocol.sampling import SamplingParams
-from services.router.choice import Choice, Delta
+from services.router.dispatch.choice import Choice, Delta
 
 KEY = RequestKey("request", 1)
 

@@ -13,11 +13,11 @@ from protocol.messages import PROTOCOL_VERSION
 from protocol.records import WorkerLoad, WorkerRecord
 from protocol.request import Request
 from protocol.sampling import SamplingParams
-from services.router.candidates import PlacementPolicy
-from services.router.cluster import ADMITTED_PER_SLOT, Cluster, PlacementState
-from services.router.flight import Route
-from services.router.index import IndexState, PrefixIndex
-from services.router.ledger import NO_WORK, PlacementLedger
+from services.router.dispatch.flight import Route
+from services.router.placement.candidates import PlacementPolicy
+from services.router.placement.cluster import ADMITTED_PER_SLOT, Cluster, PlacementState
+from services.router.placement.index import IndexState, PrefixIndex
+from services.router.placement.ledger import NO_WORK, PlacementLedger
 from services.router.served_model import ServedModel
 from services.runtime.channel import ControlChannel
 from services.runtime.kv_feed import KVFeed

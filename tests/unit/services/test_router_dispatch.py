@@ -21,9 +21,9 @@ from protocol.messages import (
 )
 from protocol.request import Request, SequenceOutput, TokenLogprobs
 from protocol.sampling import SamplingParams
-from services.router.dispatch import Dispatcher
-from services.router.flight import Flight, RetryPolicy, Route
-from services.router.http_errors import RequestRefusedError
+from services.router.dispatch.dispatch import Dispatcher
+from services.router.dispatch.flight import Flight, RetryPolicy, Route
+from services.router.http.errors import RequestRefusedError
 from services.runtime.peers import Peer
 
 D0, D1, P0 = (WorkerRef(name, 1, f"inproc://{name}") for name in ("d0", "d1", "p0"))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from router_stack import MAX_MODEL_LEN, RouterStack, open_router_stack
 
 from protocol.errors import InvalidRequestError
-from services.router.body import BodyReader
-from services.router.messages_bodies import MessagesBody
-from services.router.openai_bodies import ChatBody, CompletionBody
-from services.router.responses_bodies import ResponsesBody
+from services.router.http.body import BodyReader
+from services.router.messages.bodies import MessagesBody
+from services.router.openai.bodies import ChatBody, CompletionBody
+from services.router.responses.bodies import ResponsesBody
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

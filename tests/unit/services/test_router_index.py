@@ -4,7 +4,7 @@ import pytest
 
 from protocol.ids import WorkerId
 from protocol.records import BlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
-from services.router.index import IndexState, PrefixIndex
+from services.router.placement.index import IndexState, PrefixIndex
 
 
 def chain(length: int, *, name: int = 0) -> list[bytes]:

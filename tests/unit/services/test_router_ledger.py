@@ -1,7 +1,7 @@
 """What the ledger counts between a placement and the report that contains it."""
 
 from protocol.ids import RequestKey
-from services.router.ledger import NO_WORK, PlacedWork, PlacementLedger
+from services.router.placement.ledger import NO_WORK, PlacedWork, PlacementLedger
 
 KEY = RequestKey("request", 1)
 OTHER = RequestKey("other", 1)

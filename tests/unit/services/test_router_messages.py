@@ -11,8 +11,8 @@ import pytest_asyncio
 from anthropic import AsyncAnthropic
 from router_stack import MODEL, RouterStack, open_router_stack, parse_named_events
 
-from services.router.messages_bodies import MessagesBody
-from services.router.messages_input import chat_body
+from services.router.messages.bodies import MessagesBody
+from services.router.messages.input import chat_body
 from services.router.noop_worker import NoopBehaviour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.candidates import (
+from services.router.placement.candidates import (
     DecodeCandidate,
     LineRates,
     PlacementPolicy,
     PrefillCandidate,
     RequestFacts,
 )
-from services.router.placement import Option, Placement, options, place
+from services.router.placement.placement import Option, Placement, options, place
 
 POLICY = PlacementPolicy(handoff_ms=1.0)
 REQUEST = RequestFacts(num_tokens=1000, num_output_tokens=100)

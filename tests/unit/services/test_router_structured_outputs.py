@@ -13,7 +13,7 @@ from router_stack import RouterStack, open_router_stack
 
 from protocol.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
 from services.router.noop_worker import NoopBehaviour
-from services.router.openai_bodies import ChatBody
+from services.router.openai.bodies import ChatBody
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

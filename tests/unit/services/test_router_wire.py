@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from router_stack import MAX_MODEL_LEN, RouterStack, open_router_stack, until
 
-from services.router import http_protocol
+from services.router.http import protocol as http_protocol
 from services.router.noop_worker import NoopBehaviour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

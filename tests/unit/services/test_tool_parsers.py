@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.chat_reader import ReadingRules
-from services.router.first_call import FirstCallParser
-from services.router.reasoning_parsers import REASONING_FORMATS, Thought
-from services.router.tool_parsers import (
+from services.router.openai.chat_reader import ReadingRules
+from services.router.openai.first_call import FirstCallParser
+from services.router.openai.reasoning_parsers import REASONING_FORMATS, Thought
+from services.router.openai.tool_parsers import (
     TOOL_FORMATS,
     NamedCallParser,
     Parsed,

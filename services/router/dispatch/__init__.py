@@ -1,0 +1,1 @@
+"""Requests under way: admitted, sent to workers, tried again, delivered."""

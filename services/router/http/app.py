@@ -1,0 +1,151 @@
+"""The HTTP surface: which path goes where, and how errors leave."""
+
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from protocol.errors import TandemError
+from services.router.admin.status_api import VERSION, StatusApi
+from services.router.embeddings.api import EmbeddingsApi
+from services.router.http.auth import ApiKeyGuard
+from services.router.http.errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
+from services.router.messages.api import MessagesApi
+from services.router.openai.answers import encode_json
+from services.router.openai.api import CLIENT_CLOSED_REQUEST, OpenAIApi
+from services.router.openapi.document import openapi_document
+from services.router.responses.api import ResponsesApi
+
+
+class _CorsRules(CORSMiddleware):
+    """Refuses in the API's own words."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        headers = {name: value for name, value in response.headers.items() if "content" not in name}
+        text = f"{bytes(response.body).decode()}."
+        refusal = HttpError(400, text, code="cors_refused", headers=headers)
+        return error_reply(refusal).response_at(path="/")
+
+
+@dataclass(frozen=True, slots=True)
+class Apis:
+    """All that answers requests."""
+
+    openai: OpenAIApi
+    responses: ResponsesApi
+    messages: MessagesApi
+    embeddings: EmbeddingsApi
+    status: StatusApi
+
+
+def make_app(
+    apis: Apis,
+    *,
+    api_keys: tuple[str, ...] = (),
+    allowed_origins: tuple[str, ...] = (),
+) -> FastAPI:
+    """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
+    app = FastAPI(
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # A redirect would go to whatever host the client named.
+        redirect_slashes=False,
+    )
+    _add_routes(app, apis, has_keys=bool(api_keys))
+    for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    if api_keys:
+        app.add_middleware(ApiKeyGuard, keys=api_keys)
+    if allowed_origins:
+        app.add_middleware(
+            _CorsRules, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
+    openai, embeddings, status = apis.openai, apis.embeddings, apis.status
+    posts = {
+        "/v1/chat/completions": openai.chat,
+        "/v1/completions": openai.completions,
+        "/v1/responses": apis.responses.create,
+        "/v1/messages": apis.messages.create,
+        "/v1/messages/count_tokens": apis.messages.count_tokens,
+        "/v1/embeddings": embeddings.embeddings,
+        "/v1/score": embeddings.score,
+        "/score": embeddings.score,
+        "/v1/rerank": embeddings.rerank,
+        "/v2/rerank": embeddings.rerank,
+        "/rerank": embeddings.rerank,
+        "/tokenize": status.tokenize,
+        "/detokenize": status.detokenize,
+    }
+    for path, endpoint in posts.items():
+        # Plain routes: FastAPI has nothing to parse here, and costs a request as much again.
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+    gets = {
+        "/v1/models": status.models,
+        "/v1/models/{name:path}": status.one_model,
+        "/v1/responses/{response_id}": apis.responses.retrieve,
+        "/health": status.health,
+        "/version": status.version,
+        "/load": status.load,
+        "/load_config": status.load_config,
+        "/metrics": status.metrics,
+    }
+    for path, endpoint in gets.items():
+        app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+    app.add_api_route(
+        "/v1/responses/{response_id}",
+        apis.responses.delete,
+        methods=["DELETE"],
+        response_model=None,
+    )
+    app.add_api_route("/ping", status.health, methods=["GET", "POST"], response_model=None)
+    description = encode_json(openapi_document(version=VERSION, has_keys=has_keys))
+
+    async def openapi() -> Response:
+        return Response(description, media_type="application/json")
+
+    app.add_api_route("/openapi.json", openapi, methods=["GET"])
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return _error_reply(request, error).response_at(request.url.path)
+
+
+def _error_reply(request: Request, error: Exception) -> ErrorReply:
+    match error:
+        case TandemError():
+            return error_reply(error)
+        case HTTPException(status_code=404):
+            text = f"There is no {request.method} {request.url.path} here."
+            return error_reply(HttpError(404, text, code="not_found"))
+        case HTTPException(status_code=405):
+            text = f"{request.url.path} doesn't take {request.method}."
+            headers = {"Allow": ", ".join(_methods_at(request))}
+            return error_reply(HttpError(405, text, code="method_not_allowed", headers=headers))
+        case HTTPException(status_code=status, detail=detail):
+            return error_reply(HttpError(status, detail, code="http_error"))
+        case _:
+            # The server logs the traceback; it's no client's business.
+            return INTERNAL_ERROR
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Of all routes there; each of them knows its own only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.path_regex.match(request.url.path):
+            methods |= route.methods or set()
+    return sorted(methods)

@@ -1,0 +1,123 @@
+"""Reads request bodies: bounded, strict, and precise about what is wrong with them."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar, cast
+
+import msgspec
+from fastapi import Request
+
+from protocol.errors import InvalidRequestError
+from services.router.http.errors import HttpError
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+_PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]+)`")
+_MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
+
+
+class BodyReader(Generic[Body]):
+    """Turns the body of a request into one of the API's typed bodies."""
+
+    def __init__(self, kind: type[Body], *, max_bytes: int) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._max_bytes = max_bytes
+
+    async def read(self, request: Request) -> Body:
+        """Raises InvalidRequestError that names the field, HttpError if the body is too long."""
+        data = await read_bytes(request, max_bytes=self._max_bytes)
+        return self.parse(data)
+
+    def parse(self, data: bytes) -> Body:
+        if not data.strip():
+            raise InvalidRequestError("The request body is empty.", field=None, code="invalid_json")
+        try:
+            return self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            raise invalid_value(str(error)) from error
+        except msgspec.DecodeError as error:
+            raise _malformed(data, str(error)) from error
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(
+                f"The request body isn't valid UTF-8: {error.reason}.",
+                field=None,
+                code="invalid_utf8",
+            ) from error
+        except RecursionError as error:
+            raise InvalidRequestError(
+                "The request body is nested too deeply.", field=None, code="invalid_json"
+            ) from error
+
+
+async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body. Raises HttpError as soon as it is known to be longer than `max_bytes`."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_long(max_bytes)
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise _too_long(max_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_long(max_bytes: int) -> HttpError:
+    return HttpError(
+        413,
+        f"The request body is longer than {max_bytes} bytes.",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def invalid_value(text: str) -> InvalidRequestError:
+    """What msgspec says is wrong with a body, for its sender."""
+    found = _PATH.fullmatch(text)
+    what, path = (found["what"], found["path"]) if found else (text, "")
+    if missing := _MISSING.search(what):
+        path = f"{path}.{missing['name']}" if path else missing["name"]
+        return InvalidRequestError(
+            f"`{path}` is required.", field=path, code="missing_required_parameter"
+        )
+    if unknown := _UNKNOWN.search(what):
+        path = f"{path}.{unknown['name']}" if path else unknown["name"]
+        return InvalidRequestError(f"There is no `{path}`.", field=path, code="unknown_parameter")
+    if not path:
+        return InvalidRequestError(f"The request body: {what}.", field=None, code="invalid_type")
+    code = "invalid_type" if what.startswith("Expected") else "invalid_value"
+    return InvalidRequestError(f"`{path}`: {what}.", field=path, code=code)
+
+
+def _malformed(data: bytes, text: str) -> InvalidRequestError:
+    """JSON has no NaN and no Infinity, but many clients write them: their field gets named."""
+    try:
+        path = next(_non_finite(json.loads(data), ""), None)
+    except (ValueError, RecursionError):
+        path = None
+    if path is not None:
+        # Unlike msgspec, the json module lets half a surrogate pair through.
+        path = path.encode(errors="replace").decode()
+        return InvalidRequestError(f"`{path}` must be a finite number.", field=path)
+    return InvalidRequestError(
+        f"The request body isn't valid JSON: {text}.", field=None, code="invalid_json"
+    )
+
+
+def _non_finite(value: Any, path: str) -> Iterator[str]:  # noqa: ANN401  (any JSON value)
+    match value:
+        case float() if not math.isfinite(value):
+            yield path
+        case dict():
+            for key, inner in cast("dict[str, Any]", value).items():
+                yield from _non_finite(inner, f"{path}.{key}" if path else key)
+        case list():
+            for i, inner in enumerate(cast("list[Any]", value)):
+                yield from _non_finite(inner, f"{path}[{i}]")
+        case _:
+            pass

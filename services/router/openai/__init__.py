@@ -1,0 +1,1 @@
+"""Chats and completions, and what other APIs share with them: prompts, sampling, tools, answers."""

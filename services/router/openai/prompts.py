@@ -1,0 +1,247 @@
+"""From a body's prompt or messages to token ids."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from engine.tokenizer import ChatTemplate
+from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
+from protocol.sampling import SamplingParams
+from services.router.openai.bodies import ChatBody, Message, TokenizeBody
+from services.router.openai.sampling import SamplingLimits, check_token_ids
+from services.router.served_model import ServedModel
+
+MAX_PROMPTS = 2048
+# A shorter text is encoded in less time than it takes to hand it to a thread.
+_INLINE_CHARS = 2048
+_MAX_TEMPLATE_CHARS = 64 * 1024
+_MAX_TEMPLATES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is None where the client sent token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+class PromptEncoder:
+    """Makes prompts; long texts are encoded in `executor`, so that nobody else waits for them."""
+
+    def __init__(
+        self, model: ServedModel, executor: Executor, *, trusts_templates: bool = False
+    ) -> None:
+        """`trusts_templates` lets requests bring chat templates of their own."""
+        self._model = model
+        self._executor = executor
+        self._trusts_templates = trusts_templates
+        self._compiled = functools.lru_cache(maxsize=_MAX_TEMPLATES)(self._compile)
+
+    async def prompts(
+        self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
+    ) -> list[Prompt]:
+        """At least one prompt, none of them empty. Raises InvalidRequestError."""
+        return [
+            await self._prompt(prompt, field, add_special_tokens=add_special_tokens)
+            for prompt in split_prompt(texts, field)
+        ]
+
+    async def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        options: ChatBody | TokenizeBody,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        field: str = "messages",
+    ) -> Prompt:
+        """Raises InvalidRequestError if the messages are wrong or the template refuses them."""
+        chat = template_messages(messages)
+        source = options.chat_template
+        if source is not None:
+            self._check_template(source)
+        render = template_options(options) | {"tools": tools}
+        add_special_tokens = options.add_special_tokens is True
+        num_chars = sum(len(message["content"]) for message in chat if message["content"])
+
+        def encode() -> Prompt:
+            template = None if source is None else self._compiled(source)
+            text = self._model.tokenizer.render_chat(chat, template=template, **render)
+            return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
+
+        # A template of somebody else's may take its time.
+        is_quick = source is None and num_chars <= _INLINE_CHARS
+        return self._not_empty(await self._run(encode, is_quick=is_quick), field)
+
+    async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
+        """A text's tokens, maybe none."""
+
+        def encode() -> Prompt:
+            return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
+
+        return await self._run(encode, is_quick=len(text) <= _INLINE_CHARS)
+
+    async def _prompt(
+        self, prompt: str | list[int], field: str, *, add_special_tokens: bool
+    ) -> Prompt:
+        if isinstance(prompt, str):
+            encoded = await self.text_prompt(
+                prompt, field=field, add_special_tokens=add_special_tokens
+            )
+        else:
+            check_token_ids(prompt, self._model.limits.vocab_size, field=field)
+            encoded = Prompt(None, prompt)
+        return self._not_empty(encoded, field)
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        max_model_len = self._model.limits.max_model_len
+        if len(text) > max_model_len * self._model.tokenizer.max_token_chars:
+            # Not worth encoding: it takes longer the more hopeless it is.
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens; "
+                f"a text of {len(text)} characters has more.",
+                field=field,
+            )
+        return self._model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_template(self, source: str) -> None:
+        if not self._trusts_templates:
+            raise InvalidRequestError(
+                "`chat_template` isn't accepted from requests; the server's operator can allow it "
+                "with --trust-request-chat-template.",
+                field="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(source) > _MAX_TEMPLATE_CHARS:
+            raise InvalidRequestError(
+                f"`chat_template` may have at most {_MAX_TEMPLATE_CHARS} characters.",
+                field="chat_template",
+            )
+
+    def _compile(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._model.tokenizer.special_tokens)
+        except StartupError as error:
+            raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
+
+    async def _run(self, encode: Callable[[], Prompt], *, is_quick: bool) -> Prompt:
+        if is_quick:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+
+    @staticmethod
+    def _not_empty(prompt: Prompt, field: str) -> Prompt:
+        if not prompt.token_ids:
+            raise InvalidRequestError(f"`{field}` must have at least one token.", field=field)
+        return prompt
+
+
+def truncated(
+    prompt: Prompt, num_tokens: int | None, sampling: SamplingParams, limits: SamplingLimits
+) -> Prompt:
+    """The prompt's last `num_tokens` tokens; -1 is as many as leave room for the output.
+
+    Raises InvalidRequestError for a number that makes no sense.
+    """
+    if num_tokens is None:
+        return prompt
+    if num_tokens == -1:
+        num_tokens = max(1, limits.max_model_len - (sampling.max_tokens or 1))
+    elif not 1 <= num_tokens <= limits.max_model_len:
+        raise InvalidRequestError(
+            f"`truncate_prompt_tokens` must be -1 or between 1 and {limits.max_model_len}, "
+            f"got {num_tokens}.",
+            field="truncate_prompt_tokens",
+        )
+    if len(prompt.token_ids) <= num_tokens:
+        return prompt
+    return Prompt(None, prompt.token_ids[-num_tokens:])
+
+
+def split_prompt(
+    prompt: str | list[str | int | list[int]], field: str = "prompt"
+) -> list[str | list[int]]:
+    """The prompts in a completion's `prompt`. Raises InvalidRequestError for a mixed list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError(f"`{field}` must not be an empty list.", field=field)
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if len(token_ids) == len(prompt):
+        return [token_ids]
+    prompts = [item for item in prompt if not isinstance(item, int)]
+    if len({type(item) for item in prompt}) != 1:
+        raise InvalidRequestError(
+            f"`{field}` must be a string, strings, token ids or lists of token ids, not a mixture.",
+            field=field,
+            code="invalid_type",
+        )
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequestError(
+            f"`{field}` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field=field
+        )
+    return prompts
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Checked messages as the template sees them."""
+    if not messages:
+        raise InvalidRequestError("`messages` must not be empty.", field="messages")
+    for i, message in enumerate(messages):
+        _check_message(message, f"messages[{i}]")
+    return [msgspec.to_builtins(message) | {"content": _text(message)} for message in messages]
+
+
+def template_options(body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """Options of `ChatTemplate.render`. Raises InvalidRequestError if two contradict."""
+    continues = body.continue_final_message is True
+    if continues and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "`continue_final_message` and `add_generation_prompt` exclude each other.",
+            field="continue_final_message",
+        )
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables["reasoning_effort"] = body.reasoning_effort
+    return {
+        "add_generation_prompt": body.add_generation_prompt is not False and not continues,
+        "continue_final_message": continues,
+        "documents": body.documents,
+        "variables": variables,
+    }
+
+
+def _check_message(message: Message, path: str) -> None:
+    if not message.role:
+        raise InvalidRequestError(f"`{path}.role` must not be empty.", field=f"{path}.role")
+    if message.content is None and message.role != "assistant":
+        raise InvalidRequestError(
+            f"`{path}.content` is required.",
+            field=f"{path}.content",
+            code="missing_required_parameter",
+        )
+    if isinstance(message.content, list):
+        for j, part in enumerate(message.content):
+            if part.type not in ("text", "input_text", "output_text"):
+                raise InvalidRequestError(
+                    f"`{path}.content[{j}]` has type {part.type[:40]!r}; "
+                    "this model takes text only.",
+                    field=f"{path}.content[{j}].type",
+                )
+            if part.text is None:
+                raise InvalidRequestError(
+                    f"`{path}.content[{j}].text` is required.",
+                    field=f"{path}.content[{j}].text",
+                    code="missing_required_parameter",
+                )
+
+
+def _text(message: Message) -> str | None:
+    if isinstance(message.content, list):
+        return "\n".join(part.text or "" for part in message.content)
+    return message.content

@@ -1,0 +1,124 @@
+"""From a body's `response_format`, `structured_outputs` or `guided_*` to what workers follow."""
+
+import asyncio
+from concurrent.futures import Executor
+from typing import Any
+
+from engine.grammar import GrammarCompiler
+from protocol.errors import InvalidRequestError
+from protocol.structured_outputs import StructuredOutputsParams
+from services.router.openai.bodies import (
+    ResponseFormat,
+    SamplingBody,
+    StructuredOutputsBody,
+)
+
+# Compiling takes a few milliseconds; what takes so long is meant to.
+COMPILE_TIMEOUT_S = 5.0
+_NUM_REMEMBERED = 1024
+
+
+class StructuredOutputs:
+    """Reads and compiles what an output has to look like, off the event loop."""
+
+    def __init__(self, compiler: GrammarCompiler, executor: Executor) -> None:
+        self._compiler = compiler
+        self._executor = executor
+        self._known: dict[bytes, None] = {}  # in the order of their last use
+
+    async def read(
+        self, body: SamplingBody, *, for_tools: StructuredOutputsParams | None = None
+    ) -> tuple[str, StructuredOutputsParams] | None:
+        """The field that asks for something, and what; None if the output is free.
+
+        `for_tools` is what a forced tool call asks for. Raises InvalidRequestError that names the
+        client's field.
+        """
+        found = _requested(body, for_tools)
+        if found is None:
+            return None
+        field, params = found
+        params.validate(field)
+        key = params.key
+        if key in self._known:
+            del self._known[key]
+        else:
+            await self._check(params, field)
+        self._known[key] = None
+        if len(self._known) > _NUM_REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return found
+
+    async def _check(self, params: StructuredOutputsParams, field: str) -> None:
+        compiling = asyncio.get_running_loop().run_in_executor(
+            self._executor, self._compiler.check, params, field
+        )
+        try:
+            await asyncio.wait_for(asyncio.shield(compiling), COMPILE_TIMEOUT_S)
+        except TimeoutError as error:
+            compiling.add_done_callback(lambda future: future.exception())
+            raise InvalidRequestError(
+                f"`{field}` took longer to compile than the {COMPILE_TIMEOUT_S:.0f} s allowed.",
+                field=field,
+            ) from error
+
+
+def _requested(
+    body: SamplingBody, for_tools: StructuredOutputsParams | None
+) -> tuple[str, StructuredOutputsParams] | None:
+    """The field that asks for something, and what."""
+    found = {
+        "tools": for_tools,
+        "response_format": _response_format(body.response_format),
+        "structured_outputs": _vllm(body.structured_outputs),
+        "guided_json": _given(json=body.guided_json),
+        "guided_regex": _given(regex=body.guided_regex),
+        "guided_choice": _given(choice=_tuple(body.guided_choice)),
+        "guided_grammar": _given(grammar=body.guided_grammar),
+    }
+    wanted = [(field, params) for field, params in found.items() if params is not None]
+    if len(wanted) > 1:
+        raise InvalidRequestError(
+            f"`{wanted[0][0]}` and `{wanted[1][0]}` can't both be given.", field=wanted[1][0]
+        )
+    return wanted[0] if wanted else None
+
+
+def _response_format(wanted: ResponseFormat | None) -> StructuredOutputsParams | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if wanted.json_schema is None:
+        raise InvalidRequestError(
+            "`response_format` of type json_schema needs a `json_schema`.",
+            field="response_format.json_schema",
+        )
+    return StructuredOutputsParams(json=wanted.json_schema.schema)
+
+
+def _vllm(wanted: StructuredOutputsBody | None) -> StructuredOutputsParams | None:
+    if wanted is None:
+        return None
+    if wanted.structural_tag is not None:
+        raise InvalidRequestError(
+            "`structured_outputs.structural_tag` is not supported by this server.",
+            field="structured_outputs.structural_tag",
+            code="unsupported_parameter",
+        )
+    return StructuredOutputsParams(
+        json=wanted.json,
+        json_object=wanted.json_object is True,
+        regex=wanted.regex,
+        choice=_tuple(wanted.choice) or (),
+        grammar=wanted.grammar,
+    )
+
+
+def _given(**params: Any) -> StructuredOutputsParams | None:  # noqa: ANN401
+    """None if the one value in `params` is."""
+    return None if None in params.values() else StructuredOutputsParams(**params)
+
+
+def _tuple(texts: list[str] | None) -> tuple[str, ...] | None:
+    return None if texts is None else tuple(texts)
