@@ -34,14 +34,17 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def reads_prompt(self) -> bool:
         """Whether something is to be told of the prompt itself. A later attempt, behind output
         that was delivered, has it told already."""
-        is_first = len(self.token_ids) == self.num_prompt_tokens
-        return is_first and (self.pooling is not None or self.sampling.prompt_logprobs is not None)
+        if self.pooling is None and self.sampling.prompt_logprobs is None:
+            return False
+        return len(self.token_ids) == self.num_prompt_tokens
 
     @property
     def reads_whole_prompt(self) -> bool:
         """Whether every prompt token has to be run for that, cached or not."""
+        if not self.reads_prompt:
+            return False
         is_mean = self.pooling is not None and self.pooling.type == "mean"
-        return self.reads_prompt and (is_mean or self.sampling.prompt_logprobs is not None)
+        return is_mean or self.sampling.prompt_logprobs is not None
 
     @property
     def ends_with_prefill(self) -> bool:

@@ -58,6 +58,8 @@ def make_app(
         redoc_url=None,
         # A redirect would go to whatever host the client named.
         redirect_slashes=False,
+        # Where OpenTelemetry happens to be installed, each request would ask whether it's wanted.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     _add_routes(app, apis, has_keys=bool(api_keys))
     for kind in (TandemError, HTTPException, ClientDisconnect, Exception):

@@ -96,7 +96,8 @@ class OpenAIApi:
         refuse_unsupported(body)
         sampling = chat_sampling(body, self._model.limits)
         thoughts = self._chat_rules.thoughts.read(body.thinking_token_budget)
-        sampling = msgspec.structs.replace(sampling, thoughts=thoughts)
+        if thoughts is not None:
+            sampling = msgspec.structs.replace(sampling, thoughts=thoughts)
         tools = self._chat_rules.tools.read(body)
         sampling, structure_field = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)

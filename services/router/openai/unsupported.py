@@ -21,10 +21,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 
+_REFUSED = {name: HARMLESS.get(name, ()) for name in Unsupported.__struct_fields__}
+
+
 def refuse_unsupported(body: Unsupported) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
-    names = Unsupported.__struct_fields__
-    refuse_fields(body, {name: HARMLESS.get(name, ()) for name in names})
+    refuse_fields(body, _REFUSED)
 
 
 def refuse_fields(body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]]) -> None:
