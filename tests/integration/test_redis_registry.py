@@ -214,7 +214,7 @@ async def test_records_of_other_versions_are_ignored_and_named(
     await redis.set(keys.worker("new"), b'{"protocol_version": 99, "shape": "unknown"}')
     await redis.set(keys.worker("broken"), b"no json")
     assert await read_records(redis, keys) == {}
-    assert "protocol version 99, this process 1" in caplog.text
+    assert f"protocol version 99, this process {PROTOCOL_VERSION}" in caplog.text
     assert "no json" in caplog.text
 
 
