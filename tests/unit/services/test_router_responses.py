@@ -4,7 +4,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import pytest_asyncio
@@ -137,12 +136,6 @@ async def test_the_openai_client_creates_continues_retrieves_and_deletes(
         await client.responses.create(model=MODEL, input="x", previous_response_id=first.id)
     assert gone.value.code == "previous_response_not_found"
     assert gone.value.param == "previous_response_id"
-
-
-async def test_what_isnt_to_be_stored_isnt(client: AsyncOpenAI) -> None:
-    answer = await client.responses.create(model=MODEL, input="x", max_output_tokens=2, store=False)
-    with pytest.raises(openai.NotFoundError):
-        await client.responses.retrieve(answer.id)
 
 
 async def test_a_stream_tells_how_its_items_grow(stack: RouterStack) -> None:
@@ -387,53 +380,6 @@ async def test_thoughts_are_an_item(tmp_path_factory: pytest.TempPathFactory) ->
         ]
         final = events[-1]["response"]["output"]
         assert [_without_ids(item) for item in final] == [_without_ids(i) for i in answer["output"]]
-
-
-async def test_answers_go_on_without_redis_but_are_not_kept(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    async with open_router_stack(tmp_path_factory.mktemp("router")) as stack:
-        await stack.add_worker()
-        stack.kill_redis()
-        await stack.redis.wait()
-        answer = await ask(stack, {"input": "x", "max_output_tokens": 2})
-        assert answer["store"] is False
-        away = [
-            await stack.post(RESPONSES, {"input": "x", "previous_response_id": answer["id"]}),
-            await stack.client.get(f"{RESPONSES}/{answer['id']}"),
-            await stack.client.delete(f"{RESPONSES}/{answer['id']}"),
-        ]
-        assert [_status_and_code(response) for response in away] == [(503, "store_unavailable")] * 3
-
-
-def _status_and_code(response: httpx.Response) -> tuple[int, str]:
-    return response.status_code, response.json()["error"]["code"]
-
-
-async def test_with_no_time_to_live_nothing_is_kept(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    async with open_router_stack(tmp_path_factory.mktemp("router"), response_ttl_s=0) as stack:
-        await stack.add_worker()
-        answer = await ask(stack, {"input": "x", "max_output_tokens": 2})
-        assert answer["store"] is False
-        assert (await stack.client.get(f"{RESPONSES}/{answer['id']}")).status_code == 404
-
-
-async def test_the_oldest_answers_make_room(tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("router")
-    async with open_router_stack(path, response_store_bytes=6000) as stack:
-        await stack.add_worker()
-        body = {"input": "x", "max_output_tokens": 2}
-        answers = [await ask(stack, body) for _ in range(12)]
-        assert all(answer["store"] for answer in answers)
-        found = [await stack.client.get(f"{RESPONSES}/{answer['id']}") for answer in answers]
-        statuses = [response.status_code for response in found]
-        num_kept = statuses.count(200)
-        assert 1 < num_kept < 12
-        assert statuses == [404] * (12 - num_kept) + [200] * num_kept
-        too_large = await ask(stack, body | {"metadata": {"a": "x" * 6000}})
-        assert too_large["store"] is False
 
 
 async def test_a_call_that_was_cut_off_is_no_part_of_the_conversation(stack: RouterStack) -> None:
