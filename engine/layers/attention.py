@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
@@ -46,17 +45,14 @@ class Attention:
         kv_size = config.num_kv_heads * config.head_dim
         projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self._qkv = pack_linear(
-            torch.cat(
-                [
-                    weights.take(f"{prefix}.{name}.weight", (size, config.hidden_size))
+            weights.take_stacked(
+                {
+                    f"{prefix}.{name}.weight": (size, config.hidden_size)
                     for name, size in projections.items()
-                ]
+                }
             ),
-            torch.cat(
-                [
-                    weights.take(f"{prefix}.{name}.bias", (size,))
-                    for name, size in projections.items()
-                ]
+            weights.take_stacked(
+                {f"{prefix}.{name}.bias": (size,) for name, size in projections.items()}
             )
             if options.qkv_bias
             else None,

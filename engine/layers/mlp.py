@@ -1,6 +1,5 @@
 """The gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
 
-import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
@@ -17,19 +16,10 @@ class GatedMLP:
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         hidden, intermediate = config.hidden_size, config.intermediate_size
+        parts = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
         self._gate_up = pack_linear(
-            torch.cat(
-                [
-                    weights.take(f"{prefix}.{name}.weight", (intermediate, hidden))
-                    for name in ("gate_proj", "up_proj")
-                ]
-            ),
-            torch.cat(
-                [
-                    weights.take(f"{prefix}.{name}.bias", (intermediate,))
-                    for name in ("gate_proj", "up_proj")
-                ]
-            )
+            weights.take_stacked({f"{part}.weight": (intermediate, hidden) for part in parts}),
+            weights.take_stacked({f"{part}.bias": (intermediate,) for part in parts})
             if bias
             else None,
         )

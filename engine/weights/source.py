@@ -1,7 +1,8 @@
 """The two places that layers take their weights from: safetensors files and random numbers.
 
 A layer takes each tensor once, when it's constructed, and packs it; no tensor of the checkpoint
-outlives that, so a model is never in memory twice.
+outlives that, so a model is never in memory twice. What a layer keeps as one is read as one: each
+tensor to its place in the whole.
 """
 
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import sys
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.weights.device_reader import DeviceReader, TensorPlace, read_places
 from protocol.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -39,9 +42,17 @@ class WeightSource(Protocol):
         """Raises StartupError if there is no such tensor or it has another shape."""
         ...
 
+    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        """Several tensors as one, in order along the first dimension. Raises as `take` does."""
+        ...
+
 
 class SafetensorsWeights:
-    """Tensors of a model directory's `*.safetensors`, read when taken; a context manager."""
+    """Tensors of a model directory's `*.safetensors`, read when taken; a context manager.
+
+    A GPU's are read by threads into the memory that they stay in; a CPU's are views of the mapped
+    file where their type is the model's.
+    """
 
     def __init__(
         self, model_dir: Path, dtype: torch.dtype, device: torch.device, *, progress: bool
@@ -51,12 +62,18 @@ class SafetensorsWeights:
         self._model_dir = model_dir
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, Path] = {}
+        self._places: dict[str, TensorPlace] = {}
+        self._reader: DeviceReader | None = None
         paths = find_safetensors(model_dir)
         for path in paths:
             _read_ahead(path)
-            file = _open(path, device)
+            file = _open(path)
             self._files[path.name] = file
             self._file_of.update(dict.fromkeys(file.keys(), path))
+            if device.type == "cuda":
+                self._places.update(read_places(path))
+        if device.type == "cuda":
+            self._reader = DeviceReader(device)
         # A body saved without its head has no "model." in front of its names.
         self._is_bare = "embed_tokens.weight" in self._file_of
         self._untaken = {name for name in self._file_of if not name.endswith(_NOT_WEIGHTS)}
@@ -79,6 +96,8 @@ class SafetensorsWeights:
     ) -> None:
         self._bar.close()
         self._files.clear()
+        if self._reader is not None:
+            self._reader.close()
         if error is None and self._untaken:
             some = ", ".join(sorted(self._untaken)[:3])
             logger.warning(
@@ -89,20 +108,52 @@ class SafetensorsWeights:
             )
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if self._reader is not None:
+            return self.take_stacked({name: shape})
+        return self._map(name, shape).to(self.dtype)
+
+    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        whole, parts = _stack(shapes, self.dtype, self.device)
+        if self._reader is None:
+            for (name, shape), part in zip(shapes.items(), parts, strict=True):
+                part.copy_(self._map(name, shape))
+        else:
+            places = [self._place(name, shape) for name, shape in shapes.items()]
+            self._reader.fill(list(zip(places, parts, strict=True)), on_bytes=self._bar.update)
+        return whole
+
+    def _map(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The file's own memory."""
+        name, path = self._find(name)
+        tensor: Tensor = self._files[path.name].get_tensor(name)
+        self._check(name, path, tensor.shape, shape)
+        self._bar.update(tensor.nbytes)
+        return tensor
+
+    def _place(self, name: str, shape: tuple[int, ...]) -> TensorPlace:
+        name, path = self._find(name)
+        place = self._places[name]
+        self._check(name, path, place.shape, shape)
+        return place
+
+    def _find(self, name: str) -> tuple[str, Path]:
+        """The tensor's name in the checkpoint, and its file."""
         if self._is_bare:
             name = name.removeprefix("model.")
         path = self._file_of.get(name)
         if path is None:
             raise StartupError(f"The weights in {self._model_dir} have no tensor {name!r}.")
-        tensor: Tensor = self._files[path.name].get_tensor(name)
-        if tensor.shape != shape:
+        return name, path
+
+    def _check(
+        self, name: str, path: Path, actual: tuple[int, ...], expected: tuple[int, ...]
+    ) -> None:
+        if actual != expected:
             raise StartupError(
-                f"Tensor {name!r} in {path} has shape {tuple(tensor.shape)}, "
-                f"config.json wants {shape}."
+                f"Tensor {name!r} in {path} has shape {tuple(actual)}, "
+                f"config.json wants {expected}."
             )
         self._untaken.discard(name)
-        self._bar.update(tensor.nbytes)
-        return tensor.to(self.dtype)
 
 
 class DummyWeights:
@@ -113,12 +164,28 @@ class DummyWeights:
         self.device = device
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        # Seeded by name: prefill and decode workers must agree, whatever order they load in.
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        values = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if name.endswith("norm.weight"):
-            return values.fill_(1.0)
-        return values.normal_(std=0.02, generator=generator)
+        return self.take_stacked({name: shape})
+
+    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        whole, parts = _stack(shapes, self.dtype, self.device)
+        for name, values in zip(shapes, parts, strict=True):
+            # Seeded by name: prefill and decode workers must agree, whatever order they load in.
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+            if name.endswith("norm.weight"):
+                values.fill_(1.0)
+            else:
+                values.normal_(std=0.02, generator=generator)
+        return whole
+
+
+def _stack(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Memory for tensors one behind the other along the first dimension, and each one's part."""
+    num_rows = [shape[0] for shape in shapes.values()]
+    _, *row_shape = next(iter(shapes.values()))
+    whole = torch.empty((sum(num_rows), *row_shape), dtype=dtype, device=device)
+    return whole, whole.split(num_rows)
 
 
 def find_safetensors(model_dir: Path) -> list[Path]:
@@ -139,9 +206,9 @@ def find_safetensors(model_dir: Path) -> list[Path]:
     return paths
 
 
-def _open(path: Path, device: torch.device) -> Any:  # noqa: ANN401  (safetensors has no type for it)
+def _open(path: Path) -> Any:  # noqa: ANN401  (safetensors has no type for it)
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise StartupError(f"{path} is not a readable safetensors file: {error}.") from error
 

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from engine.models.config import read_model_config
 from engine.models.registry import build_model, load_model
+from engine.weights.device_reader import read_places
 from engine.weights.source import DummyWeights, SafetensorsWeights
 from protocol.errors import StartupError
 
@@ -29,6 +30,35 @@ def test_conversion(tmp_path: Path) -> None:
     save_file({"a": values}, tmp_path / "model.safetensors")
     with open_weights(tmp_path, torch.bfloat16) as weights:
         assert torch.equal(weights.take("a", (4,)), values.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = {"a": torch.randn(3, 5), "b": torch.randn(1, 5), "c": torch.randn(2, 5)}
+    save_file(values, tmp_path / "model.safetensors")
+    with open_weights(tmp_path, dtype) as weights:
+        stacked = weights.take_stacked({name: tuple(x.shape) for name, x in values.items()})
+    assert torch.equal(stacked, torch.cat(list(values.values())).to(dtype))
+
+
+def test_places_in_a_file(tmp_path: Path) -> None:
+    values = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.int8)}
+    path = tmp_path / "model.safetensors"
+    save_file(values, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    places = read_places(path)
+    assert places.keys() == values.keys()
+    for name, expected in values.items():
+        place = places[name]
+        held = content[place.start : place.start + place.num_bytes]
+        assert (place.path, place.shape) == (path, expected.shape)
+        assert torch.equal(torch.frombuffer(bytearray(held), dtype=place.dtype), expected.view(-1))
+
+
+def test_types_of_numbers_that_no_model_has(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, dtype=torch.bool)}, tmp_path / "model.safetensors")
+    with pytest.raises(StartupError, match=r"'a' in .* is of type BOOL"):
+        read_places(tmp_path / "model.safetensors")
 
 
 def test_shards_of_an_index(tmp_path: Path) -> None:
@@ -88,6 +118,8 @@ def test_dummy_weights_are_equal_in_every_process_and_order() -> None:
     assert torch.equal(second.take("b.weight", (4, 4)), b)
     assert torch.equal(second.take("a.weight", (4, 4)), a)
     assert not torch.equal(a, b)
+    shapes = {"a.weight": (4, 4), "b.weight": (4, 4)}
+    assert torch.equal(second.take_stacked(shapes), torch.cat((a, b)))
     assert torch.equal(first.take("input_layernorm.weight", (2,)), torch.ones(2))
 
 
