@@ -1,5 +1,6 @@
 """One model replica, as services and `LLM` drive it: all calls on one thread, the engine thread."""
 
+import logging
 import threading
 
 import torch
@@ -15,7 +16,7 @@ from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.registry import load_model
-from engine.profiling import gpu_free_bytes, warm_up
+from engine.profiling import measure_gpu_memory, warm_up
 from engine.runner import ModelRunner
 from engine.sampler.sampled import SampledToken
 from engine.scheduler.config import SchedulerConfig
@@ -26,6 +27,8 @@ from engine.weights.model_dir import model_name, resolve_model
 from protocol.block_hash import BlockHash
 from protocol.errors import StartupError
 from protocol.layout import KVLayout
+
+logger = logging.getLogger(__name__)
 
 _CPU_MIXED_TOKENS = 512
 
@@ -59,10 +62,13 @@ class Engine:
         layout = _layout(model, config.block_size)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
-            free_bytes = gpu_free_bytes(model, layout, config)
+            memory = measure_gpu_memory(model, layout, config)
+            logger.info("GPU memory: %s", memory)
+            free_bytes, origin = memory.kv_bytes(), f"what is left ({memory})"
         else:
             free_bytes = cpu_free_bytes(config, layout, max_model_len=max_model_len)
-        num_blocks = num_kv_blocks(config, layout, free_bytes=free_bytes)
+            origin = "the memory left for it"
+        num_blocks = num_kv_blocks(config, layout, free_bytes=free_bytes, origin=origin)
         self.kv_pool = allocate_kv_pool(layout, num_blocks, dtype=model.dtype, device=model.device)
         self.device_blocks = DeviceBlocks(self.kv_pool) if self.kv_pool.is_cuda else None
         self.pool = BlockPool(

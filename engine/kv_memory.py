@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.gpu_memory import gib
 from protocol.errors import StartupError
 from protocol.layout import KVLayout
 
@@ -16,28 +17,33 @@ from protocol.layout import KVLayout
 _CPU_SHARE = 0.25
 _CPU_LONG_SEQS = 3
 _CPU_TOKENS_PER_SEQ = 112
-_GIB = 2**30
 
 
-def num_kv_blocks(config: EngineConfig, layout: KVLayout, *, free_bytes: int) -> int:
+def num_kv_blocks(
+    config: EngineConfig,
+    layout: KVLayout,
+    *,
+    free_bytes: int,
+    origin: str = "the memory left for it",
+) -> int:
     """How many blocks to allocate.
 
     `free_bytes` is the memory that may go to KV blocks: what is available on a CPU, what
-    profiling left of a GPU's share. Raises StartupError if the result can't hold the sequences
-    that were asked for.
+    profiling left of a GPU's share; `origin` is what to call it. Raises StartupError if the
+    result can't hold the sequences that were asked for.
     """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
         kv_bytes, origin = config.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
     else:
-        kv_bytes, origin = free_bytes, "the memory left for it"
+        kv_bytes = free_bytes
     num_blocks = kv_bytes // layout.block_bytes
     needed = -(-(config.max_model_len or 1) // layout.block_size)
     if num_blocks < needed:
         raise StartupError(
             f"A KV cache for a sequence of {config.max_model_len or 1} tokens needs "
-            f"{_gib(needed * layout.block_bytes)}, but {origin} is {_gib(kv_bytes)}; "
+            f"{gib(needed * layout.block_bytes)}, but {origin} is {gib(kv_bytes)}; "
             f"lower --max-model-len (to {num_blocks * layout.block_size} at most) "
             "or give it more."
         )
@@ -73,11 +79,11 @@ def allocate_kv_pool(
             return torch.empty(shape, dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:
             free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-            where = f"the GPU has free ({_gib(free_bytes)} of {_gib(total_bytes)})"
+            where = f"the GPU has free ({gib(free_bytes)} of {gib(total_bytes)})"
             raise _no_memory(num_blocks, num_bytes, where) from error
     if num_bytes > psutil.virtual_memory().total:
         raise _no_memory(
-            num_blocks, num_bytes, f"this machine's {_gib(psutil.virtual_memory().total)}"
+            num_blocks, num_bytes, f"this machine's {gib(psutil.virtual_memory().total)}"
         )
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -91,10 +97,6 @@ def allocate_kv_pool(
 
 def _no_memory(num_blocks: int, num_bytes: int, where: str) -> StartupError:
     return StartupError(
-        f"{num_blocks} KV blocks need {_gib(num_bytes)}, more than {where}; lower "
+        f"{num_blocks} KV blocks need {gib(num_bytes)}, more than {where}; lower "
         "--kv-cache-memory-bytes, --num-gpu-blocks-override or --gpu-memory-utilization."
     )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"

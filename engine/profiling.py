@@ -1,9 +1,11 @@
-"""Steps over made-up sequences: they measure a GPU's memory peak and take first-use costs."""
+"""Steps over made-up sequences: they measure a GPU's memory and take first-use costs."""
 
 import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.decode_graphs import DecodeGraphs, graph_sizes
+from engine.gpu_memory import GpuMemory, gib
 from engine.kv_memory import allocate_kv_pool
 from engine.models.causal_lm import CausalLM
 from engine.runner import ModelRunner
@@ -16,9 +18,12 @@ from protocol.request import Request
 from protocol.sampling import SamplingParams
 
 _WARM_UP_TOKENS = 64
-# A process's CUDA context, its libraries' kernels and its staging memory for transfers. Not
-# measured: workers that start at the same time on one card can't tell whose memory is whose.
+# A process's CUDA context, its libraries' and our kernels (0.75 GiB on an H100), and its staging
+# memory for transfers (0.25). Not measured: workers that start at the same time on one card can't
+# tell whose memory is whose.
 _OUTSIDE_TORCH_BYTES = 1 << 30
+# What the driver keeps of a captured graph; an H100's takes 2 MiB for 32 layers.
+_GRAPH_LAYER_BYTES = 1 << 16
 
 
 def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
@@ -35,37 +40,60 @@ def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
         runner.release(sequence)
 
 
-def gpu_free_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
-    """What is left for KV blocks of this worker's share of a GPU, after the largest step.
+def measure_gpu_memory(model: CausalLM, layout: KVLayout, config: EngineConfig) -> GpuMemory:
+    """What the model, its largest step and its CUDA graphs take of this worker's share of a GPU.
 
-    Raises StartupError if weights and that step alone exceed the share, or what is free.
+    Raises StartupError if that does not fit in what is free.
     """
     device = model.device
-    _, total_bytes = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    weights_bytes = torch.cuda.memory_allocated(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    # Reserved, not allocated: what lies idle between a step's tensors is nobody else's.
+    before_bytes = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        _run_largest_step(model, layout, config)
+        kv_bytes = _run_largest_step(model, layout, config)
+        torch.cuda.synchronize(device)
+        activations_bytes = torch.cuda.max_memory_reserved(device) - before_bytes - kv_bytes
+        torch.cuda.empty_cache()
+        graphs_bytes = 0 if config.enforce_eager else _graphs_bytes(model, layout, config)
     except torch.OutOfMemoryError as error:
         raise StartupError(
             f"The largest step, of {config.max_num_batched_tokens} tokens, does not fit in what "
-            "the GPU has free; lower --max-num-batched-tokens, or end what else uses the GPU."
+            f"the GPU has free ({gib(free_bytes)} of {gib(total_bytes)}) beside "
+            f"{gib(weights_bytes)} of weights; lower --max-num-batched-tokens, or end what else "
+            "uses the GPU."
         ) from error
-    torch.cuda.synchronize(device)
-    peak_bytes = torch.cuda.max_memory_allocated(device)
+    return GpuMemory(
+        utilization=config.gpu_memory_utilization,
+        total_bytes=total_bytes,
+        weights_bytes=weights_bytes,
+        activations_bytes=activations_bytes,
+        graphs_bytes=graphs_bytes,
+        outside_bytes=_OUTSIDE_TORCH_BYTES,
+    )
+
+
+def _graphs_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
+    """Memory of all graphs, from a capture of the largest: the others share its tensors."""
+    device = model.device
+    sizes = graph_sizes(config.max_num_seqs)
+    kv_pool = allocate_kv_pool(layout, 1, dtype=model.dtype, device=device)
+    before_bytes = torch.cuda.memory_reserved(device)
+    graphs = DecodeGraphs(model, kv_pool, sizes[-1:], progress=False)
     torch.cuda.empty_cache()
-    share_bytes = int(config.gpu_memory_utilization * total_bytes)
-    own_bytes = peak_bytes + _OUTSIDE_TORCH_BYTES
-    if share_bytes <= own_bytes:
-        raise StartupError(
-            f"--gpu-memory-utilization {config.gpu_memory_utilization} allows "
-            f"{share_bytes / 2**30:.2f} GiB, but weights and the largest step need "
-            f"{own_bytes / 2**30:.2f} GiB."
-        )
-    return share_bytes - own_bytes
+    shared_bytes = torch.cuda.memory_reserved(device) - before_bytes
+    del graphs, kv_pool
+    torch.cuda.empty_cache()
+    return shared_bytes + len(sizes) * layout.num_layers * _GRAPH_LAYER_BYTES
 
 
-def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
-    """`max_num_batched_tokens` new tokens and `max_num_seqs` samples, all in the same blocks."""
+def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
+    """`max_num_batched_tokens` new tokens and `max_num_seqs` samples, all in the same blocks.
+
+    Returns the bytes of those blocks, which are gone again.
+    """
     num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
     longest = min(config.max_num_batched_tokens - num_seqs + 1, model.config.max_model_len - 1)
     counts = [longest] + [1] * (num_seqs - 1)
@@ -76,6 +104,7 @@ def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -
     sampling = SamplingParams(top_p=0.9, logprobs=1)
     sequences = [_made_up(count, block_ids, sampling) for count in counts]
     _run(runner, sequences, counts)
+    return kv_pool.nbytes
 
 
 def _made_up(num_tokens: int, block_ids: list[int], sampling: SamplingParams) -> Sequence:

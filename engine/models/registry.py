@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from engine.gpu_memory import gib
 from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaForCausalLM
@@ -42,8 +43,20 @@ def load_model(
     load_format: str = "auto",
     progress: bool = False,
 ) -> CausalLM:
-    """The model with the directory's weights, or random ones if `load_format` is "dummy"."""
-    if load_format == "dummy":
-        return build_model(config, DummyWeights(dtype, device))
-    with SafetensorsWeights(model_dir, dtype, device, progress=progress) as weights:
-        return build_model(config, weights)
+    """The model with the directory's weights, or random ones if `load_format` is "dummy".
+
+    Raises StartupError if they don't fit on the device, too.
+    """
+    try:
+        if load_format == "dummy":
+            return build_model(config, DummyWeights(dtype, device))
+        with SafetensorsWeights(model_dir, dtype, device, progress=progress) as weights:
+            return build_model(config, weights)
+    except torch.OutOfMemoryError as error:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        loaded_bytes = torch.cuda.memory_allocated(device)
+        raise StartupError(
+            f"The weights do not fit on the GPU: after {gib(loaded_bytes)} of them, "
+            f"{gib(free_bytes)} of {gib(total_bytes)} are free. End what else uses the GPU, or "
+            "serve a smaller model."
+        ) from error
