@@ -31,7 +31,9 @@ class VllmConfig:
         only_default="long prompts always run in chunks; --max-num-batched-tokens says how large",
     )
     num_scheduler_steps: int = setting(
-        1, help="1", only_default="each step is planned for itself, which costs no time on the way"
+        1,
+        help="1",
+        only_default="the next step is prepared while one runs anyway (--async-scheduling)",
     )
     preemption_mode: str | None = setting(
         None, choices=("recompute",), help="what becomes of preempted sequences"

@@ -19,10 +19,13 @@ class StepArrays:
 
     `token_ids` int64 [num_tokens]; `sample_tokens` int64 [num_samples] are the indexes of tokens
     after which one is sampled, `sample_rows` their rows, and `sample_positions` the sampled
-    tokens' indexes among their sequences' outputs.
+    tokens' indexes among their sequences' outputs. `sources` int64 [num_tokens], if any, says
+    which tokens aren't known to the host: their places among the samples of the step before, -1
+    for all others.
     """
 
     token_ids: NDArray[np.int64]
+    sources: NDArray[np.int64] | None
     query_starts: NDArray[np.int32]
     kv_lens: NDArray[np.int32]
     block_tables: NDArray[np.int32]
@@ -84,25 +87,33 @@ class PersistentBatch:
         starts: list[int] = []
         counts: list[int] = []
         token_ids: list[int] = []
+        sources: list[int] = []
         for item in scheduled:
             sequence, count = item.sequence, item.num_new_tokens
-            row, start = sequence.row, sequence.num_computed_tokens
+            row, start = sequence.row, item.start
             assert row is not None
             if len(sequence.block_ids) != self._num_blocks[row]:
                 self._write_blocks(row, sequence.block_ids)
             rows.append(row)
             starts.append(start)
             counts.append(count)
-            if count == 1:
+            if item.source is not None:
+                sources += [-1] * (len(token_ids) - len(sources))
+                sources.append(item.source)
+                token_ids.append(0)
+            elif count == 1:
                 token_ids.append(sequence.token_ids[start])
             else:
                 token_ids.extend(sequence.token_ids[start : start + count])
+        if sources:
+            sources += [-1] * (len(token_ids) - len(sources))
         return self._arrays(
             scheduled,
             rows=np.array(rows),
             starts=np.array(starts),
             counts=np.array(counts),
             token_ids=np.array(token_ids),
+            sources=np.array(sources) if sources else None,
         )
 
     def _arrays(
@@ -113,6 +124,7 @@ class PersistentBatch:
         starts: NDArray[np.int64],
         counts: NDArray[np.int64],
         token_ids: NDArray[np.int64],
+        sources: NDArray[np.int64] | None,
     ) -> StepArrays:
         kv_lens = starts + counts
         max_kv_len = int(kv_lens.max())
@@ -131,6 +143,7 @@ class PersistentBatch:
         sample_rows = rows[samples]
         return StepArrays(
             token_ids=token_ids,
+            sources=sources,
             query_starts=query_starts,
             kv_lens=kv_lens.astype(np.int32),
             block_tables=self._block_tables[rows, : -(-max_kv_len // self._block_size)],

@@ -50,6 +50,11 @@ class EngineConfig:
     enforce_eager: bool = setting(
         False, help="on a GPU, launch decode steps kernel by kernel instead of as CUDA graphs"
     )
+    async_scheduling: bool | None = setting(
+        None,
+        help="prepare a decode step while the one before runs; default: on a GPU, where they "
+        "would wait for each other",
+    )
     enable_prefix_caching: bool = setting(True, help="reuse KV blocks of equal prefixes")
     seed: int = setting(0, help="root of the random numbers of requests without a seed")
     num_threads: int | None = setting(

@@ -18,6 +18,7 @@ from engine.models.config import ModelConfig, read_model_config
 from engine.models.registry import load_model
 from engine.profiling import measure_gpu_memory, warm_up
 from engine.runner import ModelRunner
+from engine.running_step import RunningStep
 from engine.sampler.sampled import SampledToken
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import StepPlan
@@ -141,22 +142,25 @@ class Engine:
         """
         return self._model_config.root_hash(max_seq_len, cache_salt=cache_salt)
 
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Runs a step: one token for each scheduled sequence that samples, in order.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps may be launched before the one before is finished (see pipeline.py)."""
+        wanted = self._config.async_scheduling
+        return self.kv_pool.is_cuda if wanted is None else wanted
 
-        Advances nothing. Sequences in `plan.preempted` are released.
-        """
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Queues a step on the device. Advances nothing; sequences in `plan.preempted` are
+        released."""
         if self._thread != threading.get_ident():
             # OpenMP counts threads per calling thread; a new one starts with the default.
             self._thread = threading.get_ident()
             torch.set_num_threads(self._num_threads)
-        sampled = self._runner.execute(plan)
-        if self.kv_pool.is_cuda:
-            # Who is told that a step is done may send its blocks from another stream. Sampling has
-            # waited already; a step that samples nothing would still be running. Waiting for this
-            # stream leaves transfers on theirs alone.
-            torch.cuda.current_stream(self.kv_pool.device).synchronize()
-        return sampled
+        return self._runner.launch(plan)
+
+    def execute(self, plan: StepPlan) -> list[SampledToken]:
+        """Runs a step from launch to result: one token for each scheduled sequence that samples,
+        in order."""
+        return self.launch(plan).result()
 
     def release(self, sequence: Sequence) -> None:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;

@@ -271,6 +271,7 @@ class LLM:
             # After an error or Ctrl-C the engine is as free as before.
             for key in completions:
                 self._loop.abort(key)
+            self._loop.settle()
 
     def _run_steps(
         self, completions: dict[RequestKey, tuple[_Job, Completion]], bar: "tqdm[Any]"

@@ -122,4 +122,4 @@ def _run(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> N
         ScheduledSequence(sequence, count, samples=True)
         for sequence, count in zip(sequences, counts, strict=True)
     ]
-    runner.execute(StepPlan(items))
+    runner.launch(StepPlan(items)).result()

@@ -1,7 +1,8 @@
 """Runs a step's plan on the device: arrays, forward pass, logits of the rows that sample, tokens.
 
 The forward pass of a decode step may be a captured CUDA graph: everything before it is host
-arithmetic, everything behind it depends on what samples.
+arithmetic, everything behind it depends on what samples. Nothing waits for the device, unless a
+request wants to know of its prompt.
 """
 
 import torch
@@ -12,7 +13,7 @@ from engine.decode_graphs import DecodeGraphs
 from engine.grammar import GrammarCompiler
 from engine.models.causal_lm import CausalLM
 from engine.prompt_reader import PromptReader
-from engine.sampler.sampled import SampledToken
+from engine.running_step import RunningStep
 from engine.sampler.sampler import Sampler
 from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
@@ -45,6 +46,7 @@ class ModelRunner:
         )
         self._reader = PromptReader(model)
         self._graphs: DecodeGraphs | None = None
+        self._sampled = torch.zeros(1, dtype=torch.int64, device=kv_pool.device)
 
     def capture_graphs(self, sizes: list[int], *, progress: bool) -> None:
         """From now on decode steps of up to `sizes[-1]` sequences replay CUDA graphs."""
@@ -56,48 +58,38 @@ class ModelRunner:
         return self._batch.num_rows
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """One token for each scheduled sequence that samples, in the plan's order.
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Queues a step; its result has a token for each sequence that samples, in order.
 
         Nothing advances: the scheduler's `commit` does that. A sampled token counts as its
-        sequence's next one, so commit it or `release` the sequence.
+        sequence's next one, so commit it or `release` the sequence. A step that was scheduled
+        ahead takes the place of no other: its `source`s are samples of the step launched last.
         """
         for sequence in plan.preempted:
             self.release(sequence)
+        device = self._kv_pool.device
         if not plan.scheduled:
-            return []
+            return RunningStep([], None, reports={}, device=device)
         for item in plan.scheduled:
             if item.sequence.row is None:
                 self._sampler.add(self._batch.add(item.sequence), item.sequence)
                 self._reader.add(item.sequence)
         arrays = self._batch.arrays(plan.scheduled)
         is_read = self._reader.wants(plan.scheduled)
-        hidden = None if self._graphs is None or is_read else self._graphs.hidden(arrays)
+        hidden = None
+        if self._graphs is not None and not is_read:
+            hidden = self._graphs.hidden(arrays, self._sampled)
         if hidden is None:
             hidden = self._hidden(arrays, plan.scheduled if is_read else [])
-        if not len(arrays.sample_rows):
-            return []
-        sampled = self._sampler.sample(
+        sequences = [item.sequence for item in plan.scheduled if item.samples]
+        if not sequences:
+            return RunningStep([], None, reports={}, device=device)
+        pending = self._sampler.choose(
             self._model.logits(hidden), arrays.sample_rows, arrays.sample_positions
         )
-        sequences = [item.sequence for item in plan.scheduled if item.samples]
-        if sampled.logprobs is None and not sampled.failures and not is_read:
-            return [
-                SampledToken(sequence, token_id, None)
-                for sequence, token_id in zip(sequences, sampled.token_ids, strict=True)
-            ]
-        logprobs = sampled.logprobs or [None] * len(sequences)
-        columns = zip(sequences, sampled.token_ids, logprobs, strict=True)
-        return [
-            SampledToken(
-                sequence,
-                token_id,
-                logprob,
-                self._reader.report(sequence),
-                sampled.failures.get(place),
-            )
-            for place, (sequence, token_id, logprob) in enumerate(columns)
-        ]
+        self._sampled = pending.token_ids
+        reports = {each: self._reader.report(each) for each in sequences} if is_read else {}
+        return RunningStep(sequences, pending, reports=reports, device=device)
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended or lost its blocks. Nothing happens if it has no row."""
@@ -109,19 +101,30 @@ class ModelRunner:
     def _hidden(self, arrays: StepArrays, read: list[ScheduledSequence]) -> Tensor:
         """Hidden states of the tokens that sample, [num_samples, hidden_size]; the reader sees
         those of the whole step first if `read` is all that is scheduled, and not empty."""
-        token_ids, query_starts, kv_lens, block_tables, slots, positions, sample_tokens = (
-            self._uploader.upload(
-                [
-                    arrays.token_ids,
-                    arrays.query_starts,
-                    arrays.kv_lens,
-                    arrays.block_tables,
-                    arrays.slots,
-                    arrays.positions,
-                    arrays.sample_tokens,
-                ]
-            )
+        (
+            token_ids,
+            query_starts,
+            kv_lens,
+            block_tables,
+            slots,
+            positions,
+            sample_tokens,
+            *sources,
+        ) = self._uploader.upload(
+            [
+                arrays.token_ids,
+                arrays.query_starts,
+                arrays.kv_lens,
+                arrays.block_tables,
+                arrays.slots,
+                arrays.positions,
+                arrays.sample_tokens,
+                *([] if arrays.sources is None else [arrays.sources]),
+            ]
         )
+        for source in sources:
+            known = self._sampled[source.clamp(min=0)]
+            token_ids = torch.where(source < 0, token_ids, known)
         batch = AttentionBatch(
             query_starts=query_starts,
             kv_lens=kv_lens,

@@ -1,9 +1,10 @@
-"""Continuous batching on one thread: schedule → execute → commit, until nothing is left."""
+"""Continuous batching on one thread: step after step, until nothing is left."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.engine import Engine
+from engine.pipeline import StepPipeline
 from engine.sampler.sampled import NO_REPORT, OutputFailure, PromptReport
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate
@@ -29,10 +30,12 @@ class StepLoop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.scheduler = DecodeScheduler(engine.pool, engine.scheduler_config)
+        self._pipeline = StepPipeline(engine, self.scheduler)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.num_running > 0 or self.scheduler.num_waiting > 0
+        scheduler = self.scheduler
+        return self._pipeline.is_running or scheduler.num_running + scheduler.num_waiting > 0
 
     def add(self, sequence: Sequence) -> None:
         """Raises InvalidRequestError if it can never run here."""
@@ -44,21 +47,26 @@ class StepLoop:
         if sequence is not None:
             self.engine.release(sequence)
 
+    def settle(self) -> None:
+        """Lets what is on the device end: what was aborted meanwhile holds no block afterwards."""
+        while self._pipeline.is_running:
+            for _ in self.step():
+                pass
+
     def step(self) -> Iterator[StepResult]:
-        """One step's new tokens. Finished sequences have freed their blocks and rows."""
-        plan = self.scheduler.schedule()
-        assert plan.scheduled or plan.preempted, "there is work, but no step can do any of it"
-        sampled = self.engine.execute(plan)
+        """One step's new tokens. Finished sequences have freed their rows."""
+        finished = self._pipeline.finish_step()
+        assert finished is not None, "there is work, but no step can do any of it"
+        sampled = finished.sampled
         failed = [token for token in sampled if token.failure is not None]
         for token in failed:
             self.abort(token.sequence.key)
-        updates = self.scheduler.commit(plan, [[token.token_id] for token in sampled])
-        # One thread: nothing else was aborted between schedule and commit, so each other sample
-        # has its update, in the same order.
-        going_on = (token for token in sampled if token.failure is None)
-        for update, token in zip(updates, going_on, strict=True):
+        updates = self.scheduler.commit(finished.plan, [[token.token_id] for token in sampled])
+        tokens = {token.sequence: token for token in sampled}
+        for update in updates:
             if update.finish_reason is not None:
                 self.engine.release(update.sequence)
+            token = tokens[update.sequence]
             yield StepResult(update, token.logprobs, token.prompt)
         for token in failed:
             update = SequenceUpdate(token.sequence, [], "abort")

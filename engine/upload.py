@@ -1,4 +1,7 @@
-"""A step's input arrays on their way to the device, in one copy."""
+"""A step's arrays between host and device. Nothing here waits for work that is under way.
+
+Copies from pageable memory would: so what goes to a GPU lies in pinned memory first.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +13,21 @@ from torch import Tensor
 
 _ALIGNMENT = 16
 _FIRST_BYTES = 1 << 16
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of a small array. On a GPU, work queued from now on finds it."""
+    tensor = torch.from_numpy(array.copy())
+    # torch keeps the pinned memory until the copy has read it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, filled when the work queued so far on its device is done."""
+    if not tensor.is_cuda:
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 class Uploader:

@@ -1,10 +1,13 @@
 """Times engine steps of a model with random weights on a GPU, beside the card's own ceilings.
 
-    python -m benchmarks.gpu.engine [--layers 32] [--out benchmarks/results/gpu-engine.json]
+    python -m benchmarks.gpu.engine [--layers 32] [--only decode] [--one-by-one]
+        [--out benchmarks/results/gpu-engine.json]
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
-weights and KV for decode. Ceilings are measured first, in the same run.
+weights and KV for decode. Ceilings are measured first, in the same run. For decode a profile says
+for which share of the time no kernel ran; `--one-by-one` launches no step before the one before
+is known.
 """
 
 import argparse
@@ -13,12 +16,14 @@ import json
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -50,8 +55,11 @@ LLAMA_8B: dict[str, Any] = {
     "eos_token_id": 128001,
 }
 PREFILL = ((64, 2048), (8, 8192), (1, 32768))
-DECODE = ((1, 1040), (16, 1040), (64, 1040), (256, 1040), (8, 32640))
+# With what is generated until and while steps are timed, contexts of 1,168 tokens, as in the table
+# that docs/performance.md compares with.
+DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640))
 NUM_DECODE_STEPS = 64
+NUM_PROFILED_STEPS = 16
 BATCHED_TOKENS = 16384
 
 
@@ -85,8 +93,11 @@ def time_call(call: Any, repeats: int = 20) -> float:  # noqa: ANN401
     return min(times)
 
 
-def add_requests(loop: StepLoop, num_seqs: int, prompt_len: int, num_outputs: int) -> None:
+def add_requests(
+    loop: StepLoop, num_seqs: int, prompt_len: int, num_outputs: int
+) -> list[Sequence]:
     rng = random.Random(num_seqs)
+    sequences: list[Sequence] = []
     for i in range(num_seqs):
         request = Request(
             key=RequestKey(str(i), 0),
@@ -94,29 +105,44 @@ def add_requests(loop: StepLoop, num_seqs: int, prompt_len: int, num_outputs: in
             num_prompt_tokens=prompt_len,
             sampling=SamplingParams(temperature=0.0, max_tokens=num_outputs, ignore_eos=True),
         )
-        loop.add(Sequence(request=request, root=loop.engine.root_hash(None), arrival_s=float(i)))
+        root = loop.engine.root_hash(None)
+        sequences.append(Sequence(request=request, root=root, arrival_s=float(i)))
+        loop.add(sequences[-1])
+    return sequences
 
 
-def run(loop: StepLoop) -> list[tuple[int, float]]:
-    """(sequences that sampled, seconds) of each step until nothing is left."""
-    steps: list[tuple[int, float]] = []
-    while loop.has_work:
-        started = time.perf_counter()
-        num_sampled = sum(1 for _ in loop.step())
-        steps.append((num_sampled, time.perf_counter() - started))
-    return steps
+def run_step(loop: StepLoop) -> tuple[int, float]:
+    """Sequences that sampled, and seconds."""
+    started = time.perf_counter()
+    num_sampled = sum(1 for _ in loop.step())
+    return num_sampled, time.perf_counter() - started
+
+
+def idle_share(call: Callable[[], object]) -> float:
+    """For which share of the time from its first to its last kernel or copy the device has none."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+    spans = sorted((event.time_range.start, event.time_range.end) for event in profiler.events())
+    busy, until = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 1 - busy / (until - spans[0][0])
 
 
 class Bench:
     """One engine, and what its model's steps need at least."""
 
-    def __init__(self, model_dir: Path, num_layers: int, ceilings: Ceilings) -> None:
+    def __init__(
+        self, model_dir: Path, num_layers: int, ceilings: Ceilings, *, one_by_one: bool
+    ) -> None:
         shape = LLAMA_8B | {"num_hidden_layers": num_layers}
         (model_dir / "config.json").write_text(json.dumps(shape))
         config = EngineConfig(
             model=str(model_dir),
             max_num_batched_tokens=BATCHED_TOKENS,
             enable_prefix_caching=False,
+            async_scheduling=not one_by_one,
         )
         started = time.perf_counter()
         model = build_model(
@@ -136,7 +162,9 @@ class Bench:
         """Prompts of one length until each has its first token."""
         loop = StepLoop(self.engine)
         add_requests(loop, num_seqs, prompt_len, 1)
-        total_s = sum(seconds for _, seconds in run(loop))
+        total_s = 0.0
+        while loop.has_work:
+            total_s += run_step(loop)[1]
         flops = 2 * self._layer_weights * prompt_len + self._attention_flops * prompt_len**2 / 2
         flops = num_seqs * (flops + 2 * self._head_weights)
         floor_s = flops / self._ceilings.matmul_tflops / 1e12
@@ -150,12 +178,21 @@ class Bench:
     def decode(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
         """The median step with all sequences running."""
         loop = StepLoop(self.engine)
-        num_outputs = NUM_DECODE_STEPS + num_seqs
-        add_requests(loop, num_seqs, prompt_len, num_outputs)
-        steps = [seconds for sampled, seconds in run(loop) if sampled == num_seqs]
+        num_outputs = NUM_DECODE_STEPS + NUM_PROFILED_STEPS + num_seqs
+        sequences = add_requests(loop, num_seqs, prompt_len, num_outputs)
+        times: list[float] = []
+        contexts: list[float] = []
+        while len(times) < NUM_DECODE_STEPS:
+            num_sampled, seconds = run_step(loop)
+            if num_sampled == num_seqs:
+                times.append(seconds)
+                contexts.append(mean(sequence.num_tokens for sequence in sequences))
+        idle = idle_share(lambda: [run_step(loop) for _ in range(NUM_PROFILED_STEPS)])
+        while loop.has_work:
+            run_step(loop)
         # The first ones of the full batch are prefill's last.
-        decode_s = median(steps[2 : NUM_DECODE_STEPS + 2])
-        context = prompt_len + num_outputs / 2
+        decode_s = median(times[2:])
+        context = mean(contexts[2:])
         kv_bytes = self.engine.model.layout.token_bytes * context * num_seqs
         floor_s = (2 * (self._layer_weights + self._head_weights) + kv_bytes) / (
             1e9 * self._ceilings.read_gb_per_s
@@ -164,6 +201,7 @@ class Bench:
             "num_seqs": num_seqs,
             "context": context,
             "step_ms": 1e3 * decode_s,
+            "idle_share": idle,
             "share_of_limit": floor_s / decode_s,
         }
 
@@ -176,29 +214,32 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", choices=("prefill", "decode"))
+    parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
     args = parser.parse_args()
     ceilings = measure_ceilings()
     print(ceilings)
     with TemporaryDirectory() as model_dir:
-        bench = Bench(Path(model_dir), args.layers, ceilings)
+        bench = Bench(Path(model_dir), args.layers, ceilings, one_by_one=args.one_by_one)
     print(f"start {bench.start_s:.1f} s")
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": args.commit,
         "card": torch.cuda.get_device_name(),
         "layers": args.layers,
+        "one_by_one": args.one_by_one,
         "ceilings": dataclasses.asdict(ceilings),
         "start_s": bench.start_s,
         "prefill": [],
         "decode": [],
     }
     bench.prefill(8, 2048)
-    for num_seqs, prompt_len in PREFILL:
+    for num_seqs, prompt_len in PREFILL if args.only != "decode" else ():
         results["prefill"].append(bench.prefill(num_seqs, prompt_len))
         print(results["prefill"][-1], flush=True)
-    for num_seqs, prompt_len in DECODE:
+    for num_seqs, prompt_len in DECODE if args.only != "prefill" else ():
         results["decode"].append(bench.decode(num_seqs, prompt_len))
         print(results["decode"][-1], flush=True)
     if args.out:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.grammar import GrammarCompiler, GrammarMatcher
 from engine.sampler.sampled import OutputFailure
 from engine.sequence import Sequence
+from engine.upload import to_device
 from kernels.sampling import rule_out
 
 _FIELD = "structured_outputs"
@@ -111,7 +112,7 @@ class Constraints:
         masks = np.empty((len(constrained), self._num_words), dtype=np.uint32)
         for mask, (_, constraint) in zip(masks, constrained, strict=True):
             constraint.write(mask)
-        places = torch.tensor([place for place, _ in constrained], device=scores.device)
+        places = to_device(np.array([place for place, _ in constrained]), scores.device)
         rule_out(scores, places=places, allowed=torch.from_numpy(masks.view(np.int32)))
         for mask, (place, constraint) in zip(masks, constrained, strict=True):
             is_stuck = not mask.any()

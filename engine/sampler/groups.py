@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.sampler.penalties import PenaltyRows
 from engine.sampler.rows import NO_LOGPROBS, NO_PENALTY_SLOT, SamplingTable
+from engine.upload import to_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +103,7 @@ def _random_rows(
         index=_index(is_random, device),
         places=is_random.nonzero()[0],
         keys=records["key"],
-        temperature=_to_device(records["temperature"], device).unsqueeze(-1),
+        temperature=to_device(records["temperature"], device).unsqueeze(-1),
         filtered=_filtered_rows(records, device),
     )
 
@@ -116,9 +117,9 @@ def _filtered_rows(records: NDArray[Any], device: torch.device) -> FilteredRows 
     top_k = records["top_k"]
     return FilteredRows(
         index=index,
-        top_k=_to_device(top_k, device),
-        top_p=_to_device(records["top_p"], device),
-        min_p=_to_device(records["min_p"], device) if records["min_p"].any() else None,
+        top_k=to_device(top_k, device),
+        top_p=to_device(records["top_p"], device),
+        min_p=to_device(records["min_p"], device) if records["min_p"].any() else None,
         max_top_k=int(top_k.max()) if top_k.all() else None,
     )
 
@@ -129,11 +130,11 @@ def _penalized_rows(records: NDArray[Any], device: torch.device) -> PenaltyRows 
         return None
     records = records[places]
     return PenaltyRows(
-        places=_to_device(places, device),
-        slots=_to_device(records["penalty_slot"], device),
-        repetition=_to_device(records["repetition_penalty"], device),
-        presence=_to_device(records["presence_penalty"], device),
-        frequency=_to_device(records["frequency_penalty"], device),
+        places=to_device(places, device),
+        slots=to_device(records["penalty_slot"], device),
+        repetition=to_device(records["repetition_penalty"], device),
+        presence=to_device(records["presence_penalty"], device),
+        frequency=to_device(records["frequency_penalty"], device),
     )
 
 
@@ -145,9 +146,9 @@ def _bias_entries(
         return None
     entries = [table.adjustments(row) for row in rows[places].tolist()]
     return BiasEntries(
-        places=_to_device(np.repeat(places, [len(e.bias_values) for e in entries]), device),
-        token_ids=_to_device(np.concatenate([e.bias_token_ids for e in entries]), device),
-        values=_to_device(np.concatenate([e.bias_values for e in entries]), device),
+        places=to_device(np.repeat(places, [len(e.bias_values) for e in entries]), device),
+        token_ids=to_device(np.concatenate([e.bias_token_ids for e in entries]), device),
+        values=to_device(np.concatenate([e.bias_values for e in entries]), device),
     )
 
 
@@ -171,7 +172,7 @@ def _logprob_rows(records: NDArray[Any], device: torch.device) -> LogprobRows | 
     if not len(places):
         return None
     return LogprobRows(
-        index=_to_device(places, device),
+        index=to_device(places, device),
         places=places.tolist(),
         num_top=records["num_logprobs"][places].tolist(),
     )
@@ -179,8 +180,4 @@ def _logprob_rows(records: NDArray[Any], device: torch.device) -> LogprobRows | 
 
 def _index(selected: NDArray[np.bool_], device: torch.device) -> Tensor | None:
     """Places of the selected rows, None if that's all of them."""
-    return None if selected.all() else _to_device(selected.nonzero()[0], device)
-
-
-def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(values.copy()).to(device)
+    return None if selected.all() else to_device(selected.nonzero()[0], device)

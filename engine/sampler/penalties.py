@@ -3,9 +3,11 @@
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.upload import to_device
 from kernels.sampling import penalize
 
 _FIRST_CAPACITY = 4
@@ -38,11 +40,10 @@ class PenaltyCounts:
         if not self._free_slots:
             self._grow()
         slot = self._free_slots.pop()
-        device = self._in_prompt.device
-        self._in_prompt[slot].zero_()
-        self._in_prompt[slot, torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
-        outputs = torch.tensor(output_ids, dtype=torch.int64, device=device)
-        self._output_counts[slot] = torch.bincount(outputs, minlength=self._vocab_size)
+        self._in_prompt[slot].zero_().index_fill_(0, self._indexes(prompt_ids), value=True)
+        outputs = self._indexes(output_ids)
+        ones = torch.ones_like(outputs, dtype=torch.int32)
+        self._output_counts[slot].zero_().index_add_(0, outputs, ones)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -64,6 +65,9 @@ class PenaltyCounts:
             presence=rows.presence,
             frequency=rows.frequency,
         )
+
+    def _indexes(self, token_ids: TokenIds[int]) -> Tensor:
+        return to_device(np.array(token_ids, dtype=np.int64), self._in_prompt.device)
 
     def _grow(self) -> None:
         """Doubles the slots, so that a burst of such requests doesn't copy the counts each time."""

@@ -6,9 +6,6 @@ take the largest; the others divide by their temperature, filter, and choose by 
 that is a function of (seed, output position).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,34 +15,23 @@ from engine.grammar import GrammarCompiler
 from engine.sampler.choice import CHUNK, argmax_rows, choose_rows
 from engine.sampler.constraints import Constraints
 from engine.sampler.groups import RandomRows, RowGroups, StopEntries, group_rows
-from engine.sampler.logprobs import token_logprobs
+from engine.sampler.logprobs import PendingLogprobs
 from engine.sampler.penalties import PenaltyCounts
+from engine.sampler.pending import HeldRows, PendingRows
 from engine.sampler.randomness import uniforms
 from engine.sampler.rows import NO_PENALTY_SLOT, SamplingTable
 from engine.sampler.sampled import OutputFailure
 from engine.sampler.thoughts import ThoughtLimits
 from engine.sequence import Sequence
+from engine.upload import to_device
 from kernels.sampling import filter_weights
-from protocol.request import TokenLogprobs
 from protocol.sampling import SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class SampledRows:
-    """One token a row, in the order of the rows given; `logprobs` None if no row asked.
-
-    `failures` are of rows, by their place, that can't go on.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None] | None
-    failures: Mapping[int, OutputFailure] = field(default_factory=dict[int, OutputFailure])
 
 
 class Sampler:
     """Holds the sampling state of all running sequences by row number.
 
-    A token that `sample` returns counts as the row's next output from then on: the caller
+    A token that `choose` chooses counts as the row's next output from then on: the caller
     appends it to the sequence, or removes the row.
     """
 
@@ -93,18 +79,19 @@ class Sampler:
         if slot is not None:
             self._penalty_counts.remove(slot)
 
-    def sample(
+    def choose(
         self, logits: Tensor, rows: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> SampledRows:
+    ) -> PendingRows:
         """Tokens for `rows` from `logits` [num_rows, vocab_size], whatever its dtype.
 
-        `positions[i]` is the index among row i's output tokens of the one to sample.
+        `positions[i]` is the index among row i's output tokens of the one to sample. Rows that
+        aren't free (`PendingRows.is_free`) may not come again before their tokens are read.
         """
         groups = self._groups_of(rows)
         constrained = self._constraints.of(rows)
         limited = self._thoughts.of(rows)
         if groups.is_plain_greedy and logits.is_cuda and not (constrained or limited):
-            return SampledRows(logits.argmax(-1).tolist(), None)
+            return PendingRows(logits.argmax(-1))
         scores = self._load(logits)
         wanted = groups.logprobs
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
@@ -116,16 +103,11 @@ class Sampler:
         chosen = self._choose(scores, groups, positions)
         if groups.penalized is not None:
             self._penalty_counts.count(groups.penalized, chosen)
-        token_ids: list[int] = chosen.tolist()
-        self._constraints.accept(constrained, token_ids)
-        self._thoughts.accept(limited, token_ids)
+        held = HeldRows(constrained, limited, failures)
         if wanted is None or unadjusted is None:
-            return SampledRows(token_ids, None, failures)
-        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-        found = token_logprobs(unadjusted, chosen[wanted.index], wanted.num_top)
-        for place, value in zip(wanted.places, found, strict=True):
-            logprobs[place] = value
-        return SampledRows(token_ids, logprobs, failures)
+            return PendingRows(chosen, held=held)
+        logprobs = PendingLogprobs(unadjusted, chosen[wanted.index], wanted.num_top)
+        return PendingRows(chosen, held=held, logprobs=logprobs, logprob_places=wanted.places)
 
     def _groups_of(self, rows: NDArray[np.int64]) -> RowGroups:
         """Decode steps in a row have the same rows; only a change makes new groups."""
@@ -162,8 +144,8 @@ class Sampler:
     ) -> None:
         too_early = positions[stops.places] < stops.min_tokens
         if too_early.any():
-            places = torch.from_numpy(stops.places[too_early]).to(self._device)
-            token_ids = torch.from_numpy(stops.token_ids[too_early]).to(self._device)
+            places = to_device(stops.places[too_early], self._device)
+            token_ids = to_device(stops.token_ids[too_early], self._device)
             scores[places, token_ids] = -torch.inf
 
     def _choose(self, scores: Tensor, groups: RowGroups, positions: NDArray[np.int64]) -> Tensor:
@@ -200,7 +182,7 @@ class Sampler:
             else:
                 weights[filtered.index] = selected
         drawn = uniforms(random.keys, positions[random.places])
-        return choose_rows(weights, torch.from_numpy(drawn).to(self._device))
+        return choose_rows(weights, to_device(drawn, self._device))
 
 
 def _uses_penalties(sampling: SamplingParams) -> bool:

@@ -15,6 +15,8 @@ When no block is left for a running sequence, the one that ranks last among thos
 loses them and is computed anew later. So whoever ranks first is never stopped and every sequence
 becomes first some day: preemption can't go round in circles. Nobody is admitted in a step that
 preempts, nor if it would leave less than a watermark of blocks to the running ones.
+
+`schedule_ahead` says what runs behind a step whose tokens aren't known yet (ahead.py).
 """
 
 from collections.abc import Sequence as Tokens
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseEvent
 from engine.scheduler.admission import Admission, PrefixStats
+from engine.scheduler.ahead import StepAhead
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import ScheduledSequence, SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
@@ -68,6 +71,8 @@ class DecodeScheduler:
         self._reservations = Reservations(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
+        self._ahead = StepAhead(pool, self._stop_rules)
+        self._may_admit = False  # something changed for prompts since the last `schedule`
         self.stats = DecodeStats()
 
     @property
@@ -108,6 +113,7 @@ class DecodeScheduler:
         sequence.advance(PhaseEvent.ADD)
         self._sequences[sequence.key] = sequence
         self._prompts.add(sequence)
+        self._may_admit = True
 
     def try_reserve(self, sequence: Sequence) -> Reservation | None:
         """Room for the KV of all its present tokens; None if it has to wait: ask again each step.
@@ -149,6 +155,7 @@ class DecodeScheduler:
     def confirm_stopped(self, reservation: Reservation) -> None:
         """Nothing writes to a cancelled reservation's blocks any more: they are free."""
         self._reservations.stop(reservation)
+        self._may_admit = True
 
     def abort(self, key: RequestKey) -> Sequence | None:
         """Ends it wherever it stands and takes its blocks; None if it isn't here (any more).
@@ -164,12 +171,16 @@ class DecodeScheduler:
             return sequence
         self._take_out(sequence)
         sequence.advance(PhaseEvent.ABORT)
-        self._admission.return_blocks(sequence)
+        self._end(sequence)
         return sequence
 
     def schedule(self) -> StepPlan:
-        """The next step: running sequences, then prompt chunks. Empty if nothing can run now."""
+        """The next step: running sequences, then prompt chunks. Empty if nothing can run now.
+
+        All steps before it are committed.
+        """
         preempted: list[Sequence] = []
+        self._may_admit = False
         self._join_arrived()
         scheduled = self._schedule_decoding(preempted)
         num_free_places = self._max_num_seqs - self.num_running
@@ -186,12 +197,25 @@ class DecodeScheduler:
         self._refused_rank = None
         return StepPlan(scheduled, preempted)
 
+    def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
+        """The step behind `running`, which is committed next although this one may be running by
+        then. None if nothing can be said of it before: a prompt is to be computed, or blocks run
+        out."""
+        self._ahead.clear()
+        has_place = self.num_running < self._max_num_seqs
+        if self._prompts.active or (self._prompts.waiting and has_place and self._may_admit):
+            return None
+        self._join_arrived()
+        return self._ahead.plan(self._decoding, running)
+
     def commit(self, plan: StepPlan, sampled: Tokens[Tokens[int]]) -> list[SequenceUpdate]:
         """Takes a step's result: for each item that samples, in order, its new tokens.
 
         Returns an update for each of them; a sequence whose update has a `finish_reason` is gone,
-        its blocks are free or cache. Sequences aborted since `schedule` are passed over.
+        its blocks are free or cache, or will be when the step ahead is committed. Sequences that
+        ended since `schedule` are passed over.
         """
+        self._ahead.commit(plan)
         updates: list[SequenceUpdate] = []
         num_finished = 0
         for item, token_ids in pair_samples(plan, sampled):
@@ -202,6 +226,8 @@ class DecodeScheduler:
                     sequence.advance(PhaseEvent.CATCH_UP)
                     self._decoding.insert(sequence)
             elif sequence.phase is not Phase.DECODING:
+                if sequence.phase is Phase.FINISHED:
+                    self._end(sequence)
                 continue
             advance_computed(self._pool, sequence, item.num_new_tokens)
             if token_ids is not None:
@@ -211,7 +237,7 @@ class DecodeScheduler:
                     num_finished += 1
                     sequence.advance(PhaseEvent.FINISH)
                     del self._sequences[sequence.key]
-                    self._admission.return_blocks(sequence)
+                    self._end(sequence)
         if num_finished:
             self._decoding.keep(_is_decoding)
         return updates
@@ -275,6 +301,12 @@ class DecodeScheduler:
         self._admission.preempt(victim)
         self._prompts.add(victim)
         self.stats.num_preemptions += 1
+
+    def _end(self, sequence: Sequence) -> None:
+        """It's finished: its blocks are free as soon as no step writes to them."""
+        if sequence not in self._ahead:
+            self._admission.return_blocks(sequence)
+            self._may_admit = True
 
     def _take_out(self, sequence: Sequence) -> None:
         """Removes it from the queue where its phase says it is."""

@@ -11,11 +11,19 @@ class ScheduledSequence:
     """`num_new_tokens` tokens of `sequence`, starting at its `num_computed_tokens`.
 
     `samples` is true if the chunk reaches the sequence's last token, so that a token follows.
+    In a step that is scheduled ahead, that last token may still be being sampled: `source` is its
+    place among the samples of the step before then, and the chunk is this one token.
     """
 
     sequence: Sequence
     num_new_tokens: int
     samples: bool
+    source: int | None = None
+
+    @property
+    def start(self) -> int:
+        """The first token's index in its sequence."""
+        return self.sequence.num_computed_tokens + (self.source is not None)
 
 
 @dataclass(slots=True, frozen=True)

@@ -62,19 +62,22 @@ class StopRules:
         self._eos_token_ids = eos_token_ids
         self._max_model_len = max_model_len
 
+    def max_tokens(self, sequence: Sequence) -> int:
+        """With so many tokens, those of the prompt counted, it ends for its length."""
+        max_tokens = sequence.request.sampling.max_tokens
+        if max_tokens is None:
+            return self._max_model_len
+        return min(self._max_model_len, sequence.request.num_prompt_tokens + max_tokens)
+
     def append(self, sequence: Sequence, token_ids: Tokens[int]) -> SequenceUpdate:
         """Appends sampled tokens until one ends the sequence; later ones are dropped.
 
         Tokens before `min_tokens` never stop it (the sampler masks those that would), while the
         length limits always hold.
         """
-        request = sequence.request
-        sampling = request.sampling
-        num_prompt_tokens = request.num_prompt_tokens
-        min_tokens = num_prompt_tokens + sampling.min_tokens
-        max_tokens = self._max_model_len
-        if sampling.max_tokens is not None:
-            max_tokens = min(max_tokens, num_prompt_tokens + sampling.max_tokens)
+        sampling = sequence.request.sampling
+        min_tokens = sequence.request.num_prompt_tokens + sampling.min_tokens
+        max_tokens = self.max_tokens(sequence)
         known = sequence.token_ids
         for i, token_id in enumerate(token_ids, start=1):
             known.append(token_id)

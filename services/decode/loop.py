@@ -1,7 +1,8 @@
 """Decode's continuous-batching loop; all of it runs on the engine thread.
 
 A turn: handle commands (new requests, transfers to make room for or to admit, aborts), give
-waiting transfers room, then schedule → execute → commit one step and publish its tokens.
+waiting transfers room, then finish a step, commit it and publish its tokens. On a GPU the next
+step is under way by then (engine/pipeline.py).
 """
 
 import time
@@ -12,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from engine.engine import Engine
+from engine.pipeline import StepPipeline
 from engine.sampler.sampled import OutputFailure, SampledToken
 from engine.scheduler.admission import PrefixStats
 from engine.scheduler.decode import DecodeScheduler
@@ -128,6 +130,7 @@ class DecodeLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._publish = publish
+        self._pipeline = StepPipeline(engine, scheduler)
         self._meter = LoadMeter()
         self._idle_check = IdleCheck(engine.pool)
         self._awaiting_room: list[Sequence] = []
@@ -160,28 +163,27 @@ class DecodeLoop:
 
     def step(self) -> bool:
         self._give_room()
-        plan = self._scheduler.schedule()
-        for sequence in plan.preempted:
-            self._engine.release(sequence)
-        self._report.num_preempted += len(plan.preempted)
-        if not plan.scheduled:
+        finished = self._pipeline.finish_step()
+        if finished is None:
             return False
-        started_s = time.monotonic()
-        self._note_start(plan, started_s)
+        plan, sampled = finished.plan, finished.sampled
+        self._note_start(plan, finished.started_s)
         num_decoding = sum(item.num_new_tokens == 1 and item.samples for item in plan.scheduled)
         num_prefill_tokens = plan.num_tokens - num_decoding
-        sampled = self._engine.execute(plan)
         for token in sampled:
             if token.failure is not None:
                 self._give_up(token.sequence.key, token.failure)
         updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
         now_s = time.monotonic()
         self._meter.observe_step(
-            now_s - started_s, num_prefill_tokens=num_prefill_tokens, num_decoding=num_decoding
+            now_s - finished.started_s,
+            num_prefill_tokens=num_prefill_tokens,
+            num_decoding=num_decoding,
         )
         tokens = {token.sequence.key: token for token in sampled}
         for update in updates:
             self._deliver(update, tokens[update.sequence.key], now_s)
+        self._report.num_preempted += len(plan.preempted)
         self._report.num_prompt_tokens += num_prefill_tokens
         self._report.num_generated_tokens += len(updates)
         self._flush()

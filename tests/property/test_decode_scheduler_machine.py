@@ -4,10 +4,13 @@ Every token's "KV" is a hash of all tokens up to it. Steps read what they attend
 they compute, senders write to reserved blocks until they confirm that they stopped: so a block
 that is shared, evicted, reassigned or reused wrongly shows as a wrong value. Tokens follow from
 the KV, so a preempted sequence has to continue as if nothing had happened.
+
+Steps may run one ahead: what such a step writes, it writes when it's launched and once more just
+before it's committed, so that a block it still writes to can't be given away in between.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
@@ -18,6 +21,7 @@ from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseError
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.decode import DecodeScheduler
+from engine.scheduler.plan import StepPlan
 from engine.scheduler.reservations import Reservation
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
@@ -69,6 +73,15 @@ class Transfer:
     stopping: bool = False
 
 
+@dataclass(eq=False)
+class Step:
+    """A launched step: per item the KV of its tokens, and from where to where it writes them."""
+
+    plan: StepPlan
+    written: list[tuple[list[int], int, int]] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+
+
 class DecodeMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +100,7 @@ class DecodeMachine(RuleBasedStateMachine):
         self.live: dict[RequestKey, Sequence] = {}
         self.transfers: list[Transfer] = []
         self.refused: Sequence | None = None
+        self.running: Step | None = None
         self.num_requests = 0
         self.now_s = 0
 
@@ -205,45 +219,71 @@ class DecodeMachine(RuleBasedStateMachine):
     def reset_cache(self):
         self.pool.reset_cache()
 
-    @rule()
-    def step(self):
-        self.run_step(aborted_meanwhile=None)
+    @rule(is_ahead=st.booleans())
+    def step(self, is_ahead):
+        self.run_step(is_ahead=is_ahead)
 
-    @rule(data=st.data())
-    def step_with_abort(self, data):
-        self.run_step(aborted_meanwhile=data)
+    @rule(is_ahead=st.booleans(), data=st.data())
+    def step_with_abort(self, is_ahead, data):
+        self.run_step(is_ahead=is_ahead, aborted_meanwhile=data)
 
-    def run_step(self, aborted_meanwhile) -> bool:
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= MAX_BATCHED_TOKENS
-        assert self.scheduler.num_running <= MAX_NUM_SEQS
-        scheduled = [item.sequence for item in plan.scheduled]
-        assert len(set(scheduled)) == len(scheduled)
-        assert set(scheduled).isdisjoint(plan.preempted)
-        sampled = []
-        for item in plan.scheduled:
-            sequence = item.sequence
-            assert 1 <= item.num_new_tokens <= sequence.num_uncomputed_tokens
-            assert item.samples == (item.num_new_tokens == sequence.num_uncomputed_tokens)
-            start = sequence.num_computed_tokens
-            values = kv_values(sequence.root, sequence.token_ids)
-            self.write(sequence, values, start, start + item.num_new_tokens)
-            if item.samples:
-                self.check_memory(sequence, values, sequence.num_tokens)
-                sampled.append([next_token(values[-1])])
-        if aborted_meanwhile is not None and scheduled:
-            victim = aborted_meanwhile.draw(st.sampled_from(scheduled))
+    def run_step(self, *, is_ahead, aborted_meanwhile=None) -> bool:
+        """Finishes the step that runs ahead, or a new one; whether there was one."""
+        step = self.running or self.launch(self.scheduler.schedule(), None)
+        self.running = None
+        if is_ahead and step.plan.scheduled:
+            ahead = self.scheduler.schedule_ahead(step.plan)
+            self.running = None if ahead is None else self.launch(ahead, step)
+        self.write_step(step)
+        in_step = [item.sequence for item in step.plan.scheduled if self.is_live(item.sequence)]
+        if aborted_meanwhile is not None and in_step:
+            victim = aborted_meanwhile.draw(st.sampled_from(in_step))
             assert self.scheduler.abort(victim.key) is victim
             del self.live[victim.key]
-        for update in self.scheduler.commit(plan, sampled):
+        for update in self.scheduler.commit(step.plan, [[token] for token in step.sampled]):
             sequence = update.sequence
             expected = generate(sequence)
             assert expected[: sequence.num_tokens] == sequence.token_ids
             assert (update.finish_reason is not None) == (sequence.token_ids == expected)
             if update.finish_reason is not None:
                 assert self.live.pop(sequence.key) is sequence
-                assert not sequence.block_ids
-        return bool(scheduled)
+                assert bool(sequence.block_ids) == (sequence in self.running_sequences)
+        return bool(step.plan.scheduled)
+
+    def launch(self, plan, before) -> Step:
+        """Runs a plan behind `before`, whose tokens may not be committed yet."""
+        assert plan.num_tokens <= MAX_BATCHED_TOKENS
+        assert self.scheduler.num_running <= MAX_NUM_SEQS
+        scheduled = [item.sequence for item in plan.scheduled]
+        assert len(set(scheduled)) == len(scheduled)
+        assert set(scheduled).isdisjoint(plan.preempted)
+        step = Step(plan)
+        for item in plan.scheduled:
+            token_ids = list(item.sequence.token_ids)
+            if item.source is not None:
+                token_ids.append(before.sampled[item.source])
+            num_left = len(token_ids) - item.start
+            assert 1 <= item.num_new_tokens <= num_left
+            assert item.samples == (item.num_new_tokens == num_left)
+            values = kv_values(item.sequence.root, token_ids)
+            step.written.append((values, item.start, item.start + item.num_new_tokens))
+        self.write_step(step)
+        for item, (values, _, stop) in zip(plan.scheduled, step.written, strict=True):
+            if item.samples:
+                self.check_memory(item.sequence, values, stop)
+                step.sampled.append(next_token(values[-1]))
+        return step
+
+    def write_step(self, step) -> None:
+        for item, written in zip(step.plan.scheduled, step.written, strict=True):
+            self.write(item.sequence, *written)
+
+    def is_live(self, sequence) -> bool:
+        return self.live.get(sequence.key) is sequence
+
+    @property
+    def running_sequences(self) -> list[Sequence]:
+        return [item.sequence for item in self.running.plan.scheduled] if self.running else []
 
     def write(self, sequence, values, start, stop) -> None:
         for position in range(start, stop):
@@ -261,7 +301,8 @@ class DecodeMachine(RuleBasedStateMachine):
         in_quarantine = [b for t in self.transfers if t.stopping for b in t.reservation.block_ids]
         assert self.pool.counts.quarantined == len(in_quarantine)
         held: dict[int, int] = {}
-        for sequence in self.live.values():
+        ended = (each for each in self.running_sequences if not self.is_live(each))
+        for sequence in (*self.live.values(), *ended):
             for block in sequence.block_ids:
                 held[block] = held.get(block, 0) + 1
         for block in range(NUM_BLOCKS):
@@ -283,8 +324,8 @@ class DecodeMachine(RuleBasedStateMachine):
             self.scheduler.confirm_stopped(transfer.reservation)
         self.transfers.clear()
         # With nobody else's blocks in the way, every step makes progress until all are done.
-        while self.live:
-            assert self.run_step(aborted_meanwhile=None)
+        while self.live or self.running:
+            assert self.run_step(is_ahead=len(self.live) % 2 == 0)
         self.blocks_add_up()
         assert self.pool.counts.free + self.pool.counts.cached == NUM_BLOCKS
         assert self.scheduler.queued_tokens == 0

@@ -1,6 +1,5 @@
 """`LLM` over a tiny random model with the built-in model's tokenizer."""
 
-import json
 import math
 import subprocess
 import sys
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llama import write_tiny_llama
 
 import engine
 from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.scheduler.plan import StepPlan
-from engine.weights.model_dir import resolve_model
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
 from protocol.sampling import ThoughtLimit
 
@@ -30,28 +29,7 @@ SEEDED = sampling_with()
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("model")
-    built_in = resolve_model(None, progress=False)
-    for source in built_in.iterdir():
-        if source.suffix != ".safetensors":
-            (target / source.name).symlink_to(source)
-    config = json.loads((built_in / "config.json").read_text())
-    (target / "config.json").unlink()
-    (target / "config.json").write_text(
-        json.dumps(
-            config
-            | {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "max_position_embeddings": 128,
-            }
-        )
-    )
-    return target
+    return write_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -204,15 +182,15 @@ def test_bad_requests_are_refused_before_anything_runs(llm: LLM) -> None:
 
 
 def test_an_interrupt_leaves_the_engine_free(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    execute = llm.engine.execute
+    launch = llm.engine.launch
 
     def interrupted(plan: StepPlan):
         if plan.scheduled[0].sequence.num_output_tokens == 3:
             raise KeyboardInterrupt
-        return execute(plan)
+        return launch(plan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine, "execute", interrupted)
+        patch.setattr(llm.engine, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PROMPT, PROMPT[4:]], SEEDED, use_tqdm=False)
     assert not llm._loop.has_work

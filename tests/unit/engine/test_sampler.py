@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.sampler.sampler import SampledRows, Sampler
+from engine.sampler.pending import SampledRows
+from engine.sampler.sampler import Sampler
 from engine.sequence import Sequence
 from protocol.ids import RequestKey
 from protocol.request import Request, TokenLogprobs
@@ -45,7 +46,7 @@ def make_sequence(
 
 
 def sample(sampler: Sampler, logits: Tensor, rows: list[int], positions: list[int]) -> SampledRows:
-    return sampler.sample(logits, np.array(rows), np.array(positions))
+    return sampler.choose(logits, np.array(rows), np.array(positions)).read()
 
 
 def sample_many(logits: Tensor, sampling: SamplingParams, count: int) -> Tensor:
@@ -53,7 +54,7 @@ def sample_many(logits: Tensor, sampling: SamplingParams, count: int) -> Tensor:
     sampler = make_sampler(len(logits))
     sampler.add(0, make_sequence(sampling))
     rows = np.zeros(count, dtype=np.int64)
-    drawn = sampler.sample(logits.expand(count, -1), rows, np.arange(count))
+    drawn = sampler.choose(logits.expand(count, -1), rows, np.arange(count)).read()
     return torch.tensor(drawn.token_ids)
 
 

@@ -38,7 +38,8 @@ def ranked(*token_ids: int) -> torch.Tensor:
 
 def sample(sampler: Sampler, *logits: torch.Tensor) -> list[int]:
     rows = np.arange(len(logits))
-    return sampler.sample(torch.stack(logits), rows, np.zeros(len(logits), dtype=int)).token_ids
+    positions = np.zeros(len(logits), dtype=int)
+    return sampler.choose(torch.stack(logits), rows, positions).read().token_ids
 
 
 def test_only_allowed_tokens_and_the_end_are_chosen() -> None:

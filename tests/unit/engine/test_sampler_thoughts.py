@@ -51,7 +51,7 @@ def generate(sequence: Sequence, wanted: list[int]) -> list[int]:
         logits = torch.zeros(2, VOCAB_SIZE)
         logits[:, token_id] = 100.0
         positions = np.array([sequence.num_output_tokens, 0])
-        sampled, free = sampler.sample(logits, np.array([0, 1]), positions).token_ids
+        sampled, free = sampler.choose(logits, np.array([0, 1]), positions).read().token_ids
         assert free == token_id
         sequence.token_ids.append(sampled)
     return sequence.token_ids[2:]

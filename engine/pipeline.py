@@ -1,0 +1,73 @@
+"""Steps in a row: on a GPU, the next one is launched before the host knows this one's tokens.
+
+    host     launch n+1 | wait for n | commit n, send its tokens | launch n+2 | wait for n+1 …
+    device   … step n ------------> step n+1 -------------------------------> step n+2 …
+
+So the device finds its next step when it's through with one, and all that the host does for a
+step happens while the device is busy. Where the next step depends on tokens that the host hasn't
+seen (grammars, prompts that want in, blocks that run out), it waits for them.
+"""
+
+import time
+from dataclasses import dataclass
+
+from engine.engine import Engine
+from engine.running_step import RunningStep
+from engine.sampler.sampled import SampledToken
+from engine.scheduler.decode import DecodeScheduler
+from engine.scheduler.plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """To be committed before the next one is asked for. It had the device to itself from
+    `started_s` on (monotonic clock)."""
+
+    plan: StepPlan
+    sampled: list[SampledToken]
+    started_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    step: RunningStep
+    launched_s: float
+
+
+class StepPipeline:
+    """The steps of one decode scheduler on one engine."""
+
+    def __init__(self, engine: Engine, scheduler: DecodeScheduler) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._running: _InFlight | None = None
+        self._last_finished_s = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is on the device: its blocks aren't all free before it's finished."""
+        return self._running is not None
+
+    def finish_step(self) -> FinishedStep | None:
+        """The oldest step that isn't finished yet, or a new one; None if nothing can run."""
+        running = self._running or self._launch(self._scheduler.schedule())
+        if running is None:
+            return None
+        self._running = self._launch_ahead(running)
+        sampled = running.step.result()
+        started_s = max(running.launched_s, self._last_finished_s)
+        self._last_finished_s = time.monotonic()
+        return FinishedStep(running.plan, sampled, started_s)
+
+    def _launch_ahead(self, running: _InFlight) -> _InFlight | None:
+        if not (self._engine.runs_ahead and running.step.is_free):
+            return None
+        plan = self._scheduler.schedule_ahead(running.plan)
+        return None if plan is None else self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> _InFlight | None:
+        launched_s = time.monotonic()
+        step = self._engine.launch(plan)
+        is_empty = not (plan.scheduled or plan.preempted)
+        return None if is_empty else _InFlight(plan, step, launched_s)
