@@ -12,6 +12,7 @@ from tandem_stack import MODEL, SETTLE_DEADLINE_S, TandemStack, wait_for
 STACKS = {
     "1P1D": (),
     "colocated": ("--prefill-workers", "0"),
+    "1P1D, steps ahead": ("--async-scheduling",),
     "2 routers, 2P2D": ("--routers", "2", "--prefill-workers", "2", "--decode-workers", "2"),
 }
 FLOAT32 = ("--dtype", "float32", "--disable-log-requests")

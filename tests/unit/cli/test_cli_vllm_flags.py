@@ -52,7 +52,7 @@ REFUSED = {
     "--kv-cache-dtype fp8": "choose that with --dtype",
     "--quantization awq": "one of --dtype's types",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
-    "--num-scheduler-steps 8": "each step is planned for itself",
+    "--num-scheduler-steps 8": "the next step is prepared while one runs",
     "--speculative-model draft": "leave it out",
     "--num-speculative-tokens 5": "leave it out",
     "--enable-lora": "merge the adapter",

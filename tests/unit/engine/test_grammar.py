@@ -114,7 +114,7 @@ def test_a_sequence_that_comes_with_outputs_goes_on_behind_them(
     logits[:, tokenizer.encode("x")[0]] = 9.0
     logits[0, EOS] = 5.0
     logits[1, tokenizer.encode("rth")[0]] = 5.0
-    sampled = sampler.sample(logits, np.array([0, 1]), np.array([1, 1]))
+    sampled = sampler.choose(logits, np.array([0, 1]), np.array([1, 1])).read()
     assert sampled.token_ids[0] == EOS
     assert tokenizer.decode(sampled.token_ids[1:]).startswith("r")
 
@@ -126,7 +126,7 @@ def test_what_does_not_compile_ends_its_own_output_only(
     sampler.add(0, sequence(params, [], min_tokens=5))
     sampler.add(1, sequence(StructuredOutputsParams(regex="[a-z]+"), []))
     logits = torch.zeros(2, VOCAB_SIZE)
-    sampled = sampler.sample(logits, np.array([0, 1]), np.array([0, 0]))
+    sampled = sampler.choose(logits, np.array([0, 1]), np.array([0, 0])).read()
     assert sampled.token_ids[0] == EOS
     assert sampled.token_ids[1] != EOS
     [(place, failure)] = sampled.failures.items()
@@ -147,10 +147,10 @@ def test_a_grammar_that_becomes_too_complex_fails_its_own_output_only(
     logits = torch.zeros(2, VOCAB_SIZE)
     logits[:, tokenizer.encode("x")[0]] = 9.0
     rows = np.array([0, 1])
-    first = sampler.sample(logits, rows, np.array([0, 0]))
+    first = sampler.choose(logits, rows, np.array([0, 0])).read()
     assert tokenizer.decode(first.token_ids) == "xx"
     assert not first.failures, "it may have been the last token"
-    second = sampler.sample(logits, rows, np.array([1, 1]))
+    second = sampler.choose(logits, rows, np.array([1, 1])).read()
     [(place, failure)] = second.failures.items()
     assert (place, failure.field) == (0, "structured_outputs")
     assert "`structured_outputs` can't be followed any further: " in failure.message
@@ -163,7 +163,7 @@ def test_a_grammar_without_a_token_that_may_come_fails(
 ) -> None:
     params = StructuredOutputsParams(choice=("left",))
     sampler.add(0, sequence(params, [], allowed_token_ids=tuple(tokenizer.encode("right"))))
-    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([0]))
+    sampled = sampler.choose(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([0])).read()
     assert sampled.failures[0].field == "structured_outputs"
     assert "allow none" in sampled.failures[0].message
 
@@ -175,7 +175,7 @@ def test_stop_tokens_that_come_too_early_leave_a_grammar_without_a_token(
     early = {"stop_token_ids": stop, "min_tokens": 2}
     sampler.add(0, sequence(StructuredOutputsParams(choice=("left",)), [], **early))
     sampler.add(1, sequence(StructuredOutputsParams(choice=("left", "right")), [], **early))
-    sampled = sampler.sample(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([0, 0]))
+    sampled = sampler.choose(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([0, 0])).read()
     assert {place: failure.field for place, failure in sampled.failures.items()} == {
         0: "structured_outputs"
     }
@@ -186,7 +186,7 @@ def test_outputs_that_do_not_obey_are_the_workers_fault(
     sampler: Sampler, tokenizer: Tokenizer
 ) -> None:
     sampler.add(0, sequence(StructuredOutputsParams(choice=("left",)), tokenizer.encode("right")))
-    sampled = sampler.sample(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([1]))
+    sampled = sampler.choose(torch.zeros(1, VOCAB_SIZE), np.array([0]), np.array([1])).read()
     assert sampled.failures[0].field is None
 
 
@@ -197,7 +197,7 @@ def test_the_end_of_a_grammar_is_no_failure(sampler: Sampler, tokenizer: Tokeniz
     more, letters = StructuredOutputsParams(regex="[a-z]+"), tuple(tokenizer.encode("1"))
     outputs = tokenizer.encode("left")
     sampler.add(1, sequence(more, outputs, allowed_token_ids=letters, ignore_eos=True))
-    sampled = sampler.sample(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([1, 1]))
+    sampled = sampler.choose(torch.zeros(2, VOCAB_SIZE), np.array([0, 1]), np.array([1, 1])).read()
     assert (sampled.token_ids, dict(sampled.failures)) == ([EOS, EOS], {})
 
 
@@ -213,4 +213,4 @@ def test_a_row_is_free_again_when_its_sequence_is_gone(sampler: Sampler) -> None
     sampler.add(0, Sequence(request=request, root=b"", arrival_s=0.0))
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 4242] = 1.0
-    assert sampler.sample(logits, np.array([0]), np.array([0])).token_ids == [4242]
+    assert sampler.choose(logits, np.array([0]), np.array([0])).read().token_ids == [4242]
