@@ -66,8 +66,15 @@ def paged_attention(
     if q.is_cuda:
         _check_layout(q, kv_pool)
         from kernels.gpu.decode_attention import decode_attention
+        from kernels.gpu.hopper.support import is_supported
         from kernels.gpu.prefill_attention import prefill_attention
 
+        if batch.max_query_len > 1 and is_supported(
+            q, kv_pool, sliding_window=sliding_window, softcap=softcap
+        ):
+            from kernels.gpu.hopper.attention import hopper_attention
+
+            return hopper_attention(q, kv_pool, layer, batch, scale=scale)
         attend = decode_attention if batch.max_query_len == 1 else prefill_attention
         return attend(
             q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.linear import LinearTile, linear
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
@@ -52,6 +53,8 @@ PREFILL_TILES = [
         (128, 32, 4, 3),
     )
 ]
+# (sequences, queries of each, tokens of each)
+PREFILL_SHAPES = ((8, 2048, 2048), (2, 8192, 8192), (1, 16384, 32768), (1, 2048, 32768))
 ROTATION_BYTES = 400 << 20
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 
@@ -160,28 +163,50 @@ def compile_linear(share: int, num_shares: int) -> None:
 
 
 def bench_prefill() -> list[dict[str, Any]]:
+    """The portable kernel in each tile, Hopper's own where the card is one, and cuDNN's through
+    torch, which takes contiguous keys and values of sequences of one length, without a context."""
     rows: list[dict[str, Any]] = []
     options = {"scale": HEAD_DIM**-0.5, "sliding_window": None, "softcap": None}
-    for num_seqs, num_queries, kv_len in ((8, 2048, 2048), (2, 8192, 8192), (1, 2048, 32768)):
+    for num_seqs, num_queries, kv_len in PREFILL_SHAPES:
         batch = make_batch(num_seqs, num_queries, kv_len)
         q, pool = _attention_inputs(batch, 1)
         context = kv_len - num_queries
         flops = 4 * HEADS * HEAD_DIM * num_seqs * num_queries * (context + num_queries / 2)
-        for tile in PREFILL_TILES:
-            call = functools.partial(prefill_attention, q, pool, 0, batch, **options, tile=tile)
+        calls: dict[str, Call] = {
+            str(tile): functools.partial(prefill_attention, q, pool, 0, batch, **options, tile=tile)
+            for tile in PREFILL_TILES
+        }
+        if is_supported(q, pool, sliding_window=None, softcap=None):
+            from kernels.gpu.hopper.attention import hopper_attention
+
+            scale = HEAD_DIM**-0.5
+            calls["hopper"] = functools.partial(hopper_attention, q, pool, 0, batch, scale=scale)
+        if not context:
+            calls["cudnn"] = _cudnn_call(num_seqs, num_queries)
+        for name, call in calls.items():
             try:
                 seconds = time_s([call])
             except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
-                print("no", tile, type(error).__name__)
+                print("no", name, type(error).__name__)
                 continue
             row = {
                 "prefill": [num_seqs, num_queries, kv_len],
-                "tile": str(tile),
+                "kernel": name,
                 "tflops": flops / seconds / 1e12,
             }
             print(row, flush=True)
             rows.append(row)
     return rows
+
+
+def _cudnn_call(num_seqs: int, num_queries: int) -> Call:
+    q, k, v = (
+        torch.randn(num_seqs, num_queries, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001
+    return functools.partial(attention, *heads_first, None, compute_log_sumexp=True, is_causal=True)
 
 
 def bench_decode() -> list[dict[str, Any]]:

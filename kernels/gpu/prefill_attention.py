@@ -130,7 +130,7 @@ def _attend_tiles(
     return highest, total, sums
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _prefill_kernel(
     q,
     pool,

@@ -1,0 +1,43 @@
+"""Which calls Hopper's attention kernel takes; asking doesn't import the kernel."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+_HOPPER = 9
+# Gluon still changes between releases; these compile the kernel.
+_TRITON_VERSIONS = ("3.6.", "3.7.")
+_HEAD_DIMS = (64, 128)
+_MIN_BLOCK_SIZE = 8
+_MAX_GROUP = 64
+
+
+def is_supported(
+    q: Tensor, kv_pool: Tensor, *, sliding_window: int | None, softcap: float | None
+) -> bool:
+    """Whether `hopper_attention` can stand in for `prefill_attention`, and so should: it is
+    faster at every shape of benchmarks/gpu/kernels.py."""
+    _, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = kv_pool.shape[3:5]
+    is_power_of_2 = block_size & (block_size - 1) == 0
+    return (
+        sliding_window is None
+        and softcap is None
+        and q.dtype is kv_pool.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and head_dim in _HEAD_DIMS
+        and block_size >= _MIN_BLOCK_SIZE
+        and is_power_of_2
+        and num_heads // num_kv_heads <= _MAX_GROUP
+        and _is_hopper(q.device)
+    )
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    # Neither older nor newer GPUs have this one's matrix instructions.
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER and triton.__version__.startswith(
+        _TRITON_VERSIONS
+    )

@@ -1,0 +1,83 @@
+"""Hopper's own attention kernel against float64 references, and beside the portable kernel."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from attention_cases import MIXED, check, make_batch, make_pool
+from torch import Tensor
+
+from kernels.attention import AttentionBatch
+from kernels.gpu.hopper.support import is_supported
+from kernels.gpu.prefill_attention import prefill_attention
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
+# Ends at, before and behind the edges of tiles of 128 tokens, 32 queries and 16-token blocks.
+LENGTHS = [*MIXED, (30, 1000), (1, 700), (128, 128), (33, 257), (16, 16), (3, 2048)]
+
+
+def moved(batch: AttentionBatch) -> AttentionBatch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: x.cuda() for name, x in tensors.items() if isinstance(x, Tensor)}
+    return replace(batch, **tensors)
+
+
+def attend(q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options) -> Tensor:
+    from kernels.gpu.hopper.attention import hopper_attention
+
+    q, pool, batch = q.cuda(), pool.cuda(), moved(batch)
+    assert is_supported(
+        q, pool, sliding_window=options["sliding_window"], softcap=options["softcap"]
+    )
+    return hopper_attention(q, pool, layer, batch, scale=options["scale"]).cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1), (9, 3), (4, 4), (14, 2)])
+def test_head_groups(dtype: torch.dtype, head_dim: int, heads: tuple[int, int]) -> None:
+    check(attend, LENGTHS, heads=heads, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128, 256])
+def test_block_sizes(block_size: int) -> None:
+    check(attend, LENGTHS, block_size=block_size, head_dim=128, dtype=torch.bfloat16)
+
+
+def test_many_tiles_a_program_agree_with_the_portable_kernel() -> None:
+    """Enough tiles that every program takes several, of sequences of very different lengths."""
+    torch.manual_seed(0)
+    lengths = [(1, 3000), (2000, 2000), (700, 4100), (1, 1), (1500, 1500), (64, 5000), (3, 130)]
+    batch = make_batch(lengths, 16)
+    pool = make_pool(batch, 8, 16, 128).bfloat16().cuda()
+    q = torch.randn(len(batch.slots), 32, 128).bfloat16().cuda()
+    batch = moved(batch)
+    options = {"scale": 0.1, "sliding_window": None, "softcap": None}
+    from kernels.gpu.hopper.attention import hopper_attention
+
+    expected = prefill_attention(q, pool, 1, batch, **options)
+    actual = hopper_attention(q, pool, 1, batch, scale=0.1)
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)
+    for _ in range(5):
+        assert torch.equal(hopper_attention(q, pool, 1, batch, scale=0.1), actual)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block_size", "window", "cap"),
+    [
+        (torch.float32, 128, 16, None, None),
+        (torch.bfloat16, 96, 16, None, None),
+        (torch.bfloat16, 128, 5, None, None),
+        (torch.bfloat16, 128, 16, 64, None),
+        (torch.bfloat16, 128, 16, None, 30.0),
+    ],
+)
+def test_what_it_leaves_to_the_portable_kernel(
+    dtype: torch.dtype, head_dim: int, block_size: int, window: int | None, cap: float | None
+) -> None:
+    q = torch.zeros(4, 8, head_dim, dtype=dtype, device="cuda")
+    pool = torch.zeros(2, 1, 2, 2, block_size, head_dim, dtype=dtype, device="cuda")
+    assert not is_supported(q, pool, sliding_window=window, softcap=cap)
