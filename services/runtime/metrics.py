@@ -3,12 +3,18 @@
 Each process has a registry of its own; docs/metrics.md lists all names.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import Histogram as HistogramFamily
 
 from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings
+from services.runtime.histogram import Histogram
+
+FamilyT = TypeVar("FamilyT", Counter, HistogramFamily)
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -50,12 +56,18 @@ class _Labelled:
         return Gauge(name, text, (*self._labels, *more), registry=self._registry)
 
     def histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return self.histograms(name, text, buckets).labels(**self._labels)
+        return Histogram(name, text, buckets, labels=self._labels, registry=self._registry)
 
-    def histograms(self, name: str, text: str, buckets: tuple[float, ...], *more: str) -> Histogram:
-        return Histogram(
+    def histograms(
+        self, name: str, text: str, buckets: tuple[float, ...], *more: str
+    ) -> HistogramFamily:
+        return HistogramFamily(
             name, text, (*self._labels, *more), registry=self._registry, buckets=buckets
         )
+
+    def by_label(self, family: FamilyT) -> Callable[[str], FamilyT]:
+        """A family's members by their one further label, each looked up once only."""
+        return functools.cache(functools.partial(family.labels, *self._labels.values()))
 
 
 class WorkerMetrics:
@@ -178,17 +190,22 @@ class RouterMetrics:
         self._hits = make.counter(
             "vllm:prefix_cache_hits", "Prompt tokens that needed no computing."
         )
-        self._success = make.counters(
-            "vllm:request_success", "Finished requests by reason.", "finished_reason"
+        self._success = make.by_label(
+            make.counters("vllm:request_success", "Finished requests by reason.", "finished_reason")
         )
         self._running = make.gauges("vllm:num_requests_running", "Per worker.", "engine")
         self._waiting = make.gauges("vllm:num_requests_waiting", "Per worker.", "engine")
         self._usage = make.gauges("vllm:kv_cache_usage_perc", "Per worker, 0 to 1.", "engine")
-        self._phase = make.histograms(
-            "tandem:ttft_phase_seconds", "Parts of the time to first token.", _TTFT_BUCKETS, "phase"
+        self._phase = make.by_label(
+            make.histograms(
+                "tandem:ttft_phase_seconds",
+                "Parts of the time to first token.",
+                _TTFT_BUCKETS,
+                "phase",
+            )
         )
-        self._placements = make.counters(
-            "tandem:placements", "Requests placed, by kind of prefill.", "kind"
+        self._placements = make.by_label(
+            make.counters("tandem:placements", "Requests placed, by kind of prefill.", "kind")
         )
         self._retries = make.counter("tandem:request_retries", "Attempts after the first.")
         self._workers = make.gauges("tandem:workers", "Workers by role and state.", "role", "state")
@@ -203,10 +220,9 @@ class RouterMetrics:
         self._ttft.observe(ttft_s)
 
     def next_tokens(self, gap_s: float, num_tokens: int) -> None:
-        """`num_tokens` tokens came `gap_s` after the one before them."""
-        for _ in range(num_tokens):
-            self._tpot.observe(gap_s / num_tokens)
-            self._itl.observe(gap_s / num_tokens)
+        """`num_tokens` tokens, at least one, came `gap_s` after the one before them."""
+        self._tpot.observe(gap_s / num_tokens, num_tokens)
+        self._itl.observe(gap_s / num_tokens, num_tokens)
 
     def phases(self, timings: PhaseTimings) -> None:
         """A request's parts of its time to first token, as the workers measured them."""
@@ -219,7 +235,7 @@ class RouterMetrics:
             ("first_step", timings.first_step_s),
         ):
             if seconds is not None:
-                self._phase.labels(**self._labels, phase=phase).observe(seconds)
+                self._phase(phase).observe(seconds)
         self._queue.observe((timings.prefill_queue_s or 0.0) + (timings.decode_queue_s or 0.0))
         if timings.prefill_s is not None:
             self._prefill.observe(timings.prefill_s)
@@ -235,7 +251,7 @@ class RouterMetrics:
         ttft_s: float | None,
     ) -> None:
         """A request is answered (or given up: then `finished_reason` is "abort" or "error")."""
-        self._success.labels(**self._labels, finished_reason=finished_reason).inc()
+        self._success(finished_reason).inc()
         self._prompt_tokens.inc(num_prompt_tokens)
         self._generated.inc(num_output_tokens)
         self._queries.inc(num_prompt_tokens)
@@ -250,7 +266,7 @@ class RouterMetrics:
 
     def placed(self, kind: str) -> None:
         """`kind` is "remote" (prefill worker) or "local" (decode worker)."""
-        self._placements.labels(**self._labels, kind=kind).inc()
+        self._placements(kind).inc()
 
     def retried(self) -> None:
         self._retries.inc()

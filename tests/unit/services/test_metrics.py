@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Histogram as HistogramFamily
 
 from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings
+from services.runtime.histogram import Histogram
 from services.runtime.metrics import RouterMetrics, WorkerMetrics
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -103,3 +105,21 @@ def test_the_page_lists_every_metric_and_no_other() -> None:
             exported.add(f"{family.name}_total" if family.type == "counter" else family.name)
     listed = set(re.findall(r"`((?:vllm|tandem):[a-z0-9_]+)`", PAGE.read_text()))
     assert listed == exported
+
+
+def test_a_histogram_says_what_prometheus_own_would() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    histogram = Histogram("h_seconds", "Text.", (0.1, 1.0, 5.0), labels={"m": "x"}, registry=ours)
+    family = HistogramFamily("h_seconds", "Text.", ("m",), buckets=(0.1, 1.0, 5.0), registry=theirs)
+    for amount in (0.0, 0.1, 0.25, 1.0, 7.5):
+        histogram.observe(amount)
+        family.labels("x").observe(amount)
+    histogram.observe(2.0, 3)
+    for _ in range(3):
+        family.labels("x").observe(2.0)
+
+    def lines(registry: CollectorRegistry) -> list[str]:
+        text = generate_latest(registry).decode()
+        return [line for line in text.splitlines() if not line.startswith("h_seconds_created")]
+
+    assert lines(ours) == lines(theirs)
