@@ -28,9 +28,11 @@ class ChatTemplate:
         # A template that never heard of this role would drop the message or mislabel it.
         self._knows_developer_role = "developer" in source
         try:
-            self._template = _make_environment().from_string(source)
+            template = self._template = _make_environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise StartupError(f"The chat template can't be parsed: {error}.") from error
+        # They come as a chain of dicts, which each rendering would walk through twice.
+        template.globals = dict(template.globals)
 
     def render(
         self,

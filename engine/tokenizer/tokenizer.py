@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.pieces import TokenPieces, decoder_rules
+from engine.tokenizer.turns import TurnEncoder
 from protocol.errors import InvalidRequestError, StartupError
 
 
@@ -30,6 +31,7 @@ class Tokenizer:
         rules = decoder_rules(json.loads(backend.to_str())["decoder"])
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._backend = backend
+        self._turns = TurnEncoder(backend)
         self.pieces = TokenPieces(backend, rules)
         self.strips_first_space = rules.strips_first_space
         self.chat_template = chat_template
@@ -59,9 +61,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around a text."""
-        # The batch call computes no offsets and lets other Python threads run.
-        encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return encodings[0].ids
+        if not add_special_tokens:
+            return self._turns.encode(text)
+        # As in turns: no offsets are computed, and other Python threads run meanwhile.
+        return self._backend.encode_batch_fast([text])[0].ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, as a text that stands alone; broken UTF-8 becomes U+FFFD."""
