@@ -29,7 +29,7 @@ from services.router.embeddings.bodies import (
     Texts,
 )
 from services.router.http.body import BodyReader
-from services.router.openai.answers import AnswerHead, AnswerOptions, encode_json
+from services.router.openai.answers import AnswerHead, encode_json
 from services.router.openai.api import OpenAIApi
 from services.router.openai.prompts import MAX_PROMPTS, Prompt, PromptEncoder, truncated
 from services.router.openai.sampling import bounded_max_tokens, check_priority
@@ -190,9 +190,7 @@ class EmbeddingsApi:
             pooling=params,
             is_prompt_only=True,
         )
-        return await self._openai.answer(
-            request, spec, head, _VectorAnswers(make_answer), AnswerOptions()
-        )
+        return await self._openai.answer(request, spec, head, _VectorAnswers(make_answer))
 
     def _plain(self) -> PoolingParams:
         return PoolingParams(type=self._pooling_type)
@@ -222,7 +220,7 @@ class _VectorAnswers:
         for output in generation.outputs:
             assert output.pooled is not None, "the worker was asked for it"
             vectors.append(array("f", output.pooled))
-        num_tokens = generation.spec.num_prompt_tokens
+        num_tokens = generation.num_prompt_tokens
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return encode_json(self._make_answer(vectors, usage))
 

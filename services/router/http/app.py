@@ -1,5 +1,6 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request, Response
@@ -8,12 +9,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import TandemError
 from services.router.admin.status_api import VERSION, StatusApi
 from services.router.embeddings.api import EmbeddingsApi
 from services.router.http.auth import ApiKeyGuard
+from services.router.http.direct import EXPECTED_ERRORS, DirectRoutes, Endpoint
 from services.router.http.errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
+from services.router.http.headers import header
 from services.router.messages.api import MessagesApi
 from services.router.openai.answers import encode_json
 from services.router.openai.api import CLIENT_CLOSED_REQUEST, OpenAIApi
@@ -22,7 +26,13 @@ from services.router.responses.api import ResponsesApi
 
 
 class _CorsRules(CORSMiddleware):
-    """Refuses in the API's own words."""
+    """Refuses in the API's own words, and leaves alone who sends no `Origin`: all but browsers."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and header(scope, b"origin") is None:
+            await self.app(scope, receive, _varying(send))
+        else:
+            await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -32,6 +42,17 @@ class _CorsRules(CORSMiddleware):
         text = f"{bytes(response.body).decode()}."
         refusal = HttpError(400, text, code="cors_refused", headers=headers)
         return error_reply(refusal).response_at(path="/")
+
+
+def _varying(send: Send) -> Send:
+    """Tells caches that an `Origin` would have changed the answer."""
+
+    async def send_varying(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"vary", b"Origin")]
+        await send(message)
+
+    return send_varying
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +82,27 @@ def make_app(
         # Where OpenTelemetry happens to be installed, each request would ask whether it's wanted.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    endpoints = _post_endpoints(apis)
+    for path, endpoint in endpoints.items():
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
     _add_routes(app, apis, has_keys=bool(api_keys))
-    for kind in (TandemError, HTTPException, ClientDisconnect, Exception):
+    for kind in (*EXPECTED_ERRORS, Exception):
         app.add_exception_handler(kind, _answer_error)
+    stack: ASGIApp = app.build_middleware_stack()
+    stack = DirectRoutes(stack, endpoints, answer_error=_answer_error)
     if api_keys:
-        app.add_middleware(ApiKeyGuard, keys=api_keys)
+        stack = ApiKeyGuard(stack, keys=api_keys)
     if allowed_origins:
-        app.add_middleware(
-            _CorsRules, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        stack = _CorsRules(
+            stack, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    app.middleware_stack = stack
     return app
 
 
-def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
+def _post_endpoints(apis: Apis) -> Mapping[str, Endpoint]:
     openai, embeddings, status = apis.openai, apis.embeddings, apis.status
-    posts = {
+    return {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
         "/v1/responses": apis.responses.create,
@@ -90,9 +117,10 @@ def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
         "/tokenize": status.tokenize,
         "/detokenize": status.detokenize,
     }
-    for path, endpoint in posts.items():
-        # Plain routes: FastAPI has nothing to parse here, and costs a request as much again.
-        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+
+
+def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
+    status = apis.status
     gets = {
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,

@@ -8,9 +8,11 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from protocol.errors import InvalidRequestError
 from services.router.http.errors import HttpError
+from services.router.http.headers import header
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -54,17 +56,22 @@ class BodyReader(Generic[Body]):
 
 async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
     """The whole body. Raises HttpError as soon as it is known to be longer than `max_bytes`."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    declared = header(request.scope, b"content-length") or b""
+    if declared.isdigit() and int(declared) > max_bytes:
         raise _too_long(max_bytes)
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part: bytes = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
             raise _too_long(max_bytes)
         parts.append(part)
-    return b"".join(parts)
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def _too_long(max_bytes: int) -> HttpError:

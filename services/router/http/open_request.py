@@ -5,11 +5,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from starlette.types import Receive
-
 from protocol.errors import TandemError
 from services.router.dispatch.admission import Admission
 from services.router.dispatch.generation import Generation
+from services.router.http.client import Client
 
 
 class OpenRequest:
@@ -24,21 +23,19 @@ class OpenRequest:
         self,
         generation: Generation,
         admission: Admission,
-        receive: Receive,
+        client: Client,
         *,
         on_end: Callable[[Generation], None],
     ) -> None:
         self.generation = generation
         self._admission = admission
-        self._receive = receive
+        self._client = client
         self._on_end = on_end
-        self._watch: asyncio.Task[None] | None = None
         self._kept = False
 
     def __enter__(self) -> Self:
         self._kept = False
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._watch_client())
+        self._client.listen(self._client_left)
         return self
 
     def keep(self) -> None:
@@ -58,8 +55,7 @@ class OpenRequest:
     ) -> None:
         if self._kept and error is None:
             return
-        if self._watch is not None:
-            self._watch.cancel()
+        self._client.listen(None)
         if isinstance(error, TandemError):
             self.generation.failed(error)
         elif error is not None:
@@ -69,8 +65,6 @@ class OpenRequest:
         # Behind the answer's last byte, which needn't wait for it.
         asyncio.get_running_loop().call_soon(self._on_end, self.generation)
 
-    async def _watch_client(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _client_left(self) -> None:
         self.generation.abort()
         self._admission.leave()

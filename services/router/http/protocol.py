@@ -13,6 +13,7 @@ from typing import Any
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from services.router.http.client import Client
 from services.router.http.errors import HttpError, error_reply
 
 MAX_HEAD_BYTES = 64 << 10
@@ -92,6 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
+            Client.of(self._answered.scope).left()
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -114,6 +116,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = Client().as_extension()
         self._in_head = True
         # Data behind another request's body in the same read isn't counted; such a read is bounded.
         self._num_head_bytes = 0 if self._is_fresh else -self._num_data_bytes
@@ -136,6 +139,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._stop_timer()
         super().on_message_complete()
+        if self.cycle is self._answered:
+            # A long body stops the reading, by which we would hear that the client leaves.
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what isn't HTTP, after the answer to what was."""

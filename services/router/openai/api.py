@@ -13,8 +13,11 @@ from services.router.dispatch.admission import AdmissionQueue
 from services.router.dispatch.dispatch import Dispatcher
 from services.router.dispatch.generation import Generation, GenerationSpec, TokenObserver
 from services.router.http.body import BodyReader
+from services.router.http.client import Client
 from services.router.http.event_stream import EventStream
+from services.router.http.headers import header
 from services.router.http.open_request import OpenRequest
+from services.router.http.whole_answer import WholeAnswer
 from services.router.openai.answers import AnswerFormat, AnswerHead, AnswerOptions
 from services.router.openai.bodies import ChatBody, CompletionBody, SamplingBody
 from services.router.openai.chat_answers import ChatAnswers
@@ -84,7 +87,8 @@ class OpenAIApi:
         body = await self._chat_bodies.read(request)
 
         def make(head: AnswerHead, names: TokenNames, reading: ReadingRules) -> AnswerFormat:
-            return ChatAnswers(head, _chat_options(body), names, reading)
+            options = _options(body, logprobs=body.logprobs is True)
+            return ChatAnswers(head, options, names, reading)
 
         return await self.answer_chat(request, body, make, id_prefix="chatcmpl-")
 
@@ -117,7 +121,7 @@ class OpenAIApi:
             make_watch=reading.watch,
         )
         answers = make_answers(head, self._names(body), reading)
-        return await self.answer(request, spec, head, answers, _chat_options(body))
+        return await self.answer(request, spec, head, answers, stream=body.stream is True)
 
     async def count_prompt_tokens(self, body: ChatBody) -> int:
         """Of a chat as it would be sent to the model."""
@@ -163,7 +167,7 @@ class OpenAIApi:
         )
         options = _options(body, echo=body.echo is True, logprobs=body.logprobs is not None)
         answers = CompletionAnswers(head, options, self._names(body), self._model.tokenizer)
-        return await self.answer(request, spec, head, answers, options)
+        return await self.answer(request, spec, head, answers, stream=options.stream)
 
     async def answer(
         self,
@@ -171,11 +175,13 @@ class OpenAIApi:
         spec: GenerationSpec,
         head: AnswerHead,
         answers: AnswerFormat,
-        options: AnswerOptions,
+        *,
+        stream: bool = False,
     ) -> Response:
         """Generates what `spec` says and has `answers` write it, whole or as a stream."""
+        key = header(request.scope, b"authorization") or header(request.scope, b"x-api-key") or b""
         admission = self._admission.enter(
-            client=request.headers.get("authorization") or request.headers.get("x-api-key", ""),
+            client=key.decode("latin-1"),
             priority=spec.priority,
             num_sequences=spec.num_outputs,
         )
@@ -187,12 +193,12 @@ class OpenAIApi:
             observer=self._observer,
             timeout_s=self.request_timeout_s,
         )
-        opened = OpenRequest(generation, admission, request.receive, on_end=self._ended)
+        opened = OpenRequest(generation, admission, Client.of(request.scope), on_end=self._ended)
         self._open[head.id] = opened
         with opened:
             if await admission.granted():
                 generation.start()
-            if options.stream:
+            if stream:
                 await generation.news()
             else:
                 await generation.finished()
@@ -201,12 +207,8 @@ class OpenAIApi:
             if generation.error is not None:
                 # Nothing is sent yet: this can still be a proper HTTP status.
                 raise generation.error
-            if not options.stream:
-                return Response(
-                    await answers.whole(generation),
-                    headers={"x-request-id": head.id},
-                    media_type="application/json",
-                )
+            if not stream:
+                return WholeAnswer(await answers.whole(generation), request_id=head.id)
             opened.keep()
         return EventStream(opened, answers)
 
@@ -227,6 +229,7 @@ class OpenAIApi:
     def _ended(self, generation: Generation) -> None:
         del self._open[generation.request_id]
         self._on_end(generation)
+        generation.release()
 
     def _head(self, body: SamplingBody, prefix: str) -> AnswerHead:
         """Raises ModelNotFoundError."""
@@ -235,10 +238,6 @@ class OpenAIApi:
 
     def _names(self, body: SamplingBody) -> TokenNames:
         return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
-
-
-def _chat_options(body: ChatBody) -> AnswerOptions:
-    return _options(body, logprobs=body.logprobs is True)
 
 
 def _options(body: SamplingBody, *, logprobs: bool, echo: bool = False) -> AnswerOptions:

@@ -143,3 +143,14 @@ async def test_of_requests_in_one_go_each_is_ended_when_the_client_leaves(
         [flight] = stack.service.dispatcher.flights
     await until(lambda: stack.service.dispatcher.num_flights == 0)
     assert len(flight.tokens) < MAX_MODEL_LEN - 3
+
+
+async def test_behind_a_long_body_it_is_noticed_too_that_the_client_leaves(
+    stack: RouterStack,
+) -> None:
+    async with connected(stack) as (_, writer):
+        writer.write(post({"max_tokens": MAX_MODEL_LEN - 3, "user": "a" * 500_000}))
+        await until(lambda: stack.num_delivered > 0)
+        [flight] = stack.service.dispatcher.flights
+    await until(lambda: stack.service.dispatcher.num_flights == 0)
+    assert len(flight.tokens) < MAX_MODEL_LEN - 3
