@@ -1,5 +1,6 @@
 """Chained hashes that name KV blocks by content, equal in every process and after every restart."""
 
+import functools
 import sys
 from array import array
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ BlockHash: TypeAlias = bytes
 BLOCK_HASH_BYTES = 16
 
 
+@functools.lru_cache(maxsize=1024)  # most requests have one of a few
 def root_hash(
     model_fingerprint: str, *, adapter: str | None = None, cache_salt: str | None = None
 ) -> BlockHash:

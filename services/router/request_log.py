@@ -12,13 +12,12 @@ logger = logging.getLogger(__name__)
 
 def request_fields(generation: Generation) -> dict[str, Any]:
     """What is worth knowing about a finished generation; durations in milliseconds."""
-    spec = generation.spec
     end_s = generation.end_s or generation.start_s
     first_s = generation.first_token_s
     fields: dict[str, Any] = {
         "request_id": generation.request_id,
         "outcome": outcome(generation),
-        "prompt_tokens": spec.num_prompt_tokens,
+        "prompt_tokens": generation.num_prompt_tokens,
         "cached_tokens": generation.num_cached_tokens,
         "output_tokens": generation.num_output_tokens,
         "outputs": len(generation.outputs),
@@ -70,7 +69,7 @@ class RequestReports:
         first_s, start_s = generation.first_token_s, generation.start_s
         self._metrics.request_ended(
             finished_reason=outcome(generation),
-            num_prompt_tokens=generation.spec.num_prompt_tokens,
+            num_prompt_tokens=generation.num_prompt_tokens,
             num_cached_tokens=generation.num_cached_tokens,
             num_output_tokens=generation.num_output_tokens,
             e2e_s=generation.end_s - start_s,

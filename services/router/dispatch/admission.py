@@ -100,14 +100,17 @@ class AdmissionQueue:
     def enter(self, *, client: str, priority: int, num_sequences: int) -> Admission:
         """Raises OverloadedError if the queue is too long, in requests or in expected time."""
         self.update()
-        if self._is_full() and self._expects_too_long():
-            raise self.overloaded(f"{self._num_waiting} requests are waiting already.")
         admission = Admission(self, client=client, priority=priority, num_sequences=num_sequences)
+        # Who still waits does so because it's full.
+        if not self._num_waiting and not self._is_full():
+            self._admit(admission)
+            return admission
+        if self._expects_too_long():
+            raise self.overloaded(f"{self._num_waiting} requests are waiting already.")
         admission.arrival_s = self._clock()
         clients = self._waiting.setdefault(priority, {})
         clients.setdefault(client, deque()).append(admission)
         self._num_waiting += 1
-        self.update()
         return admission
 
     def update(self) -> None:
@@ -115,12 +118,7 @@ class AdmissionQueue:
         while self._num_waiting and not self._is_full():
             admission = self._next()
             self._remove(admission)
-            self._num_admitted += admission.num_sequences
-            client = admission.client
-            self._num_by_client[client] = (
-                self._num_by_client.get(client, 0) + admission.num_sequences
-            )
-            admission.decide(admitted=True)
+            self._admit(admission)
 
     def left(self, admission: Admission) -> None:
         """For `Admission.leave`; a second call does nothing."""
@@ -143,6 +141,12 @@ class AdmissionQueue:
         return OverloadedError(
             message, retry_after_s=max(self.policy.least_retry_after_s, expected_s)
         )
+
+    def _admit(self, admission: Admission) -> None:
+        client, num_sequences = admission.client, admission.num_sequences
+        self._num_admitted += num_sequences
+        self._num_by_client[client] = self._num_by_client.get(client, 0) + num_sequences
+        admission.decide(admitted=True)
 
     def _is_full(self) -> bool:
         capacity = self._capacity()

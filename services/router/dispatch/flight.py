@@ -96,6 +96,8 @@ class Flight:
 
     def attempt_request(self) -> Request:
         """The request as this attempt sends it."""
+        if not self.tokens and self.attempt == self.request.key.attempt:
+            return self.request
         return msgspec.structs.replace(
             self.request, key=self.key, token_ids=self.request.token_ids + self.tokens
         )

@@ -49,10 +49,6 @@ class GenerationSpec:
     make_watch: Callable[[], Watch | None] = lambda: None
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.token_ids) for prompt in self.prompts)
-
-    @property
     def num_outputs(self) -> int:
         return len(self.prompts) * self.sampling.n
 
@@ -83,6 +79,7 @@ class Generation:
         timeout_s: float,
     ) -> None:
         self.spec = spec
+        self.num_prompt_tokens = sum([len(prompt.token_ids) for prompt in spec.prompts])
         self.request_id = request_id
         self.dispatcher = dispatcher
         self.error: TandemError | None = None
@@ -115,13 +112,13 @@ class Generation:
     def num_output_tokens(self) -> int:
         if self.spec.is_prompt_only:
             return 0
-        return sum(output.choice.num_tokens for output in self.outputs)
+        return sum([output.choice.num_tokens for output in self.outputs])
 
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that needed no computing, of each prompt's first output."""
         firsts = self.outputs[:: self.spec.sampling.n]
-        return sum(output.num_cached_tokens for output in firsts)
+        return sum([output.num_cached_tokens for output in firsts])
 
     @property
     def num_retries(self) -> int:
@@ -160,6 +157,13 @@ class Generation:
         for output in self.outputs:
             output.stop()
         self._end()
+
+    def release(self) -> None:
+        """Behind the last look at it: unties what refers to each other, which would otherwise be
+        the garbage collector's to find, some thirty objects a request."""
+        for output in self.outputs:
+            output.flight = None
+        self.outputs.clear()
 
     # What the outputs report:
 

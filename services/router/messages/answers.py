@@ -146,7 +146,7 @@ def _usage(generation: Generation) -> dict[str, Any]:
     """Here, what was found in the prefix cache doesn't count as input again."""
     num_cached = generation.num_cached_tokens
     return {
-        "input_tokens": generation.spec.num_prompt_tokens - num_cached,
+        "input_tokens": generation.num_prompt_tokens - num_cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": num_cached,
         "output_tokens": generation.num_output_tokens,

@@ -84,7 +84,7 @@ def named_event(name: str, data: bytes) -> bytes:
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
-    num_prompt_tokens = generation.spec.num_prompt_tokens
+    num_prompt_tokens = generation.num_prompt_tokens
     num_output_tokens = generation.num_output_tokens
     return {
         "prompt_tokens": num_prompt_tokens,

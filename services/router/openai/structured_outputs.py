@@ -1,6 +1,7 @@
 """From a body's `response_format`, `structured_outputs` or `guided_*` to what workers follow."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -67,16 +68,12 @@ def _requested(
     body: SamplingBody, for_tools: StructuredOutputsParams | None
 ) -> tuple[str, StructuredOutputsParams] | None:
     """The field that asks for something, and what."""
-    found = {
-        "tools": for_tools,
-        "response_format": _response_format(body.response_format),
-        "structured_outputs": _vllm(body.structured_outputs),
-        "guided_json": _given(json=body.guided_json),
-        "guided_regex": _given(regex=body.guided_regex),
-        "guided_choice": _given(choice=_tuple(body.guided_choice)),
-        "guided_grammar": _given(grammar=body.guided_grammar),
-    }
-    wanted = [(field, params) for field, params in found.items() if params is not None]
+    wanted = [] if for_tools is None else [("tools", for_tools)]
+    for field, read in _READERS.items():
+        value = getattr(body, field)
+        params = None if value is None else read(value)
+        if params is not None:
+            wanted.append((field, params))
     if len(wanted) > 1:
         raise InvalidRequestError(
             f"`{wanted[0][0]}` and `{wanted[1][0]}` can't both be given.", field=wanted[1][0]
@@ -84,8 +81,8 @@ def _requested(
     return wanted[0] if wanted else None
 
 
-def _response_format(wanted: ResponseFormat | None) -> StructuredOutputsParams | None:
-    if wanted is None or wanted.type == "text":
+def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
+    if wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return StructuredOutputsParams(json_object=True)
@@ -97,9 +94,7 @@ def _response_format(wanted: ResponseFormat | None) -> StructuredOutputsParams |
     return StructuredOutputsParams(json=wanted.json_schema.schema)
 
 
-def _vllm(wanted: StructuredOutputsBody | None) -> StructuredOutputsParams | None:
-    if wanted is None:
-        return None
+def _vllm(wanted: StructuredOutputsBody) -> StructuredOutputsParams:
     if wanted.structural_tag is not None:
         raise InvalidRequestError(
             "`structured_outputs.structural_tag` is not supported by this server.",
@@ -110,15 +105,17 @@ def _vllm(wanted: StructuredOutputsBody | None) -> StructuredOutputsParams | Non
         json=wanted.json,
         json_object=wanted.json_object is True,
         regex=wanted.regex,
-        choice=_tuple(wanted.choice) or (),
+        choice=tuple(wanted.choice or ()),
         grammar=wanted.grammar,
     )
 
 
-def _given(**params: Any) -> StructuredOutputsParams | None:  # noqa: ANN401
-    """None if the one value in `params` is."""
-    return None if None in params.values() else StructuredOutputsParams(**params)
-
-
-def _tuple(texts: list[str] | None) -> tuple[str, ...] | None:
-    return None if texts is None else tuple(texts)
+# Each is called with what its field holds, which isn't null.
+_READERS: dict[str, Callable[[Any], StructuredOutputsParams | None]] = {
+    "response_format": _response_format,
+    "structured_outputs": _vllm,
+    "guided_json": lambda schema: StructuredOutputsParams(json=schema),
+    "guided_regex": lambda regex: StructuredOutputsParams(regex=regex),
+    "guided_choice": lambda texts: StructuredOutputsParams(choice=tuple(texts)),
+    "guided_grammar": lambda grammar: StructuredOutputsParams(grammar=grammar),
+}

@@ -52,7 +52,8 @@ class LineRates:
 NO_RATES = LineRates()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: it would take three times as long to make one, and each request needs one a worker.
+@dataclass(slots=True, kw_only=True)
 class PrefillCandidate:
     """A prefill worker that takes work, with what was placed on it but isn't reported yet."""
 
@@ -65,7 +66,7 @@ class PrefillCandidate:
     line_rates: LineRates = NO_RATES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DecodeCandidate:
     """A decode worker that takes work. `num_free_blocks` counts evictable ones too."""
 

@@ -15,13 +15,16 @@ from services.runtime.peers import Peer, PeerState
 class WorkerMirror:
     """A worker's record, its last load report, and the connection that tells whether it lives."""
 
-    __slots__ = ("_line_rates", "load", "peer", "record")
+    __slots__ = ("_layout", "_line_rates", "_token_bytes", "load", "peer", "record")
 
     def __init__(self, record: WorkerRecord, peer: Peer) -> None:
         self.record = record
         self.peer = peer
         self.load: WorkerLoad | None = None
         self._line_rates = NO_RATES
+        # Worked out of the record each time they're asked for there.
+        self._layout = record.layout.fingerprint
+        self._token_bytes = record.layout.token_bytes
 
     @property
     def worker_id(self) -> WorkerId:
@@ -42,7 +45,7 @@ class WorkerMirror:
         record, load = self.record, self.load or WorkerLoad()
         return PrefillCandidate(
             worker_id=self.worker_id,
-            layout=record.layout.fingerprint,
+            layout=self._layout,
             num_cached_tokens=num_cached_blocks * record.layout.block_size,
             num_queued_tokens=load.queued_prefill_tokens + pending.num_prefill_tokens,
             max_num_batched_tokens=record.max_num_batched_tokens,
@@ -61,9 +64,9 @@ class WorkerMirror:
             worker_id=self.worker_id,
             num_blocks=record.num_blocks,
             num_free_blocks=max(0, num_free_blocks),
-            layout=record.layout.fingerprint,
+            layout=self._layout,
             block_size=record.layout.block_size,
-            token_bytes=record.layout.token_bytes,
+            token_bytes=self._token_bytes,
             num_cached_tokens=num_cached_blocks * record.layout.block_size,
             num_queued_tokens=load.queued_prefill_tokens + pending.num_prefill_tokens,
             num_running=load.num_running,

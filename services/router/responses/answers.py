@@ -221,7 +221,7 @@ class ResponsesAnswers:
         return self._logprobs if part is first else []
 
     async def _usage(self, generation: Generation) -> dict[str, Any]:
-        num_input, num_output = generation.spec.num_prompt_tokens, generation.num_output_tokens
+        num_input, num_output = generation.num_prompt_tokens, generation.num_output_tokens
         thoughts = "".join(part.text for part in self._reader.parts if part.kind == "thoughts")
         num_thought = await self._count_tokens(thoughts) if thoughts else 0
         return {
