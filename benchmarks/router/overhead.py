@@ -16,6 +16,7 @@ The client and the worker share the machine's cores with the router: its CPU tim
 
 import argparse
 import asyncio
+import itertools
 import json
 import platform
 import socket
@@ -51,6 +52,7 @@ NUM_LATENCY_REQUESTS = 2000
 NUM_CONNECTIONS = 64
 NUM_STREAMS = 256
 TEXT = "Tell me a short story about a lighthouse keeper, her dog and the last ship of the year."
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,8 @@ class Connection:
 
 
 def chat(max_tokens: int, *, stream: bool = False) -> dict[str, Any]:
-    messages = [{"role": "user", "content": TEXT}]
+    # Nobody has asked it before: what the router remembers of earlier texts is no help.
+    messages = [{"role": "user", "content": f"{next(_numbers)}. {TEXT}"}]
     return {"messages": messages, "max_tokens": max_tokens, "stream": stream}
 
 
@@ -138,10 +141,10 @@ def http_request(body: dict[str, Any]) -> bytes:
 def http_latencies_ms(setup: Setup) -> list[float]:
     """Over a blocking socket: an event loop's own time is not the router's."""
     latencies: list[float] = []
-    request = http_request(chat(1))
     with socket.create_connection((HOST, setup.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(NUM_LATENCY_REQUESTS):
+            request = http_request(chat(1))
             start_s = time.perf_counter()
             connection.sendall(request)
             answer = connection.recv(1 << 16)
