@@ -7,14 +7,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import Counter as CounterFamily
 from prometheus_client import Histogram as HistogramFamily
 
 from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings
-from services.runtime.histogram import Histogram
+from services.runtime.instruments import Counter, Histogram
 
-FamilyT = TypeVar("FamilyT", Counter, HistogramFamily)
+FamilyT = TypeVar("FamilyT", CounterFamily, HistogramFamily)
 
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -44,10 +45,10 @@ class _Labelled:
         self._labels = labels
 
     def counter(self, name: str, text: str) -> Counter:
-        return self.counters(name, text).labels(**self._labels)
+        return Counter(name, text, labels=self._labels, registry=self._registry)
 
-    def counters(self, name: str, text: str, *more: str) -> Counter:
-        return Counter(name, text, (*self._labels, *more), registry=self._registry)
+    def counters(self, name: str, text: str, *more: str) -> CounterFamily:
+        return CounterFamily(name, text, (*self._labels, *more), registry=self._registry)
 
     def gauge(self, name: str, text: str) -> Gauge:
         return self.gauges(name, text).labels(**self._labels)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
+import msgspec
+
 from protocol.ids import Incarnation
 from protocol.messages import ControlMessage
 
@@ -173,8 +175,7 @@ class PeerDown:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A message other than Hello, Heartbeat and Goodbye, in the order it was sent."""
 
     peer: Peer

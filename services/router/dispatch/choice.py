@@ -1,8 +1,9 @@
 """One output of a request while it grows: tokens in, text out, and where it ends."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeAlias
+
+import msgspec
 
 from engine.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from protocol.request import FinishReason, SequenceOutput, TokenLogprobs
@@ -13,8 +14,7 @@ Watch: TypeAlias = Callable[[str], bool]
 """Fed with an output's text as it comes; True once nothing more is wanted."""
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(msgspec.Struct):
     """What came since the last one was taken; `finish_reason` is set in the last.
 
     `token_ids` and `logprobs` may be ahead of `text`, which waits until a character is complete
@@ -22,8 +22,8 @@ class Delta:
     """
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     stop_reason: StopReason = None
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -14,8 +14,7 @@ from protocol.request import Request, SequenceOutput
 from services.runtime.peers import Peer
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where one attempt runs; without `prefill`, decode prefills locally."""
 
     decode: WorkerRef
@@ -71,8 +70,7 @@ class RetryPolicy:
     give_up_s: float = 4.0
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
+class Flight(msgspec.Struct, eq=False):
     """One sequence under way. The dispatcher's; for reading only elsewhere."""
 
     request: Request
@@ -82,12 +80,12 @@ class Flight:
     is_done: bool = False
     route: Route | None = None
     num_retries: int = 0
-    tokens: list[int] = field(default_factory=list[int])
+    tokens: list[int] = []
     decode: Peer | None = None
     prefill: Peer | None = None
     decode_spoke: bool = False
-    ahead: dict[int, SequenceOutput] = field(default_factory=dict[int, SequenceOutput])
-    avoid: set[WorkerId] = field(default_factory=set[WorkerId])
+    ahead: dict[int, SequenceOutput] = {}
+    avoid: set[WorkerId] = set()
     timer: asyncio.TimerHandle | None = None
 
     @property

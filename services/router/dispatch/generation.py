@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -28,8 +27,7 @@ from services.router.openai.chat_fields import renamed
 from services.router.openai.prompts import Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationSpec:
+class GenerationSpec(msgspec.Struct, frozen=True):
     """What is asked for, validated. `max_tokens` are bounded for each prompt.
 
     Of each prompt's `sampling.n` outputs the best `num_returned` are answered, all if it's None.
@@ -215,8 +213,7 @@ class Generation:
         self.failed(RequestTimeoutError("The request took longer than this server allows."))
 
 
-@dataclass(slots=True, eq=False)
-class Output:
+class Output(msgspec.Struct, eq=False):
     """One output and its flight; the flight's sink."""
 
     generation: Generation

@@ -1,6 +1,5 @@
 """What all answers of the API have in common: head, usage, and how a stream writes an event."""
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -14,8 +13,7 @@ encode_json = msgspec.json.Encoder().encode
 STREAM_END = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerOptions:
+class AnswerOptions(msgspec.Struct, frozen=True):
     """The parts of a body that shape its answer."""
 
     stream: bool = False
@@ -27,8 +25,7 @@ class AnswerOptions:
     prompt_logprobs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(msgspec.Struct, frozen=True):
     """`created` in Unix seconds."""
 
     id: str

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from services.router.dispatch.choice import Watch
 from services.router.openai.reasoning_parsers import ThinkParser
 from services.router.openai.tool_parsers import ToolCallPiece, ToolParser
@@ -45,8 +47,7 @@ class ChatReader:
         return reading
 
 
-@dataclass(frozen=True, slots=True)
-class ReadingRules:
+class ReadingRules(msgspec.Struct, frozen=True):
     """What is looked for in the outputs of one request. `says_tool_calls`: calls are the reason
     that an output gives for its end. `ends_with_call`: the first one ends it."""
 

@@ -4,7 +4,6 @@ import asyncio
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,8 +22,7 @@ _MAX_TEMPLATE_CHARS = 64 * 1024
 _MAX_TEMPLATES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """`text` is None where the client sent token ids."""
 
     text: str | None

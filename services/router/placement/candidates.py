@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from protocol.ids import WorkerId
 
 LocalPrefill: TypeAlias = Literal["auto", "never", "always"]
@@ -25,8 +27,7 @@ class PlacementPolicy:
     gb_per_s: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
+class RequestFacts(msgspec.Struct, frozen=True):
     """`num_tokens` are to be in the cache before decoding; `tie_breaker` spreads equal costs.
     Where prefill's token is the last one, nothing `is_transferred`."""
 
@@ -52,9 +53,7 @@ class LineRates:
 NO_RATES = LineRates()
 
 
-# Not frozen: it would take three times as long to make one, and each request needs one a worker.
-@dataclass(slots=True, kw_only=True)
-class PrefillCandidate:
+class PrefillCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill worker that takes work, with what was placed on it but isn't reported yet."""
 
     worker_id: WorkerId
@@ -66,8 +65,7 @@ class PrefillCandidate:
     line_rates: LineRates = NO_RATES
 
 
-@dataclass(slots=True, kw_only=True)
-class DecodeCandidate:
+class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """A decode worker that takes work. `num_free_blocks` counts evictable ones too."""
 
     worker_id: WorkerId

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from protocol.ids import WorkerId
 from services.router.placement.candidates import (
     DecodeCandidate,
@@ -31,8 +33,7 @@ from services.router.placement.candidates import (
 CandidateT = TypeVar("CandidateT")
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     """The terms of the formula, each in milliseconds."""
 
     prefill_queue_ms: float
@@ -52,8 +53,7 @@ class Cost:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(msgspec.Struct, frozen=True):
     """One way to run the request; `prefill` None means local prefill on `decode`."""
 
     prefill: WorkerId | None
@@ -62,8 +62,7 @@ class Option:
     cost: Cost
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True):
     """The choice, and the best of both kinds for logs and metrics."""
 
     chosen: Option

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ MB_PER_TOKEN = 1_000_000
 
 def prefill(worker_id: str = "p", **changes: object) -> PrefillCandidate:
     base = PrefillCandidate(worker_id=worker_id, ms_per_token=1.0, max_num_batched_tokens=200)
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(base, **changes)
 
 
 def decode(worker_id: str = "d", **changes: object) -> DecodeCandidate:
@@ -36,7 +37,7 @@ def decode(worker_id: str = "d", **changes: object) -> DecodeCandidate:
         ms_per_step=10.0,
         ms_per_sequence=0.5,
     )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(base, **changes)
 
 
 def chosen(
@@ -190,7 +191,7 @@ def test_equal_workers_take_turns() -> None:
     d = [decode(f"d{n}") for n in range(2)]
     pairs = set()
     for turn in range(6):
-        option = chosen(p, d, request=dataclasses.replace(REQUEST, tie_breaker=turn))
+        option = chosen(p, d, request=msgspec.structs.replace(REQUEST, tie_breaker=turn))
         pairs.add((option.prefill, option.decode))
     assert len(pairs) == 6
 
@@ -228,7 +229,8 @@ DECODE_WORKERS = st.builds(
 
 def named(workers: list, letter: str) -> list:
     return [
-        dataclasses.replace(worker, worker_id=f"{letter}{n}") for n, worker in enumerate(workers)
+        msgspec.structs.replace(worker, worker_id=f"{letter}{n}")
+        for n, worker in enumerate(workers)
     ]
 
 
@@ -260,7 +262,7 @@ def test_nothing_is_cheaper_than_the_choice(request_, p, d, mode) -> None:
     cheapest = min(option.cost.total_ms for option in allowed)
     assert placement.chosen.cost.total_ms == pytest.approx(cheapest)
     assert placement.chosen in allowed
-    for term in dataclasses.astuple(placement.chosen.cost):
+    for term in msgspec.structs.astuple(placement.chosen.cost):
         assert term >= 0.0
 
 
@@ -289,7 +291,7 @@ def test_more_load_or_less_cache_never_attracts(request_, p, d, data) -> None:
     place_in_pool = data.draw(st.integers(0, len(pool) - 1))
     name = data.draw(st.sampled_from(sorted(worse)))
     worker = pool[place_in_pool]
-    pool[place_in_pool] = dataclasses.replace(worker, **{name: worse[name](worker)})
+    pool[place_in_pool] = msgspec.structs.replace(worker, **{name: worse[name](worker)})
     for option in options(request_, p, d, POLICY):
         old = before[option.prefill, option.decode]
         if worker.worker_id in (option.prefill, option.decode):
