@@ -7,8 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from services.router.openai.bodies import Json
-from services.router.openai.chat_fields import SharedFields
+from services.router.openai.bodies import Json, SharedFields
 
 
 class Content(msgspec.Struct, kw_only=True):
@@ -76,6 +75,7 @@ class PromptBody(SharedFields, kw_only=True):
     tool_choice: MessagesToolChoice | None = None
     thinking: ThinkingOptions | None = None
     output_config: OutputOptions | None = None
+    chat_template_kwargs: dict[str, Json] | None = None
     container: Json = None
     mcp_servers: Json = None
 

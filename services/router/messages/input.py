@@ -60,6 +60,7 @@ def prompt_chat_body(body: PromptBody) -> ChatBody:
     messages = _messages(body)
     chat = ChatBody(
         **shared_fields(body),
+        chat_template_kwargs=body.chat_template_kwargs,
         messages=messages,
         tools=None if body.tools is None else [_tool(t, i) for i, t in enumerate(body.tools)],
         tool_choice=None if choice is None else _tool_choice(choice),

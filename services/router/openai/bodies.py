@@ -1,7 +1,7 @@
 """The request bodies of the API: OpenAI's fields and vLLM's extensions.
 
 Fields that Tandem doesn't know are ignored, as OpenAI and vLLM do; those that it knows but can't
-honour are declared in `Unsupported`, so that they're refused where they would change the output.
+honour are declared all the same, so that they're refused where they would change the output.
 """
 
 from typing import Any, Literal
@@ -14,24 +14,6 @@ Json = Any
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class Unsupported(msgspec.Struct, kw_only=True):
-    """Known fields with no effect here; see `unsupported.py` for the values that are harmless."""
-
-    audio: Json = None
-    function_call: Json = None
-    functions: Json = None
-    kv_transfer_params: Json = None
-    length_penalty: Json = None
-    logits_processors: Json = None
-    mm_processor_kwargs: Json = None
-    modalities: Json = None
-    prompt_embeds: Json = None
-    structural_tag: Json = None
-    suffix: Json = None
-    use_beam_search: Json = None
-    web_search_options: Json = None
 
 
 class NamedSchema(msgspec.Struct, kw_only=True):
@@ -60,12 +42,10 @@ class StructuredOutputsBody(msgspec.Struct, kw_only=True):
     disable_any_whitespace: bool | None = None
 
 
-class SamplingBody(Unsupported, kw_only=True):
-    """How tokens are chosen; None is the model's or the protocol's default."""
+class SharedFields(msgspec.Struct, kw_only=True):
+    """Mean the same in all APIs; None is the model's or the protocol's default."""
 
     model: str | None = None
-    n: int | None = None
-    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -75,31 +55,53 @@ class SamplingBody(Unsupported, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    prompt_logprobs: int | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputsBody | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+
+
+class SamplingBody(SharedFields, kw_only=True):
+    """How tokens are chosen. The last fields have no effect here: see `unsupported.py` for the
+    values that are harmless."""
+
+    n: int | None = None
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputsBody | None = None
     guided_json: str | dict[str, Json] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
     thinking_token_budget: int | None = None
+
+    audio: Json = None
+    function_call: Json = None
+    functions: Json = None
+    kv_transfer_params: Json = None
+    length_penalty: Json = None
+    logits_processors: Json = None
+    mm_processor_kwargs: Json = None
+    modalities: Json = None
+    prompt_embeds: Json = None
+    structural_tag: Json = None
+    suffix: Json = None
+    use_beam_search: Json = None
+    web_search_options: Json = None
 
 
 class CompletionBody(SamplingBody, kw_only=True):

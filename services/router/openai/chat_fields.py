@@ -8,39 +8,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import msgspec
-
 from protocol.errors import InvalidRequestError, TandemError
-from services.router.openai.bodies import Json, StructuredOutputsBody
+from services.router.openai.bodies import SharedFields
 
 ValueT = TypeVar("ValueT")
-
-
-class SharedFields(msgspec.Struct, kw_only=True):
-    """Mean the same as in a `ChatBody`; most are vLLM's extensions."""
-
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    stream: bool | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-    structured_outputs: StructuredOutputsBody | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    chat_template_kwargs: dict[str, Json] | None = None
 
 
 def shared_fields(body: SharedFields) -> dict[str, Any]:

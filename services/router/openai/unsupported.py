@@ -6,27 +6,29 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequestError
-from services.router.openai.bodies import Unsupported
+from services.router.openai.bodies import SamplingBody
 
-# Values besides null with which a field asks for what happens anyway.
-HARMLESS: dict[str, tuple[Any, ...]] = {
+# Fields with no effect here, each with the values besides null that ask for what happens anyway.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "prompt_embeds": (),
+    "structural_tag": (),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "web_search_options": (),
 }
 
 
-_REFUSED = {name: HARMLESS.get(name, ()) for name in Unsupported.__struct_fields__}
-
-
-def refuse_unsupported(body: Unsupported) -> None:
+def refuse_unsupported(body: SamplingBody) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
-    refuse_fields(body, _REFUSED)
+    refuse_fields(body, UNSUPPORTED)
 
 
 def refuse_fields(body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]]) -> None:

@@ -11,8 +11,7 @@ import msgspec
 from protocol.sampling import RANGES
 from services.router.http.auth import is_guarded
 from services.router.messages.bodies import PromptBody
-from services.router.openai.bodies import Unsupported
-from services.router.openai.unsupported import HARMLESS
+from services.router.openai.unsupported import UNSUPPORTED
 from services.router.openapi.answer_shapes import ChatChunk, CompletionChunk, ErrorAnswer
 from services.router.openapi.operations import EVENTS, JSON, OPERATIONS, Operation
 from services.router.openapi.translated_answer_shapes import MessagesErrorAnswer
@@ -136,9 +135,9 @@ def _say_what_is_checked(properties: dict[str, Any]) -> None:
         limits = _LIMITS.get(_RENAMED.get(name, name))
         if limits is not None and _takes_numbers(schema):
             schema |= limits
-        if name in Unsupported.__struct_fields__ and schema == {"default": None}:
+        if name in UNSUPPORTED and schema == {"default": None}:
             schema |= {
-                "enum": [None, *HARMLESS.get(name, ())],
+                "enum": [None, *UNSUPPORTED[name]],
                 "description": "Known, but not supported.",
             }
 

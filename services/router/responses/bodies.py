@@ -8,8 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from services.router.openai.bodies import Json
-from services.router.openai.chat_fields import SharedFields
+from services.router.openai.bodies import Json, SharedFields
 
 
 class InputPart(msgspec.Struct, kw_only=True):
@@ -87,6 +86,7 @@ class ResponsesBody(SharedFields, kw_only=True):
     stop: str | list[str] | None = None
     user: str | None = None
     thinking_token_budget: int | None = None
+    chat_template_kwargs: dict[str, Json] | None = None
 
     background: Json = None
     context_management: Json = None

@@ -67,6 +67,7 @@ def chat_body(body: ResponsesBody, messages: Sequence[Message]) -> ChatBody:
     text, reasoning = body.text, body.reasoning
     return ChatBody(
         **shared_fields(body),
+        chat_template_kwargs=body.chat_template_kwargs,
         messages=[*instructions, *messages],
         max_completion_tokens=body.max_output_tokens,
         stop=body.stop,
