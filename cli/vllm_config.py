@@ -35,15 +35,6 @@ class VllmConfig:
         help="1",
         only_default="the next step is prepared while one runs anyway (--async-scheduling)",
     )
-    preemption_mode: str | None = setting(
-        None, choices=("recompute",), help="what becomes of preempted sequences"
-    )
-    swap_space: float = setting(
-        0.0,
-        minimum=0.0,
-        help="0",
-        only_default="preempted sequences are computed anew, from what is still cached",
-    )
     kv_cache_dtype: str = setting(
         "auto",
         help="auto",

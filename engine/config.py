@@ -57,6 +57,18 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = setting(True, help="reuse KV blocks of equal prefixes")
     seed: int = setting(0, help="root of the random numbers of requests without a seed")
+    preemption_mode: str = setting(
+        "recompute",
+        choices=("recompute", "swap"),
+        help="what becomes of a sequence that others need the KV blocks of: computed anew, from "
+        "what is still cached, or moved to host memory and back",
+    )
+    swap_space: float = setting(
+        4.0,
+        minimum=0.0,
+        help="GiB of host memory for that, of each worker that decodes; what finds no room in it "
+        "is computed anew",
+    )
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"
     )

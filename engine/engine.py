@@ -23,6 +23,7 @@ from engine.sampler.sampled import SampledToken
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import StepPlan
 from engine.sequence import Sequence
+from engine.swap import HostBlocks, num_swap_blocks
 from engine.weights.dtype import resolve_dtype
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.block_hash import BlockHash
@@ -87,6 +88,7 @@ class Engine:
         )
         self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed, grammars=grammars)
         self.grammars = grammars
+        self._host_blocks: HostBlocks | None = None
         self._thread: int | None = None
         self._num_threads = torch.get_num_threads()
         warm_up(self._runner, self.kv_pool)
@@ -117,6 +119,15 @@ class Engine:
         name = model_name(config.model)
         return cls(config, name, model, grammars=grammars, progress=progress)
 
+    def allocate_swap_space(self) -> None:
+        """To be called once before a scheduler is made that preempts sequences.
+
+        Raises StartupError if there isn't as much host memory as the settings ask for.
+        """
+        num_blocks = num_swap_blocks(self._config, self.model.layout)
+        if num_blocks and self._host_blocks is None:
+            self._host_blocks = HostBlocks(self.kv_pool, self.model.layout, num_blocks)
+
     @property
     def scheduler_config(self) -> SchedulerConfig:
         """What a scheduler over this engine's pool is made with."""
@@ -127,6 +138,7 @@ class Engine:
             or (None if self.kv_pool.is_cuda else _CPU_MIXED_TOKENS),
             max_model_len=self.model.max_model_len,
             eos_token_ids=frozenset(self.model.eos_token_ids),
+            num_swap_blocks=0 if self._host_blocks is None else self._host_blocks.num_blocks,
         )
 
     @property
@@ -155,6 +167,8 @@ class Engine:
             # OpenMP counts threads per calling thread; a new one starts with the default.
             self._thread = threading.get_ident()
             torch.set_num_threads(self._num_threads)
+        if self._host_blocks is not None:
+            self._host_blocks.run(plan.copies)
         return self._runner.launch(plan)
 
     def execute(self, plan: StepPlan) -> list[SampledToken]:

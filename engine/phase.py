@@ -3,7 +3,9 @@
     new -> waiting -> prefilling -> decoding -> finished         local prefill and decode
                ^          |  |         |
                +-preempt--+--|---------+
-                             +-> retained -> finished            prefill worker: KV being sent
+                          |  +-> retained -> finished            prefill worker: KV being sent
+            swapped <-swap+------------+                         preempted, KV in host memory
+               +-> prefilling                                    and goes on where it was
     new -> reserved -> arrived -> decoding                       decode worker: KV being received
                +-> stopping -> finished                          cancelled while being received
 
@@ -14,10 +16,12 @@ from enum import Enum, auto
 
 
 class Phase(Enum):
-    """`waiting` and `finished` hold no blocks; `stopping` has its blocks in quarantine."""
+    """`waiting` and `finished` hold no blocks, `swapped` blocks of host memory only; `stopping` has
+    its blocks in quarantine."""
 
     NEW = auto()
     WAITING = auto()
+    SWAPPED = auto()
     PREFILLING = auto()
     DECODING = auto()
     RETAINED = auto()
@@ -34,6 +38,7 @@ class PhaseEvent(Enum):
     START = auto()
     CATCH_UP = auto()
     PREEMPT = auto()
+    SWAP = auto()
     RETAIN = auto()
     RELEASE = auto()
     RESERVE = auto()
@@ -52,6 +57,7 @@ class PhaseError(RuntimeError):
 _TRANSITIONS: dict[tuple[Phase, PhaseEvent], Phase] = {
     (Phase.NEW, PhaseEvent.ADD): Phase.WAITING,
     (Phase.WAITING, PhaseEvent.START): Phase.PREFILLING,
+    (Phase.SWAPPED, PhaseEvent.START): Phase.PREFILLING,
     (Phase.PREFILLING, PhaseEvent.CATCH_UP): Phase.DECODING,
     (Phase.PREFILLING, PhaseEvent.RETAIN): Phase.RETAINED,
     (Phase.DECODING, PhaseEvent.FINISH): Phase.FINISHED,
@@ -64,7 +70,11 @@ _TRANSITIONS: dict[tuple[Phase, PhaseEvent], Phase] = {
     (Phase.PREFILLING, PhaseEvent.PREEMPT): Phase.WAITING,
     (Phase.DECODING, PhaseEvent.PREEMPT): Phase.WAITING,
     (Phase.ARRIVED, PhaseEvent.PREEMPT): Phase.WAITING,
+    (Phase.PREFILLING, PhaseEvent.SWAP): Phase.SWAPPED,
+    (Phase.DECODING, PhaseEvent.SWAP): Phase.SWAPPED,
+    (Phase.ARRIVED, PhaseEvent.SWAP): Phase.SWAPPED,
     (Phase.WAITING, PhaseEvent.ABORT): Phase.FINISHED,
+    (Phase.SWAPPED, PhaseEvent.ABORT): Phase.FINISHED,
     (Phase.PREFILLING, PhaseEvent.ABORT): Phase.FINISHED,
     (Phase.DECODING, PhaseEvent.ABORT): Phase.FINISHED,
     (Phase.RETAINED, PhaseEvent.ABORT): Phase.FINISHED,

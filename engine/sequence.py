@@ -13,10 +13,10 @@ class Sequence:
     """One request's tokens and blocks. A step lets `num_computed_tokens` catch up with
     `num_tokens`, and whoever has caught up samples; `phase` says only who holds the blocks why.
 
-    `block_ids` cover at least the computed tokens; `block_hashes` name the full blocks among
-    `token_ids` known so far. `row` is the sequence's place in the runner's persistent batch
-    while it's running. `first_scheduled_s` is for the service's timings; who drives the scheduler
-    sets it.
+    `block_ids` cover at least the computed tokens, unless the sequence is swapped; `block_hashes`
+    name the full blocks among `token_ids` known so far. `row` is the sequence's place in the
+    runner's persistent batch while it's running. `first_scheduled_s` is for the service's timings;
+    who drives the scheduler sets it.
     """
 
     request: Request

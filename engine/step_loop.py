@@ -29,6 +29,7 @@ class StepLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.allocate_swap_space()
         self.scheduler = DecodeScheduler(engine.pool, engine.scheduler_config)
         self._pipeline = StepPipeline(engine, self.scheduler)
 

@@ -12,9 +12,10 @@ Life of one that is prefilled here: `add` lets it wait; it's admitted and comput
 what the running ones leave of a step (policy: prompts.py), then goes on with 3.
 
 When no block is left for a running sequence, the one that ranks last among those that hold blocks
-loses them and is computed anew later. So whoever ranks first is never stopped and every sequence
-becomes first some day: preemption can't go round in circles. Nobody is admitted in a step that
-preempts, nor if it would leave less than a watermark of blocks to the running ones.
+loses them and is computed anew later, or goes on with what host memory has kept of it (swap.py).
+So whoever ranks first is never stopped and every sequence becomes first some day: preemption can't
+go round in circles. Nobody is admitted in a step that preempts, nor if it would leave less than a
+watermark of blocks to the running ones.
 
 `schedule_ahead` says what runs behind a step whose tokens aren't known yet (ahead.py).
 """
@@ -78,6 +79,11 @@ class DecodeScheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._prompts.waiting) + len(self._arrived)
+
+    @property
+    def num_swapped(self) -> int:
+        """Those of the waiting sequences whose KV is in host memory."""
+        return len(self._admission.swap)
 
     @property
     def num_running(self) -> int:
@@ -195,7 +201,7 @@ class DecodeScheduler:
             admit_before=self._refused_rank if self.num_running else None,
         )
         self._refused_rank = None
-        return StepPlan(scheduled, preempted)
+        return StepPlan(scheduled, preempted, self._admission.swap.drain())
 
     def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
         """The step behind `running`, which is committed next although this one may be running by
@@ -297,8 +303,8 @@ class DecodeScheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self._take_out(victim)
-        victim.advance(PhaseEvent.PREEMPT)
-        self._admission.preempt(victim)
+        is_kept = self._admission.preempt(victim)
+        victim.advance(PhaseEvent.SWAP if is_kept else PhaseEvent.PREEMPT)
         self._prompts.add(victim)
         self.stats.num_preemptions += 1
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from engine.scheduler.swap import BlockCopies
 from engine.sequence import Sequence
 from protocol.request import FinishReason
 
@@ -28,10 +29,12 @@ class ScheduledSequence:
 
 @dataclass(slots=True, frozen=True)
 class StepPlan:
-    """One step. Sequences in `preempted` lost their blocks and wait again."""
+    """One step. Sequences in `preempted` lost their blocks and wait again; `copies` come before
+    anything else."""
 
     scheduled: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
     preempted: list[Sequence] = field(default_factory=list[Sequence])
+    copies: BlockCopies = field(default_factory=BlockCopies)
 
     @property
     def num_tokens(self) -> int:

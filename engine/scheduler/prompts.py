@@ -27,6 +27,7 @@ from protocol.block_hash import BlockHash
 
 # Below this many tokens in common, a step's delay costs more than computing them twice.
 MIN_TOKENS_WORTH_WAITING = 256
+_WAITING = (Phase.WAITING, Phase.SWAPPED)
 # How many waiting prompts a step looks at beyond those that it admits.
 MAX_LOOKAHEAD = 64
 
@@ -92,13 +93,13 @@ class PromptQueue:
         )
 
     def add(self, sequence: Sequence) -> None:
-        """A new or a preempted sequence (whose phase is `waiting`) waits for admission."""
-        assert sequence.phase is Phase.WAITING
+        """A new or a preempted sequence (`waiting` or `swapped`) waits for admission."""
+        assert sequence.phase in _WAITING
         self.waiting.insert(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes out a sequence that is `waiting` or `prefilling`; its blocks are the caller's."""
-        if sequence.phase is Phase.WAITING:
+        """Takes out a sequence that waits or is `prefilling`; its blocks are the caller's."""
+        if sequence.phase in _WAITING:
             self.waiting.remove(sequence)
         else:
             self.active.remove(sequence)
@@ -137,7 +138,7 @@ class PromptQueue:
         for sequence in list(self._passing(first)):
             if share == 0:
                 return
-            if sequence.phase is Phase.WAITING:
+            if sequence.phase in _WAITING:
                 if self._is_worth_waiting(sequence):
                     continue
                 if not self._admit(sequence, gate):
@@ -154,8 +155,7 @@ class PromptQueue:
         for sequence in candidates:
             if sequence.request.priority > first.request.priority:
                 return
-            needed = sequence.num_tokens - self._admission.num_cached_tokens(sequence)
-            if _may_pass(sequence, needed, first):
+            if _may_pass(sequence, self._admission.num_needed_tokens(sequence), first):
                 yield sequence
 
     def _admit_in_order(self, step: _StepTokens, gate: "_Gate") -> None:
@@ -187,7 +187,7 @@ class PromptQueue:
         """Whether an active prompt is computing most of what this one lacks."""
         if not self.active or sequence.num_tokens <= MIN_TOKENS_WORTH_WAITING:
             return False
-        if sequence.request.reads_whole_prompt:
+        if sequence.request.reads_whole_prompt or sequence.phase is Phase.SWAPPED:
             return False  # nothing that is cached spares it anything
         block_size = self._pool.block_size
         hashes = sequence.block_hashes

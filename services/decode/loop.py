@@ -116,6 +116,7 @@ class TurnReport:
     kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
     load: WorkerLoad = field(default_factory=WorkerLoad)
     num_preempted: int = 0
+    num_swapped: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     prefix_stats: PrefixStats = field(default_factory=PrefixStats)
@@ -299,6 +300,7 @@ class DecodeLoop:
     def _flush(self) -> None:
         report, self._report = self._report, TurnReport()
         report.kv_events = self._engine.pool.drain_events()
+        report.num_swapped = self._scheduler.num_swapped
         # A copy: the scheduler goes on counting in its own.
         report.prefix_stats = replace(self._scheduler.prefix_stats)
         report.load = self._meter.load(self._scheduler, self._engine.pool)

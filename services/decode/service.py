@@ -25,6 +25,7 @@ def run_decode(engine_config: EngineConfig, config: WorkerConfig) -> int:
     """
     configure_logging(level=config.log_level, log_format=config.log_format)
     engine = load_engine(engine_config)
+    engine.allocate_swap_space()
     return asyncio.run(_serve(engine, engine_config, config))
 
 
@@ -40,7 +41,7 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
     def on_turn(report: TurnReport) -> None:
         worker.on_turn(report)
         host.update(report.load, report.kv_events, report.prefix_stats)
-        host.metrics.observe_preemptions(report.num_preempted)
+        host.metrics.observe_preemptions(report.num_preempted, num_swapped=report.num_swapped)
         host.metrics.observe_tokens(
             num_prompt=report.num_prompt_tokens, num_generated=report.num_generated_tokens
         )

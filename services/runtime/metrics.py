@@ -80,6 +80,9 @@ class WorkerMetrics:
         make = _Labelled(self.registry, self._labels)
         self._running = make.gauge("vllm:num_requests_running", "Sequences in the batch.")
         self._waiting = make.gauge("vllm:num_requests_waiting", "Sequences that wait.")
+        self._swapped = make.gauge(
+            "vllm:num_requests_swapped", "Sequences that wait with their KV in host memory."
+        )
         self._usage = make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens computed here.")
         self._generated = make.counter("vllm:generation_tokens", "Tokens generated here.")
@@ -131,8 +134,10 @@ class WorkerMetrics:
         self._queries.inc(num_queried)
         self._hits.inc(num_hit)
 
-    def observe_preemptions(self, num_preempted: int) -> None:
+    def observe_preemptions(self, num_preempted: int, *, num_swapped: int) -> None:
+        """More preemptions since the last call, and how many sequences are swapped now."""
         self._preemptions.inc(num_preempted)
+        self._swapped.set(num_swapped)
 
     def observe_received(self, peer: str, *, num_bytes: int, seconds: float) -> None:
         self._received.labels(**self._labels, peer=peer).inc(num_bytes)

@@ -115,17 +115,20 @@ def test_every_prompt_was_prefilled_where_it_should(stack: TandemStack) -> None:
         assert received == 0
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_after_preemption(
-    prompts: list[list[int]], reference: GreedyReference, tmp_path: Path
+    prompts: list[list[int]], reference: GreedyReference, tmp_path: Path, mode: str
 ) -> None:
     batch = [prompt for prompt in prompts if len(prompt) < 200]
     num_blocks = sum(-(-len(prompt) // 16) for prompt in batch) + 3
     arguments = ("--num-gpu-blocks-override", str(num_blocks), "--no-enable-prefix-caching")
-    with TandemStack(tmp_path / "log", *FLOAT32, *arguments) as stack:
+    swapping = ("--preemption-mode", mode, "--swap-space", "0.1")
+    with TandemStack(tmp_path / "log", *FLOAT32, *arguments, *swapping) as stack:
         for _ in range(3):
             assert ask(stack, batch).token_ids == [reference(prompt) for prompt in batch]
         assert stack.metric("vllm:num_preemptions_total", "decode-0") > 0
         stack.wait_idle()
+        assert stack.metric("vllm:num_requests_swapped", "decode-0") == 0
 
 
 def test_prompt_logprobs(

@@ -83,6 +83,8 @@ class Step:
 
 
 class DecodeMachine(RuleBasedStateMachine):
+    num_swap_blocks = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE)
@@ -94,9 +96,11 @@ class DecodeMachine(RuleBasedStateMachine):
                 max_num_mixed_tokens=MAX_MIXED_TOKENS,
                 max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=frozenset({EOS}),
+                num_swap_blocks=self.num_swap_blocks,
             ),
         )
         self.memory: dict[tuple[int, int], int] = {}
+        self.host_memory: dict[tuple[int, int], int | None] = {}
         self.live: dict[RequestKey, Sequence] = {}
         self.transfers: list[Transfer] = []
         self.refused: Sequence | None = None
@@ -223,6 +227,11 @@ class DecodeMachine(RuleBasedStateMachine):
     def step(self, is_ahead):
         self.run_step(is_ahead=is_ahead)
 
+    @rule(are_ahead=st.lists(st.booleans(), max_size=8))
+    def some_steps(self, are_ahead):
+        for is_ahead in are_ahead:
+            self.run_step(is_ahead=is_ahead)
+
     @rule(is_ahead=st.booleans(), data=st.data())
     def step_with_abort(self, is_ahead, data):
         self.run_step(is_ahead=is_ahead, aborted_meanwhile=data)
@@ -248,6 +257,8 @@ class DecodeMachine(RuleBasedStateMachine):
             if update.finish_reason is not None:
                 assert self.live.pop(sequence.key) is sequence
                 assert bool(sequence.block_ids) == (sequence in self.running_sequences)
+        for block in self.pool._free:
+            self.memory.update(((block, offset), -1) for offset in range(BLOCK_SIZE))
         return bool(step.plan.scheduled)
 
     def launch(self, plan, before) -> Step:
@@ -257,6 +268,7 @@ class DecodeMachine(RuleBasedStateMachine):
         scheduled = [item.sequence for item in plan.scheduled]
         assert len(set(scheduled)) == len(scheduled)
         assert set(scheduled).isdisjoint(plan.preempted)
+        self.copy(plan.copies)
         step = Step(plan)
         for item in plan.scheduled:
             token_ids = list(item.sequence.token_ids)
@@ -285,6 +297,13 @@ class DecodeMachine(RuleBasedStateMachine):
     def running_sequences(self) -> list[Sequence]:
         return [item.sequence for item in self.running.plan.scheduled] if self.running else []
 
+    def copy(self, copies) -> None:
+        for offset in range(BLOCK_SIZE):
+            for block, host_block in copies.out:
+                self.host_memory[host_block, offset] = self.memory.get((block, offset))
+            for block, host_block in copies.back:
+                self.memory[block, offset] = self.host_memory[host_block, offset]
+
     def write(self, sequence, values, start, stop) -> None:
         for position in range(start, stop):
             block = sequence.block_ids[position // BLOCK_SIZE]
@@ -309,6 +328,16 @@ class DecodeMachine(RuleBasedStateMachine):
             assert self.pool.num_references(block) == held.get(block, 0)
 
     @invariant()
+    def host_blocks_are_those_of_swapped_sequences(self):
+        swapped = [s for s in self.live.values() if s.phase is Phase.SWAPPED]
+        num_held = sum(self.pool.num_blocks_for(s.num_computed_tokens) for s in swapped)
+        space = self.scheduler._admission.swap
+        assert self.scheduler.num_swapped == len(swapped)
+        assert space.num_free_blocks + num_held == self.num_swap_blocks
+        assert all(not s.block_ids and s.num_computed_tokens for s in swapped)
+        assert not space.drain()
+
+    @invariant()
     def counts_tell_the_truth(self):
         assert self.scheduler.num_reserved == sum(not t.stopping for t in self.transfers)
         assert self.scheduler.num_stopping == sum(t.stopping for t in self.transfers)
@@ -331,5 +360,13 @@ class DecodeMachine(RuleBasedStateMachine):
         assert self.scheduler.queued_tokens == 0
 
 
+class SwappingMachine(DecodeMachine):
+    """With room in host memory for one or two of the sequences that are preempted."""
+
+    num_swap_blocks = 8
+
+
 TestDecodeScheduler = DecodeMachine.TestCase
 TestDecodeScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSwappingScheduler = SwappingMachine.TestCase
+TestSwappingScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -17,6 +17,7 @@ ACCEPTED = """
 --max-num-batched-tokens 4096
 --gpu-memory-utilization 0.85
 --swap-space 0
+--swap-space 4
 --kv-cache-dtype auto
 --enable-prefix-caching
 --no-enable-prefix-caching
@@ -31,6 +32,7 @@ ACCEPTED = """
 --distributed-executor-backend mp
 --block-size 32
 --preemption-mode recompute
+--preemption-mode swap
 --served-model-name one two
 --api-key secret
 --enable-auto-tool-choice
@@ -48,7 +50,7 @@ ACCEPTED = """
 REFUSED = {
     "--tensor-parallel-size 2": "--prefill-workers and --decode-workers",
     "--pipeline-parallel-size 2": "--prefill-workers and --decode-workers",
-    "--swap-space 4": "computed anew",
+    "--swap-space -1": "0 or more",
     "--kv-cache-dtype fp8": "choose that with --dtype",
     "--quantization awq": "one of --dtype's types",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
@@ -61,7 +63,7 @@ REFUSED = {
     '--rope-scaling {"rope_type":"yarn"}': "config.json",
     "--guided-decoding-backend xgrammar": "one of auto, guidance",
     "--distributed-executor-backend ray": "one of mp, uni",
-    "--preemption-mode swap": "one of recompute",
+    "--preemption-mode drop": "one of recompute, swap",
     '--limit-mm-per-prompt {"image":1}': "text only",
     "--data-parallel-size 2": "a vLLM flag that tandem serve doesn't have",
 }

@@ -22,6 +22,7 @@ def make_scheduler(
     budget: int = 64,
     mixed_budget: int | None = None,
     enable_prefix_caching: bool = False,
+    num_swap_blocks: int = 0,
 ) -> tuple[DecodeScheduler, BlockPool]:
     pool = BlockPool(num_blocks, BLOCK_SIZE, enable_prefix_caching=enable_prefix_caching)
     config = SchedulerConfig(
@@ -29,6 +30,7 @@ def make_scheduler(
         max_num_batched_tokens=budget,
         max_num_mixed_tokens=mixed_budget,
         max_model_len=1000,
+        num_swap_blocks=num_swap_blocks,
     )
     return DecodeScheduler(pool, config), pool
 

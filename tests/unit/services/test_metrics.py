@@ -30,7 +30,7 @@ def used_worker_metrics() -> WorkerMetrics:
     metrics.observe_load(LOAD)
     metrics.observe_tokens(num_prompt=7, num_generated=3)
     metrics.observe_cache(num_queried=7, num_hit=4)
-    metrics.observe_preemptions(1)
+    metrics.observe_preemptions(1, num_swapped=2)
     metrics.observe_sent("decode-0", num_bytes=100, seconds=0.5)
     metrics.observe_received("prefill-1", num_bytes=50, seconds=0.25)
     metrics.observe_exposed_transfer(0.01)
