@@ -29,13 +29,20 @@ _TOKENS = 128
 _STAGES = 2
 _SLOTS = 2
 _NUM_WARPGROUPS = 2
+# Beyond, programs work on one KV head after the other, which stays in the L2 cache; up to here, on
+# all at once, which leaves fewer of them idle at the end.
+_LONG_CONTEXT = 4096
 # What 3 warpgroups of 128 threads share, 2 of which give most of theirs to the others.
 _REGISTERS = 168
 ATTENDING_REGISTERS = gl.constexpr(240)
 LOADING_REGISTERS = gl.constexpr(24)
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "table_stride", "num_tiles", "num_blocks", "first_row"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_seqs", "table_stride", "num_tiles", "num_blocks", "first_row", "heads_together"
+    ]
+)  # fmt: skip
 def _hopper_attention_kernel(
     q_desc,
     kv_desc,
@@ -49,6 +56,7 @@ def _hopper_attention_kernel(
     num_tiles,
     num_blocks,
     first_row,
+    heads_together,
     scale,
     num_heads,
     NUM_KV_HEADS: gl.constexpr,
@@ -107,9 +115,9 @@ def _hopper_attention_kernel(
                 load,
                 (
                     q_desc, kv_desc, query_starts, kv_lens, block_tables, counter, num_seqs,
-                    table_stride, num_tiles, num_blocks, first_row, buffers, barriers,
-                    NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM, BLOCK_SIZE, BOX, TOKENS, STAGES,
-                    SLOTS,
+                    table_stride, num_tiles, num_blocks, first_row, heads_together, buffers,
+                    barriers, NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM, BLOCK_SIZE, BOX, TOKENS,
+                    STAGES, SLOTS,
                 ),
             ),
         ],
@@ -158,6 +166,7 @@ def hopper_attention(
         num_tiles,
         num_blocks,
         layer * 2 * num_kv_heads,
+        num_kv_heads if batch.max_kv_len <= _LONG_CONTEXT else 1,
         scale * _LOG2_E,
         num_heads,
         NUM_KV_HEADS=num_kv_heads,

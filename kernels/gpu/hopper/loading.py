@@ -97,6 +97,7 @@ def load(
     num_tiles,
     num_blocks,
     first_row,
+    heads_together,
     buffers,
     barriers,
     NUM_KV_HEADS: gl.constexpr,
@@ -119,8 +120,10 @@ def load(
     while unit < num_tiles * NUM_KV_HEADS:
         # Late tiles see the longest contexts: they start first, short ones fill the gaps at the
         # end.
-        tile = num_tiles - 1 - unit // NUM_KV_HEADS
-        kv_head = unit % NUM_KV_HEADS
+        units_together = num_tiles * heads_together
+        within = unit % units_together
+        tile = num_tiles - 1 - within // heads_together
+        kv_head = unit // units_together * heads_together + within % heads_together
         seq = _sequence_of(query_starts, tile, num_seqs, QUERIES)
         seq_start = gl.load(query_starts + seq)
         num_queries = gl.load(query_starts + seq + 1) - seq_start
