@@ -195,7 +195,12 @@ class TransferWorker:
 
 def _shared_writable_memory() -> set[tuple[str, str]]:
     fields = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    return {(field[3], field[4]) for field in fields if field[1] == "rw-s"}
+    return {
+        (field[3], field[4])
+        for field in fields
+        # The driver's device files are everybody's.
+        if field[1] == "rw-s" and not field[-1].startswith("/dev/nvidia")
+    }
 
 
 def _num_bytes_acknowledged(fd: int) -> int:
