@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows are copied as elements of this type where they divide evenly; bytes are far slower.
-_WIDE = torch.complex128
-# Runs of at least this size on average are copied one by one, at four times the speed of an index
-# but for some microseconds each.
-_LONG_RUN_BYTES = 4 << 20
+from engine.block_copier import BlockCopier
+from engine.peer_blocks import PeerBlocks, export_blocks
 
 Run = tuple[int, int]
 """First block and number of blocks."""
 
 
 class DeviceBlocks:
-    """Copies run on a stream of their own, beside the engine's steps, and are done on return.
+    """Copies run on a stream of their own; those of `gather` and `scatter` are done on return.
 
     What they read must be complete, and `Engine.execute` returns no earlier than that.
     """
@@ -26,14 +23,13 @@ class DeviceBlocks:
     def __init__(self, kv_pool: Tensor) -> None:
         """`kv_pool` is [num_blocks, …], contiguous."""
         self._bytes = kv_pool.view(kv_pool.shape[0], -1).view(torch.uint8)
-        self._element = torch.uint8 if self._bytes.shape[1] % _WIDE.itemsize else _WIDE
-        self._rows = self._bytes.view(self._element)
-        # Small copies that a request waits for go before a step's next kernel.
-        self._stream = torch.cuda.Stream(kv_pool.device, priority=-1)
+        self._copier = BlockCopier(kv_pool.device)
+        # Compiles the kernel now, not when a request waits.
+        self.gather([(0, 1)], torch.empty_like(self._bytes[0]))
 
     def allocate(self, num_bytes: int) -> "DeviceStaging":
         # The allocator may hand out what kernels of the *same* stream still use.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._copier.stream):
             return DeviceStaging(
                 self, torch.empty(num_bytes, dtype=torch.uint8, device=self._bytes.device)
             )
@@ -43,50 +39,35 @@ class DeviceBlocks:
         return DeviceStaging(self, self._bytes[first : first + count].view(-1))
 
     def to_host(self, first: int, count: int) -> memoryview:
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._copier.stream):
             return memoryview(self._bytes[first : first + count].cpu().numpy().tobytes())
 
     def gather(self, runs: Sequence[Run], into: Tensor) -> None:
         """Copies blocks one behind the other to the start of `into`, uint8 [num_bytes]."""
-        rows = self._rows_of(into, runs)
-        with torch.cuda.stream(self._stream):
-            if self._are_long(runs):
-                for (first, count), piece in zip(runs, _pieces(rows, runs), strict=True):
-                    piece.copy_(self._rows[first : first + count])
-            else:
-                torch.index_select(self._rows, 0, self._index(runs), out=rows)
-        self._stream.synchronize()
+        ids = _block_ids(runs)
+        rows = self._rows_of(into, len(ids))
+        self._copier.start(self._bytes, ids, rows, range(len(ids))).wait()
 
     def scatter(self, source: Tensor, runs: Sequence[Run]) -> None:
         """The inverse of `gather`."""
-        rows = self._rows_of(source, runs)
-        with torch.cuda.stream(self._stream):
-            if self._are_long(runs):
-                for (first, count), piece in zip(runs, _pieces(rows, runs), strict=True):
-                    self._rows[first : first + count].copy_(piece)
-            else:
-                self._rows.index_copy_(0, self._index(runs), rows)
-        self._stream.synchronize()
+        ids = _block_ids(runs)
+        rows = self._rows_of(source, len(ids))
+        self._copier.start(rows, range(len(ids)), self._bytes, ids).wait()
 
-    def _are_long(self, runs: Sequence[Run]) -> bool:
-        num_bytes = sum(count for _, count in runs) * self._bytes.shape[1]
-        return num_bytes >= len(runs) * _LONG_RUN_BYTES
+    def export(self) -> bytes:
+        """For `map` in another process on this device. Raises OSError if it can't be shared."""
+        return export_blocks(self._bytes)
 
-    def _index(self, runs: Sequence[Run]) -> Tensor:
-        block_ids = [block_id for first, count in runs for block_id in range(first, first + count)]
-        # Pinned, so that the copy doesn't wait; the caller waits for the stream before it returns.
-        index = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
-        return index.to(self._bytes.device, non_blocking=True)
+    def map(self, exported: bytes) -> PeerBlocks:
+        """Another process's pool, to copy from. Raises OSError if it's out of reach."""
+        return PeerBlocks(exported, self._bytes, self._copier)
 
-    def _rows_of(self, staging: Tensor, runs: Sequence[Run]) -> Tensor:
-        num_blocks = sum(count for _, count in runs)
-        num_bytes = num_blocks * self._bytes.shape[1]
-        return staging[:num_bytes].view(self._element).view(num_blocks, -1)
+    def _rows_of(self, staging: Tensor, num_blocks: int) -> Tensor:
+        return staging[: num_blocks * self._bytes.shape[1]].view(num_blocks, -1)
 
 
-def _pieces(rows: Tensor, runs: Sequence[Run]) -> Sequence[Tensor]:
-    """The staging rows of each run."""
-    return rows.split([count for _, count in runs])
+def _block_ids(runs: Sequence[Run]) -> list[int]:
+    return [block_id for first, count in runs for block_id in range(first, first + count)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

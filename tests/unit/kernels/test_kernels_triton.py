@@ -12,11 +12,12 @@ from torch import Tensor
 
 from kernels.activation import silu_and_mul_reference
 from kernels.attention import AttentionBatch
+from kernels.block_copy import copy_blocks_reference
 from kernels.norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
 
 pytest.importorskip("triton")
-from kernels.gpu import activation, linear, norm, rope
+from kernels.gpu import activation, block_copy, linear, norm, rope
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
@@ -170,3 +171,14 @@ def test_linear(
     for _ in range(2):  # the second finds the counters as the first left them
         actual = linear.linear(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), tile=tile)
         close(actual, expected)
+
+
+@pytest.mark.parametrize("block_bytes", [16, 48, 1040, 4096 * 4, 4096 * 4 + 16])
+def test_copy_blocks(block_bytes):
+    source = torch.randint(0, 256, (7, block_bytes), dtype=torch.uint8)
+    expected = torch.zeros(9, block_bytes, dtype=torch.uint8)
+    target = expected.to(DEVICE)
+    ids = torch.tensor([[6, 0, 3, 2], [8, 5, 0, 1]], dtype=torch.int32)
+    copy_blocks_reference(source, ids[0], expected, ids[1])
+    block_copy.copy_blocks(source.to(DEVICE), ids[0].to(DEVICE), target, ids[1].to(DEVICE))
+    assert torch.equal(target.cpu(), expected)

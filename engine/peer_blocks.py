@@ -1,0 +1,85 @@
+"""Another worker's pool on the same card, mapped here and read by our own kernel.
+
+Exported as the card's UUID, the handle of the pool's allocation, the pool's offset in it and its
+size in blocks. The owner reads and writes on as it likes; only ready blocks should be asked for.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import cuda_ipc
+from engine.block_copier import BlockCopier, BlockCopy
+
+_EXPORTED = struct.Struct("=16s64sQQQ")
+_TRIAL_BYTES = 64 << 20
+
+
+def export_blocks(blocks: Tensor) -> bytes:
+    """For `PeerBlocks`; `blocks` is [num_blocks, block_bytes]. Raises OSError."""
+    _make_current(blocks.device)
+    handle, offset = cuda_ipc.export_memory(blocks.data_ptr())
+    return _EXPORTED.pack(_uuid(blocks.device), handle, offset, *blocks.shape)
+
+
+class PeerBlocks:
+    """Copies from the peer's blocks to those of `pool`, uint8 [num_blocks, block_bytes]."""
+
+    def __init__(self, exported: bytes, pool: Tensor, copier: BlockCopier) -> None:
+        """Raises OSError if the peer's pool is on another card or can't be mapped."""
+        uuid, handle, offset, self.num_blocks, block_bytes = _EXPORTED.unpack(exported)
+        if uuid != _uuid(pool.device):
+            raise OSError("it is on another device")
+        assert block_bytes == pool.shape[1], "agents compare that when they connect"
+        _make_current(pool.device)
+        self._base = cuda_ipc.map_memory(handle)
+        num_bytes = self.num_blocks * block_bytes
+        memory = _MappedMemory(self._base + offset, num_bytes)
+        self._blocks = torch.as_tensor(memory, device=pool.device).view(-1, block_bytes)
+        self._pool = pool
+        self._copier = copier
+
+    def start_copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> BlockCopy:
+        """From the peer's blocks to ours; ids must be within the pools."""
+        return self._copier.start(self._blocks, source_ids, self._pool, target_ids)
+
+    def start_trial(self, num_blocks: int) -> BlockCopy:
+        """Copies the peer's first blocks to memory that is thrown away, to see how fast it is."""
+        block_bytes = self._pool.shape[1]
+        num_scratch = max(1, min(num_blocks, _TRIAL_BYTES // block_bytes))
+        with torch.cuda.stream(self._copier.stream):
+            scratch = torch.empty(
+                (num_scratch, block_bytes), dtype=torch.uint8, device=self._pool.device
+            )
+        places = [at % num_scratch for at in range(num_blocks)]
+        return self._copier.start(self._blocks, range(num_blocks), scratch, places)
+
+    def close(self) -> None:
+        """All copies must be done."""
+        del self._blocks
+        cuda_ipc.unmap_memory(self._base)
+
+
+class _MappedMemory:
+    """Bytes at a device address, as torch takes them without a copy."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (num_bytes,),
+            "strides": None,
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _make_current(device: torch.device) -> None:
+    """Makes the device's context this thread's, which the driver's own calls need."""
+    torch.cuda.current_stream(device).query()
+
+
+def _uuid(device: torch.device) -> bytes:
+    return bytes(torch.cuda.get_device_properties(device).uuid.bytes)

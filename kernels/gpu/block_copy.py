@@ -1,0 +1,48 @@
+"""Copying blocks: a program moves one tile of one block, 16 bytes a thread and load."""
+
+# A launch takes compile options beside the kernel's arguments.
+# pyright: reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.sizes import ceil_div
+
+_TILE_WORDS = 4096
+_WORDS_PER_VECTOR = tl.constexpr(4)
+
+
+@triton.jit
+def _copy_blocks_kernel(
+    source, source_ids, target, target_ids, num_vectors, tiles_per_block, TILE: tl.constexpr
+):
+    program = tl.program_id(0)
+    copy = program // tiles_per_block
+    # A multiple of the vector's size, which lets Triton load and store whole vectors.
+    num_words = num_vectors * _WORDS_PER_VECTOR
+    words = (program % tiles_per_block) * TILE + tl.arange(0, TILE)
+    mask = words < num_words
+    start = tl.load(source_ids + copy).to(tl.int64) * num_words
+    values = tl.load(source + start + words, mask=mask, eviction_policy="evict_first")
+    start = tl.load(target_ids + copy).to(tl.int64) * num_words
+    tl.store(target + start + words, values, mask=mask)
+
+
+def copy_blocks(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: Tensor) -> None:
+    """`kernels.block_copy.copy_blocks` for blocks of whole vectors of 16 bytes."""
+    num_words = source.shape[1] // 4
+    tiles_per_block = ceil_div(num_words, _TILE_WORDS)
+    num_copies = len(source_ids)
+    if num_copies:
+        _copy_blocks_kernel[(num_copies * tiles_per_block,)](
+            source.view(torch.int32),
+            source_ids,
+            target.view(torch.int32),
+            target_ids,
+            num_words // 4,
+            tiles_per_block,
+            TILE=_TILE_WORDS,
+            num_warps=8,
+        )
