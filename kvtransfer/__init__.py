@@ -5,8 +5,8 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
 from kvtransfer.counters import DirectionCounters, PeerCounters
 from kvtransfer.device import DeviceBlocks, DeviceRegion
+from kvtransfer.incoming_write import WriteReceived
 from kvtransfer.probe import PathReport
-from kvtransfer.receiver import WriteReceived
 from kvtransfer.region import KVRegion, Region
 from kvtransfer.transport import Transport
 

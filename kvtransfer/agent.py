@@ -28,7 +28,8 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
 from kvtransfer.counters import PeerCounters
 from kvtransfer.host import host_identity
-from kvtransfer.receiver import WriteReceived, WriteReceiver
+from kvtransfer.incoming_write import WriteReceived
+from kvtransfer.receiver import WriteReceiver
 from kvtransfer.region import Region
 from kvtransfer.tags import new_namespace, unpack_tag
 from kvtransfer.transport import Arrival, Transport

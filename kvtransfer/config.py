@@ -21,6 +21,8 @@ class TransferConfig:
     gathered_message_bytes: int = 1 << 20
     stall_timeout_s: float = 10.0
     """A write that makes no progress for so long fails; a dead peer is noticed long before."""
+    read_peers_pools: bool = True
+    """Map a peer's pool and read it, where the region can."""
     verify_checksums: bool = False
     """For debugging: CRC-32 of each message, made by the sender, verified by the receiver."""
 

@@ -7,6 +7,8 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.counters import DirectionCounters, PeerCounters
 from kvtransfer.inbox import Inbox
 from kvtransfer.outgoing import WriteSender, WriteTarget
+from kvtransfer.pool_offer import PoolOffer
+from kvtransfer.pool_reader import PoolReader
 from kvtransfer.probe import PathProbe, PathReport, judge_path
 from kvtransfer.receiver import WriteReceiver
 from kvtransfer.region import Region
@@ -15,8 +17,13 @@ from kvtransfer.transport import Arrival, Lane, OnDone
 from kvtransfer.wire import (
     AgentMessage,
     AgentMetadata,
+    OfferPool,
+    PoolMapped,
     ProbeDone,
+    ProbeRead,
     ProbeStart,
+    ReadPart,
+    WithdrawWrite,
     WriteDone,
     WritePart,
     WriteRefused,
@@ -45,17 +52,28 @@ class Connection:
         self._ours = ours
         self._theirs = theirs
         self._lane = lane
+        self._region = region
+        self._config = config
         self._receiver = receiver
         self._is_open = True
+        self._reader: PoolReader | None = None
+        self._offer = PoolOffer(
+            region.export() if config.read_peers_pools else None,
+            send_control=self.reply,
+            timeout_s=config.stall_timeout_s,
+        )
         self._sender = WriteSender(
             region,
             config,
             self.counters.sent,
             send_control=self.reply,
             send_data=self._send_data,
+            is_read_by_peer=self._offer.is_accepted,
         )
         self._probe = PathProbe(
             allocate=region.allocate,
+            block_bytes=region.block_bytes,
+            num_blocks=region.num_blocks,
             send_control=self.reply,
             send_data=self._send_data,
             allocate_sequence=lambda: self._sender.allocate_sequences(1),
@@ -65,6 +83,11 @@ class Connection:
     @property
     def is_open(self) -> bool:
         return self._is_open
+
+    @property
+    def reader(self) -> PoolReader | None:
+        """Of the peer's pool, if it's mapped here."""
+        return self._reader
 
     async def write(
         self,
@@ -96,11 +119,11 @@ class Connection:
         await self._sender.cancel(ticket_id)
 
     async def measure(self) -> PathReport:
-        """Sends a few 16 MiB messages into the peer's scratch memory, for about 60 ms.
+        """Moves some megabytes into the peer's scratch memory a few times, for about 60 ms.
 
         Raises TransferTimeoutError if the peer doesn't answer.
         """
-        rates = await self._probe.measure()
+        rates = await self._probe.measure(is_read_by_peer=await self._offer.is_accepted())
         self.counters.sent.observe_rate(rates.round_trip)
         return judge_path(self._ours.transport, rates, self._ours.host, self._theirs.host)
 
@@ -120,9 +143,12 @@ class Connection:
             return []
         self._is_open = False
         self._sender.close(TransferCancelledError(reason))
+        self._offer.close()
         self._probe.close(reason)
         self._inbox.close()
         self._receiver.stop(self)
+        if self._reader is not None:
+            self._reader.close()
         self._lane.close()
         return self._receiver.abandon(self)
 
@@ -140,10 +166,26 @@ class Connection:
                 self._receiver.on_part(self, message)
             case WriteDone() | WriteRefused():
                 self._sender.on_outcome(message)
+            case OfferPool(exported):
+                self._map_pool(exported)
+            case PoolMapped():
+                self._offer.on_answer(message)
+            case ReadPart():
+                self._receiver.on_read_part(self, message)
+            case WithdrawWrite(write_id):
+                self._receiver.on_withdraw(self, write_id)
             case ProbeStart():
                 self._probe.on_start(message)
+            case ProbeRead():
+                self._probe.on_read(message, self._reader)
             case ProbeDone():
                 self._probe.on_done(message)
+
+    def _map_pool(self, exported: bytes) -> None:
+        if self._reader is None and self._config.read_peers_pools:
+            pool = self._region.map(exported)
+            self._reader = None if pool is None else PoolReader(pool)
+        self.reply(PoolMapped(self._reader is not None))
 
 
 def _ignore(_: str | None) -> None:

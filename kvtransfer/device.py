@@ -5,14 +5,22 @@ receiver has exported, whenever the device gets to it. It could still do so afte
 having been stopped in between. So peers never get a block: every message is received into staging
 memory, and only this process copies from there into blocks, while the write's fence is open. That
 keeps the promise of host memory (no late write can land in the pool) for one more copy on the
-device, which is far faster than the way between processes.
+device.
+
+Where both processes are on *one* device, the receiver maps the sender's pool and reads it with a
+kernel of its own, from blocks to blocks: no staging, no message but the announcement, and again
+nobody else writes into the pool.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer.buffer import Buffer, DeviceBuffer
+from kvtransfer.pool_reader import PeerPool
 from kvtransfer.region import Run, check_block_range
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceBlocks(Protocol):
@@ -28,6 +36,14 @@ class DeviceBlocks(Protocol):
 
     def to_host(self, first: int, count: int) -> memoryview:
         """A copy of a run in host memory."""
+        ...
+
+    def export(self) -> bytes:
+        """For `map` in another process on this device. Raises OSError if it can't be shared."""
+        ...
+
+    def map(self, exported: bytes) -> PeerPool:
+        """Another process's pool, to copy from. Raises OSError if it's out of reach."""
         ...
 
 
@@ -59,5 +75,19 @@ class DeviceRegion:
         assert not isinstance(source, memoryview)
         source.scatter(runs)
 
-    def check_range(self, block_ids: Iterable[int]) -> None:
+    def check_range(self, block_ids: Sequence[int]) -> None:
         check_block_range(block_ids, self.num_blocks)
+
+    def export(self) -> bytes | None:
+        try:
+            return self._blocks.export()
+        except OSError as error:
+            logger.warning("peers can't read this KV pool themselves: %s", error)
+            return None
+
+    def map(self, exported: bytes) -> PeerPool | None:
+        try:
+            return self._blocks.map(exported)
+        except OSError as error:
+            logger.info("can't read a peer's KV pool: %s", error)
+            return None

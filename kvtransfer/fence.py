@@ -26,8 +26,31 @@ class Fence:
     is_open: bool = True
     write_seqs: set[int] = field(default_factory=set[int])
     num_receiving: int = 0
-    """Receives posted into the blocks themselves and not completed; staged ones don't count."""
+    """Receives and reads into the blocks themselves, not completed; staged ones don't count."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def refusal_of_messages(self, messages_runs: Sequence[Sequence[Run]]) -> str | None:
+        """Why messages may not write these runs of blocks; None if they may."""
+        refusals = (self._refusal_of_runs(runs) for runs in messages_runs)
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
+    def _refusal_of_runs(self, runs: Sequence[Run]) -> str | None:
+        if not runs:
+            return "a message without blocks was announced"
+        for first, count in runs:
+            if not 0 < count <= len(self.block_ids):
+                return f"a run of {count} blocks does not fit ticket {self.ticket_id}"
+            refusal = self.refusal_of_blocks(range(first, first + count))
+            if refusal is not None:
+                return refusal
+        return None
+
+    def refusal_of_blocks(self, block_ids: Sequence[int]) -> str | None:
+        """The same for blocks that are read one by one."""
+        if self.block_ids.issuperset(block_ids):
+            return None
+        foreign = next(b for b in block_ids if b not in self.block_ids)
+        return f"block {foreign} is not part of ticket {self.ticket_id}"
 
 
 class FenceTable:
@@ -57,14 +80,9 @@ class FenceTable:
         return [f for f in self._fences.values() if f.sender_incarnation == incarnation]
 
     def refusal(
-        self,
-        *,
-        ticket_id: TicketId,
-        attempt: int,
-        sender_incarnation: Incarnation,
-        messages_runs: Sequence[Sequence[Run]],
+        self, *, ticket_id: TicketId, attempt: int, sender_incarnation: Incarnation
     ) -> str | None:
-        """Why messages may not write these runs of blocks; None if they may."""
+        """Why this sender may not write under the ticket; None if it may."""
         fence = self._fences.get(ticket_id)
         if fence is None or not fence.is_open:
             return f"ticket {ticket_id} is not open"
@@ -72,15 +90,6 @@ class FenceTable:
             return f"ticket {ticket_id} is for attempt {fence.attempt}, not {attempt}"
         if sender_incarnation != fence.sender_incarnation:
             return f"ticket {ticket_id} is for another sender incarnation"
-        for runs in messages_runs:
-            if not runs:
-                return "a message without blocks was announced"
-            for first, count in runs:
-                if not 0 < count <= len(fence.block_ids):
-                    return f"a run of {count} blocks does not fit ticket {ticket_id}"
-                for block_id in range(first, first + count):
-                    if block_id not in fence.block_ids:
-                        return f"block {block_id} is not part of ticket {ticket_id}"
         return None
 
     def begin_receive(self, fence: Fence) -> None:

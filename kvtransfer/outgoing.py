@@ -3,19 +3,34 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.buffer import Buffer
 from kvtransfer.checksum import crc32_of
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import DirectionCounters
-from kvtransfer.plan import PlannedMessage, plan_messages, split_into_parts
+from kvtransfer.plan import (
+    MAX_BLOCKS_PER_READ,
+    PlannedMessage,
+    plan_messages,
+    runs_of,
+    split_into_parts,
+)
 from kvtransfer.region import Region
 from kvtransfer.staging import StagingPool
 from kvtransfer.tags import SEQUENCE_MASK
 from kvtransfer.transport import OnDone
-from kvtransfer.wire import AgentMessage, DataMessage, WriteDone, WritePart, WriteRefused
+from kvtransfer.wire import (
+    AgentMessage,
+    DataMessage,
+    ReadPart,
+    WithdrawWrite,
+    WriteDone,
+    WritePart,
+    WriteRefused,
+    pack_block_ids,
+)
 from protocol.errors import TransferCancelledError, TransferError, TransferTimeoutError
 from protocol.ids import Incarnation, TicketId
 
@@ -35,6 +50,8 @@ class _Write:
     write_id: int
     target: WriteTarget
     num_sending: int = 0
+    """Messages that are read from our blocks; one for all that the peer reads by itself."""
+    is_read_by_peer: bool = False
     is_done: bool = False
     error: TransferError | None = None
 
@@ -50,6 +67,7 @@ class _Write:
 class WriteSender:
     """Pushes blocks of `region` to one peer.
 
+    `is_read_by_peer` tells, before each write, whether the peer reads our pool itself.
     `send_control` and `send_data(buffer, sequence, on_done)` put messages on the peer's lane.
     """
 
@@ -61,6 +79,7 @@ class WriteSender:
         *,
         send_control: Callable[[AgentMessage], None],
         send_data: Callable[[Buffer, int, OnDone], None],
+        is_read_by_peer: Callable[[], Awaitable[bool]],
     ) -> None:
         self._region = region
         self._config = config
@@ -68,6 +87,7 @@ class WriteSender:
         self._counters = counters
         self._send_control = send_control
         self._send_data = send_data
+        self._is_read_by_peer = is_read_by_peer
         self._staging = StagingPool(
             region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
@@ -93,8 +113,11 @@ class WriteSender:
         self._writes[write.write_id] = write
         start = time.monotonic()
         try:
-            for part, is_last in self._parts(src_blocks, dst_blocks):
-                await self._send_part(write, part, is_last=is_last)
+            if await self._is_read_by_peer():
+                self._announce_reads(write, src_blocks, dst_blocks)
+            else:
+                for part, is_last in self._parts(src_blocks, dst_blocks):
+                    await self._send_part(write, part, is_last=is_last)
             await self._wait(lambda: write.is_settled and not write.num_sending)
         except BaseException:
             write.fail(TransferCancelledError("the write was given up"))
@@ -110,6 +133,8 @@ class WriteSender:
         writes = [w for w in self._writes.values() if w.target.ticket_id == ticket_id]
         for write in writes:
             write.fail(TransferCancelledError(f"The write under ticket {ticket_id} was cancelled."))
+            if write.is_read_by_peer:
+                self._send_control(WithdrawWrite(write.write_id))
         self._notify()
         await self._wait(lambda: not any(write.num_sending for write in writes))
 
@@ -118,10 +143,13 @@ class WriteSender:
         write = self._writes.get(message.write_id)
         if write is None:
             return
+        if write.is_read_by_peer:
+            write.num_sending = 0
         if isinstance(message, WriteRefused):
             write.fail(TransferError(f"The receiver refused the write: {message.reason}."))
         elif write.error is None:
             write.is_done = True
+        self._forget_if_ended(write)
         self._notify()
 
     def close(self, error: TransferCancelledError) -> None:
@@ -129,6 +157,8 @@ class WriteSender:
         self._closed = error
         for write in self._writes.values():
             write.fail(error)
+            if write.is_read_by_peer:
+                write.num_sending = 0
         self._notify()
 
     def allocate_sequences(self, count: int) -> int:
@@ -142,6 +172,32 @@ class WriteSender:
     ) -> list[tuple[list[PlannedMessage], bool]]:
         parts = split_into_parts(plan_messages(src_blocks, dst_blocks, self._limits))
         return [(part, part is parts[-1]) for part in parts]
+
+    def _announce_reads(
+        self, write: _Write, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+    ) -> None:
+        if write.is_settled:
+            return
+        write.is_read_by_peer = True
+        write.num_sending = 1
+        target = write.target
+        num_blocks = len(src_blocks)
+        for at in range(0, max(1, num_blocks), MAX_BLOCKS_PER_READ):
+            piece = slice(at, at + MAX_BLOCKS_PER_READ)
+            src = src_blocks[piece]
+            self._send_control(
+                ReadPart(
+                    write.write_id,
+                    target.ticket_id,
+                    target.attempt,
+                    target.receiver_incarnation,
+                    target.write_seq,
+                    pack_block_ids(src),
+                    pack_block_ids(dst_blocks[piece]),
+                    is_last=at + MAX_BLOCKS_PER_READ >= num_blocks,
+                    crc32=self._checksum(src),
+                )
+            )
 
     async def _send_part(
         self, write: _Write, messages: list[PlannedMessage], *, is_last: bool
@@ -173,6 +229,11 @@ class WriteSender:
         if self._config.verify_checksums:
             checksum = crc32_of(self._region, message.src_runs)
         return DataMessage(list(message.dst_runs), checksum)
+
+    def _checksum(self, block_ids: Sequence[int]) -> int | None:
+        if not self._config.verify_checksums:
+            return None
+        return crc32_of(self._region, runs_of(block_ids))
 
     def _has_room(self, num_bytes: int) -> bool:
         under_way = self._num_bytes_sending

@@ -1,6 +1,6 @@
 """How a list of blocks becomes messages: long runs as they are, short ones gathered."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvtransfer.region import Run
@@ -9,6 +9,8 @@ from kvtransfer.region import Run
 MAX_RUNS_PER_MESSAGE = 256
 MAX_RUNS_PER_PART = 512
 MAX_PER_PART = 128
+# Of two packed ids each, with no more beside them than a header of runs has.
+MAX_BLOCKS_PER_READ = 960
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,11 @@ def split_into_parts(messages: Sequence[PlannedMessage]) -> list[list[PlannedMes
     return parts
 
 
+def runs_of(block_ids: Sequence[int]) -> tuple[Run, ...]:
+    """The same blocks in the same order, neighbours joined."""
+    return _merged((block_id, 1) for block_id in block_ids)
+
+
 def _common_runs(
     src_blocks: Sequence[int], dst_blocks: Sequence[int]
 ) -> Iterator[tuple[int, int, int]]:
@@ -102,7 +109,7 @@ def _common_runs(
         start = end
 
 
-def _merged(runs: Iterator[Run]) -> tuple[Run, ...]:
+def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     """Joins neighbours, so that a side that is contiguous needs no copy."""
     merged: list[Run] = []
     for first, count in runs:

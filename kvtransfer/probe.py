@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from kvtransfer.buffer import Buffer
 from kvtransfer.host import is_same_host, measure_memcpy_gb_per_s, memory_access_obstacles
+from kvtransfer.pool_reader import PoolReader
 from kvtransfer.transport import Arrival, OnDone
-from kvtransfer.wire import AgentMessage, HostIdentity, ProbeDone, ProbeStart
+from kvtransfer.wire import AgentMessage, HostIdentity, ProbeDone, ProbeRead, ProbeStart
 from protocol.errors import TransferCancelledError, TransferTimeoutError
 
 PROBE_BYTES = 16 << 20
+PROBE_READ_BYTES = 128 << 20
+"""What a peer on the same card reads takes so little time that less would measure the messages."""
 NUM_PROBES = 5
 """The first one warms the lane and the peer's memory, and isn't counted."""
 PROBE_BUDGET_S = 0.06
@@ -56,11 +59,15 @@ class PathProbe:
         self,
         *,
         allocate: Callable[[int], Buffer],
+        block_bytes: int,
+        num_blocks: int,
         send_control: Callable[[AgentMessage], None],
         send_data: Callable[[Buffer, int, OnDone], None],
         allocate_sequence: Callable[[], int],
     ) -> None:
         self._allocate = allocate
+        self._num_blocks_read = max(1, min(num_blocks, PROBE_READ_BYTES // block_bytes))
+        self._num_bytes_read = self._num_blocks_read * block_bytes
         self._send_control = send_control
         self._send_data = send_data
         self._allocate_sequence = allocate_sequence
@@ -69,9 +76,10 @@ class PathProbe:
         self._scratch: Buffer | None = None
         self._closed: str | None = None
 
-    async def measure(self) -> PathRates:
-        """Sends up to five messages; raises TransferTimeoutError if the peer doesn't answer."""
-        payload = self._allocate(PROBE_BYTES)
+    async def measure(self, *, is_read_by_peer: bool) -> PathRates:
+        """Up to five rounds; raises TransferTimeoutError if the peer doesn't answer."""
+        payload = None if is_read_by_peer else self._allocate(PROBE_BYTES)
+        num_bytes = self._num_bytes_read if payload is None else payload.nbytes
         start = time.monotonic()
         round_trip_s = receive_s = float("inf")
         for number in range(NUM_PROBES):
@@ -83,10 +91,20 @@ class PathProbe:
                 receive_s = min(receive_s, seconds[1])
             if is_last:
                 break
-        return PathRates(PROBE_BYTES / round_trip_s / 1e9, PROBE_BYTES / receive_s / 1e9)
+        return PathRates(num_bytes / round_trip_s / 1e9, num_bytes / receive_s / 1e9)
 
     def on_start(self, message: ProbeStart) -> None:
         self._expected[message.sequence] = message
+
+    def on_read(self, message: ProbeRead, reader: PoolReader | None) -> None:
+        """Reads the peer's pool, which it believes to be mapped here."""
+        if reader is None or message.num_blocks < 1:
+            return
+        started = time.perf_counter()
+        reader.try_out(
+            message.num_blocks,
+            lambda: self._send_control(ProbeDone(message.probe_id, time.perf_counter() - started)),
+        )
 
     def on_done(self, message: ProbeDone) -> None:
         answer = self._answers.pop(message.probe_id, None)
@@ -128,7 +146,7 @@ class PathProbe:
         self._answers.clear()
         self._expected.clear()
 
-    async def _round(self, payload: Buffer, *, is_last: bool) -> tuple[float, float]:
+    async def _round(self, payload: Buffer | None, *, is_last: bool) -> tuple[float, float]:
         """Seconds of the whole round, and those that the receiver needed."""
         if self._closed is not None:
             raise TransferCancelledError(self._closed)
@@ -136,8 +154,11 @@ class PathProbe:
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._answers[sequence] = answer
         start = time.perf_counter()
-        self._send_control(ProbeStart(sequence, sequence, is_last))
-        self._send_data(payload, sequence, lambda _: None)
+        if payload is None:
+            self._send_control(ProbeRead(sequence, self._num_blocks_read))
+        else:
+            self._send_control(ProbeStart(sequence, sequence, is_last))
+            self._send_data(payload, sequence, lambda _: None)
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 receive_s = await answer

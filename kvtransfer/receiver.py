@@ -1,60 +1,32 @@
 """The receiving side: checks every announced write against the fences and puts it in place."""
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from kvtransfer.checksum import crc32_of
+from kvtransfer.checksum import checksum_error
 from kvtransfer.config import TransferConfig
-from kvtransfer.counters import PeerCounters
 from kvtransfer.fence import Fence, FenceTable
-from kvtransfer.region import Region, Run
+from kvtransfer.incoming_write import IncomingWrite, WriteReceived, WriteSource
+from kvtransfer.plan import runs_of
+from kvtransfer.pool_reader import PoolReader
+from kvtransfer.region import Region, Run, check_block_range
 from kvtransfer.staging import StagingPool
 from kvtransfer.tags import SEQUENCE_MASK
 from kvtransfer.transport import Arrival
-from kvtransfer.wire import AgentMessage, DataMessage, WriteDone, WritePart, WriteRefused
-from protocol.ids import Incarnation, TicketId, WorkerId
+from kvtransfer.wire import (
+    DataMessage,
+    ReadPart,
+    WriteDone,
+    WritePart,
+    WriteRefused,
+    unpack_block_ids,
+)
+from protocol.errors import TransferError
+from protocol.ids import Incarnation, TicketId
 
-
-@dataclass(frozen=True, slots=True)
-class WriteReceived:
-    """A write whose bytes are all in place. `seconds` run from its announcement to that moment."""
-
-    ticket_id: TicketId
-    write_seq: int
-    sender: WorkerId
-    num_bytes: int
-    seconds: float
-
-
-class WriteSource(Protocol):
-    """The connection that writes come from."""
-
-    @property
-    def worker_id(self) -> WorkerId: ...
-
-    @property
-    def incarnation(self) -> Incarnation: ...
-
-    @property
-    def counters(self) -> PeerCounters: ...
-
-    def reply(self, message: AgentMessage) -> None: ...
-
-
-@dataclass(eq=False, slots=True)
-class _IncomingWrite:
-    source: WriteSource
-    write_id: int
-    write_seq: int
-    fence: Fence
-    started: float
-    num_bytes: int = 0
-    num_missing: int = 0
-    is_complete_announced: bool = False
-    is_failed: bool = False
-
+MIN_READ_BYTES = 256 << 20
+"""To start a copy takes as long as to copy this much, so parts of a write wait for each other."""
 
 _MessageKey = tuple[Incarnation, int]
 
@@ -75,8 +47,8 @@ class WriteReceiver:
         self._config = config
         self._on_write = on_write
         self._fences = FenceTable()
-        self._writes: dict[_MessageKey, _IncomingWrite] = {}
-        self._expected: dict[_MessageKey, tuple[_IncomingWrite, DataMessage]] = {}
+        self._writes: dict[_MessageKey, IncomingWrite] = {}
+        self._expected: dict[_MessageKey, tuple[IncomingWrite, DataMessage]] = {}
         self._staging = StagingPool(
             region.allocate,
             buffer_bytes=max(config.gathered_message_bytes, region.block_bytes),
@@ -117,23 +89,13 @@ class WriteReceiver:
 
     def on_part(self, source: WriteSource, part: WritePart) -> None:
         """Opens the places for a part's messages, or refuses the write."""
-        key = (source.incarnation, part.write_id)
-        write = self._writes.get(key)
-        refusal = self._refusal(source, part, write)
-        if refusal is not None:
-            if write is None:
-                source.reply(WriteRefused(part.write_id, refusal))
-            else:
-                self._fail(write, refusal)
-            return
+        write = self._accept(
+            source,
+            part,
+            lambda fence: fence.refusal_of_messages([m.dst_runs for m in part.messages]),
+        )
         if write is None:
-            fence = self._fences.get(part.ticket_id)
-            assert fence is not None, "the fence was just checked"
-            fence.write_seqs.add(part.write_seq)
-            write = _IncomingWrite(
-                source, part.write_id, part.write_seq, fence, started=time.monotonic()
-            )
-            self._writes[key] = write
+            return
         for sequence, message in enumerate(part.messages, part.first_sequence):
             self._expected[source.incarnation, sequence & SEQUENCE_MASK] = write, message
         write.num_missing += len(part.messages)
@@ -154,7 +116,59 @@ class WriteReceiver:
             return
         self._receive(write, message, arrival)
 
-    def _receive(self, write: _IncomingWrite, message: DataMessage, arrival: Arrival) -> None:
+    def on_read_part(self, source: WriteSource, part: ReadPart) -> None:
+        """Starts to copy blocks from the sender's pool, or refuses the write."""
+        reader = source.reader
+        if reader is None:
+            source.reply(WriteRefused(part.write_id, "the sender's pool is not mapped here"))
+            return
+        try:
+            src_ids, dst_ids = (unpack_block_ids(ids) for ids in (part.src_blocks, part.dst_blocks))
+            check_block_range(src_ids, reader.num_blocks)
+        except TransferError as error:
+            source.reply(WriteRefused(part.write_id, str(error)))
+            return
+        write = self._accept(source, part, lambda fence: fence.refusal_of_blocks(dst_ids))
+        if write is None:
+            return
+        if len(src_ids) != len(dst_ids):
+            self._fail(write, f"{len(src_ids)} blocks were announced for {len(dst_ids)} places")
+            return
+        write.is_complete_announced = part.is_last
+        write.src_to_read.extend(src_ids)
+        write.dst_to_read.extend(dst_ids)
+        num_bytes = len(write.dst_to_read) * self._region.block_bytes
+        if part.is_last or part.crc32 is not None or num_bytes >= MIN_READ_BYTES:
+            self._read(write, reader, part.crc32)
+
+    def on_withdraw(self, source: WriteSource, write_id: int) -> None:
+        """Ends a write whose sender wants its blocks back; if it's unknown, its answer is sent."""
+        write = self._writes.get((source.incarnation, write_id))
+        if write is not None:
+            self._fail(write, "the sender gave it up")
+
+    def _read(self, write: IncomingWrite, reader: PoolReader, crc32: int | None) -> None:
+        """Copies what was announced so far."""
+        src_ids, dst_ids = write.src_to_read, write.dst_to_read
+        write.src_to_read, write.dst_to_read = array("I"), array("I")
+        if not dst_ids:
+            self._finish_if_complete(write)
+            return
+        write.num_missing += 1
+        write.num_reading += 1
+        self._fences.begin_receive(write.fence)
+
+        def on_done() -> None:
+            self._fences.end_receive(write.fence)
+            write.num_reading -= 1
+            if write.is_failed:
+                self._answer_failure(write)
+            else:
+                self._on_read(write, dst_ids, crc32)
+
+        reader.read(src_ids, dst_ids, on_done)
+
+    def _receive(self, write: IncomingWrite, message: DataMessage, arrival: Arrival) -> None:
         is_direct = len(message.dst_runs) == 1 and not self._region.peers_write
         staging = None if is_direct else self._staging.take(arrival.num_bytes)
         if staging is None:
@@ -178,11 +192,21 @@ class WriteReceiver:
             self._fences.begin_receive(write.fence)
         arrival.receive_into(target, on_done)
 
+    def _on_read(self, write: IncomingWrite, block_ids: Sequence[int], crc32: int | None) -> None:
+        error = None
+        if self._config.verify_checksums:
+            error = checksum_error(self._region, runs_of(block_ids), crc32)
+        self._count(write, len(block_ids) * self._region.block_bytes, error)
+
     def _on_received(
-        self, write: _IncomingWrite, message: DataMessage, num_bytes: int, error: str | None
+        self, write: IncomingWrite, message: DataMessage, num_bytes: int, error: str | None
     ) -> None:
         if error is None and self._config.verify_checksums:
-            error = self._checksum_error(message)
+            error = checksum_error(self._region, message.dst_runs, message.crc32)
+        self._count(write, num_bytes, error)
+
+    def _count(self, write: IncomingWrite, num_bytes: int, error: str | None) -> None:
+        """Takes the end of one message or read."""
         if error is not None:
             self._fail(write, error)
             return
@@ -190,7 +214,7 @@ class WriteReceiver:
         write.num_missing -= 1
         self._finish_if_complete(write)
 
-    def _finish_if_complete(self, write: _IncomingWrite) -> None:
+    def _finish_if_complete(self, write: IncomingWrite) -> None:
         if write.num_missing or not write.is_complete_announced:
             return
         del self._writes[write.source.incarnation, write.write_id]
@@ -207,8 +231,39 @@ class WriteReceiver:
         )
         write.source.reply(WriteDone(write.write_id))
 
+    def _accept(
+        self,
+        source: WriteSource,
+        part: WritePart | ReadPart,
+        refusal_of_content: Callable[[Fence], str | None],
+    ) -> IncomingWrite | None:
+        """The write that the part belongs to, perhaps a new one; None if it's refused."""
+        key = (source.incarnation, part.write_id)
+        write = self._writes.get(key)
+        if write is not None and write.is_failed:
+            return None  # it's answered when nothing is read any more
+        fence = self._fences.get(part.ticket_id)
+        refusal = self._refusal(source, part, write)
+        if refusal is None:
+            assert fence is not None, "it was just checked"
+            refusal = refusal_of_content(fence)
+        if refusal is not None:
+            if write is None:
+                source.reply(WriteRefused(part.write_id, refusal))
+            else:
+                self._fail(write, refusal)
+            return None
+        if write is None:
+            assert fence is not None, "it was just checked"
+            fence.write_seqs.add(part.write_seq)
+            write = IncomingWrite(
+                source, part.write_id, part.write_seq, fence, started=time.monotonic()
+            )
+            self._writes[key] = write
+        return write
+
     def _refusal(
-        self, source: WriteSource, part: WritePart, write: _IncomingWrite | None
+        self, source: WriteSource, part: WritePart | ReadPart, write: IncomingWrite | None
     ) -> str | None:
         if part.receiver_incarnation != self._incarnation:
             return "the write is for another incarnation of this worker"
@@ -216,7 +271,6 @@ class WriteReceiver:
             ticket_id=part.ticket_id,
             attempt=part.attempt,
             sender_incarnation=source.incarnation,
-            messages_runs=[message.dst_runs for message in part.messages],
         )
         if refusal is not None:
             return refusal
@@ -227,26 +281,24 @@ class WriteReceiver:
             return "the write's parts name different tickets"
         return None
 
-    def _checksum_error(self, message: DataMessage) -> str | None:
-        if message.crc32 is None:
-            return "the sender made no checksum; both sides need the same setting"
-        if message.crc32 == crc32_of(self._region, message.dst_runs):
-            return None
-        runs = ", ".join(f"{first}..{first + count - 1}" for first, count in message.dst_runs)
-        return f"checksum mismatch in blocks {runs}"
-
     def _fail_writes(self, fence: Fence, reason: str) -> None:
         for write in [w for w in self._writes.values() if w.fence is fence]:
             self._fail(write, reason)
 
-    def _fail(self, write: _IncomingWrite, reason: str) -> None:
+    def _fail(self, write: IncomingWrite, reason: str) -> None:
         if write.is_failed:
             return
-        write.is_failed = True
-        del self._writes[write.source.incarnation, write.write_id]
+        write.refusal = reason
         for key in [key for key, (owner, _) in self._expected.items() if owner is write]:
             del self._expected[key]
-        write.source.reply(WriteRefused(write.write_id, reason))
+        self._answer_failure(write)
+
+    def _answer_failure(self, write: IncomingWrite) -> None:
+        """Tells the sender, which may then reuse its blocks: nothing is read any more."""
+        assert write.refusal is not None, "it has failed"
+        if write.num_reading == 0:
+            del self._writes[write.source.incarnation, write.write_id]
+            write.source.reply(WriteRefused(write.write_id, write.refusal))
 
 
 def _num_blocks(runs: Sequence[Run]) -> int:

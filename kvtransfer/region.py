@@ -1,10 +1,11 @@
 """The registered memory that transfers read from and write into: one pool of equal blocks."""
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 from kvtransfer.buffer import Buffer
+from kvtransfer.pool_reader import PeerPool
 from protocol.errors import TransferError
 
 Run = tuple[int, int]
@@ -46,8 +47,16 @@ class Region(Protocol):
         """The inverse of `gather`."""
         ...
 
-    def check_range(self, block_ids: Iterable[int]) -> None:
+    def check_range(self, block_ids: Sequence[int]) -> None:
         """Raises TransferError if a block isn't in the region."""
+        ...
+
+    def export(self) -> bytes | None:
+        """What a peer's `map` needs to read this region by itself; None if it can't."""
+        ...
+
+    def map(self, exported: bytes) -> PeerPool | None:
+        """A peer's region, from its `export`; None if it's out of reach."""
         ...
 
 
@@ -105,12 +114,21 @@ class KVRegion:
             piece[:] = source[offset : offset + piece.nbytes]
             offset += piece.nbytes
 
-    def check_range(self, block_ids: Iterable[int]) -> None:
+    def check_range(self, block_ids: Sequence[int]) -> None:
         check_block_range(block_ids, self.num_blocks)
 
+    def export(self) -> bytes | None:
+        return None  # the transport reads host memory as fast
 
-def check_block_range(block_ids: Iterable[int], num_blocks: int) -> None:
+    def map(self, exported: bytes) -> PeerPool | None:
+        del exported
+        return None
+
+
+def check_block_range(block_ids: Sequence[int], num_blocks: int) -> None:
     """Raises TransferError if a block isn't in a pool of `num_blocks`."""
-    for block_id in block_ids:
+    if not block_ids:
+        return
+    for block_id in (min(block_ids), max(block_ids)):
         if not 0 <= block_id < num_blocks:
             raise TransferError(f"Block {block_id} is outside the pool of {num_blocks} blocks.")

@@ -3,8 +3,13 @@
 A write is announced in parts. Each `WritePart` goes ahead of the data messages that it describes,
 on the same ordered lane. The receiver answers the whole write once, by `WriteDone` or
 `WriteRefused`.
+
+On one GPU the receiver may read the sender's pool itself: it's offered by `OfferPool`, and if
+`PoolMapped` says so, a write's parts are `ReadPart`s and no data messages follow them.
 """
 
+from array import array
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -13,7 +18,7 @@ from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId, WorkerId
 
-AGENT_PROTOCOL_VERSION = 1
+AGENT_PROTOCOL_VERSION = 2
 
 MAX_CONTROL_BYTES = 8000
 """Control messages stay below what every transport sends eagerly, so they never wait for memory."""
@@ -61,6 +66,38 @@ class WritePart(msgspec.Struct, frozen=True, array_like=True, tag="part"):
     is_last: bool
 
 
+class OfferPool(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
+    """The sender's whole pool, for reading; the description is its region's own."""
+
+    exported: bytes
+
+
+class PoolMapped(msgspec.Struct, frozen=True, array_like=True, tag="mapped"):
+    """The answer to `OfferPool`."""
+
+    is_mapped: bool
+
+
+class ReadPart(msgspec.Struct, frozen=True, array_like=True, tag="read"):
+    """Blocks to copy from the sender's pool; ids are packed by `pack_block_ids`."""
+
+    write_id: int
+    ticket_id: TicketId
+    attempt: int
+    receiver_incarnation: Incarnation
+    write_seq: int
+    src_blocks: bytes
+    dst_blocks: bytes
+    is_last: bool
+    crc32: int | None = None
+
+
+class WithdrawWrite(msgspec.Struct, frozen=True, array_like=True, tag="withdraw"):
+    """The sender gives a write of `ReadPart`s up; it's answered when nothing is read any more."""
+
+    write_id: int
+
+
 class WriteDone(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     """All bytes of the write are in place and its owner was notified."""
 
@@ -89,7 +126,25 @@ class ProbeDone(msgspec.Struct, frozen=True, array_like=True, tag="probed"):
     receive_s: float
 
 
-AgentMessage: TypeAlias = WritePart | WriteDone | WriteRefused | ProbeStart | ProbeDone
+class ProbeRead(msgspec.Struct, frozen=True, array_like=True, tag="probe_read"):
+    """Asks the receiver to read blocks of the sender's pool, and throw them away."""
+
+    probe_id: int
+    num_blocks: int
+
+
+AgentMessage: TypeAlias = (
+    WritePart
+    | WriteDone
+    | WriteRefused
+    | OfferPool
+    | PoolMapped
+    | ReadPart
+    | WithdrawWrite
+    | ProbeStart
+    | ProbeRead
+    | ProbeDone
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder[AgentMessage](AgentMessage)
@@ -99,6 +154,26 @@ _metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
 def encode(message: AgentMessage | AgentMetadata) -> bytearray:
     """A writable buffer, because transports want one."""
     return bytearray(_encoder.encode(message))
+
+
+def pack_block_ids(block_ids: Sequence[int]) -> bytes:
+    """Four bytes each, in this host's order: only processes of one host exchange them.
+
+    Raises TransferError if a number doesn't fit.
+    """
+    try:
+        return array("I", block_ids).tobytes()
+    except OverflowError as error:
+        raise TransferError(f"A block's number is none: {error}.") from error
+
+
+def unpack_block_ids(packed: bytes) -> "array[int]":
+    """Raises TransferError on anything but whole numbers."""
+    block_ids = array("I")
+    if len(packed) % block_ids.itemsize:
+        raise TransferError(f"{len(packed)} bytes are no list of blocks.")
+    block_ids.frombytes(packed)
+    return block_ids
 
 
 def decode_message(data: bytes | bytearray) -> AgentMessage:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu.transfer --output benchmarks/results/transfer-gpu.json
 
-Every figure is acknowledged by the receiver, all copies through staging memory included, in 10⁹
-bytes a second. "contiguous" goes from the pool as it lies, "scattered" from random to random
-blocks. "put" forces the sender to write, as workers do; "auto" leaves the choice to UCX. Beside
-them: what gathering and scattering alone reach, and a plain copy on the device.
+Every figure is acknowledged by the receiver, all copies included, in 10⁹ bytes a second.
+"contiguous" goes from the pool as it lies, "scattered" from random to random blocks. "read": the
+receiver maps the sender's pool and copies, as workers on one card do. "put": UCX messages from
+staging memory to staging memory, as between cards. Beside them: what gathering and scattering
+alone reach, and a plain copy on the device.
 """
 
 import argparse
@@ -33,10 +34,6 @@ KIB, MIB = 1 << 10, 1 << 20
 POOL_BYTES = 1024 * MIB
 WRITE_BYTES = 512 * MIB
 SENDER, RECEIVER = 1, 2
-SCHEMES = {
-    "put": DEVICE_MEMORY_SETTINGS,
-    "auto": {k: v for k, v in DEVICE_MEMORY_SETTINGS.items() if k != "RNDV_SCHEME"},
-}
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,11 @@ class Case:
     layout: str
     block_bytes: int
     message_bytes: int
+    write_bytes: int = WRITE_BYTES
 
     @property
     def num_blocks(self) -> int:
-        return WRITE_BYTES // self.block_bytes
+        return self.write_bytes // self.block_bytes
 
     @property
     def config(self) -> TransferConfig:
@@ -59,6 +57,7 @@ class Case:
             window_bytes=4 * self.message_bytes,
             gather_below_bytes=self.message_bytes,
             gathered_message_bytes=self.message_bytes,
+            read_peers_pools=self.scheme == "read",
         )
 
     @property
@@ -73,20 +72,29 @@ class Case:
 
 
 def cases() -> list[Case]:
-    contiguous = [Case("put", "contiguous", 2 * MIB, size * MIB) for size in (2, 8, 32, 64)]
     # A 16-token block of Llama-3.1-8B has 2 MiB in bfloat16, one of SmolLM2-135M 360 KiB.
-    scattered = [
-        Case("put", "scattered", block_bytes, size * MIB)
-        for block_bytes in (2 * MIB, 256 * KIB)
-        for size in (8, 32, 64)
+    reads = [
+        Case("read", layout, block_bytes, 64 * MIB)
+        for layout, block_bytes in (
+            ("contiguous", 2 * MIB),
+            ("scattered", 2 * MIB),
+            ("scattered", 256 * KIB),
+            ("scattered", 64 * KIB),
+        )
     ]
-    return [*contiguous, *scattered, Case("auto", "contiguous", 2 * MIB, 64 * MIB)]
+    puts = [
+        Case("put", layout, block_bytes, size * MIB)
+        for layout, block_bytes in (("contiguous", 2 * MIB), ("scattered", 2 * MIB))
+        for size in (8, 64)
+    ]
+    small = Case("read", "contiguous", 2 * MIB, 64 * MIB, write_bytes=2 * MIB)
+    return [*reads, small, *puts, Case("put", "scattered", 256 * KIB, 64 * MIB)]
 
 
 def open_agent(case: Case, pool: torch.Tensor, incarnation: int) -> TransferAgent:
     blocks = pool.view(POOL_BYTES // case.block_bytes, case.block_bytes)
     agent = TransferAgent(
-        UcxTransport(SCHEMES[case.scheme], peers_write=True),
+        UcxTransport(DEVICE_MEMORY_SETTINGS, peers_write=True, spin_s=0.001),
         DeviceRegion(DeviceBlocks(blocks), num_blocks=len(blocks), block_bytes=case.block_bytes),
         worker_id=f"worker-{incarnation}",
         incarnation=incarnation,
@@ -170,7 +178,7 @@ def local_copies(pool: torch.Tensor, rounds: int) -> dict[str, float]:
     result = {
         "device_copy": median_gb_per_s(lambda: pool[:WRITE_BYTES].copy_(pool[WRITE_BYTES:]), rounds)
     }
-    for block_bytes in (2 * MIB, 256 * KIB):
+    for block_bytes in (2 * MIB, 256 * KIB, 64 * KIB):
         blocks = DeviceBlocks(pool.view(-1, block_bytes))
         staging = blocks.allocate(staging_bytes)
         count = staging_bytes // block_bytes
@@ -188,12 +196,14 @@ def local_copies(pool: torch.Tensor, rounds: int) -> dict[str, float]:
     return {name: round(rate, 1) for name, rate in result.items()}
 
 
-def environment() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+def head_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def environment(commit: str | None) -> dict[str, object]:
     return {
-        "commit": commit,
+        "commit": commit or head_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -204,10 +214,11 @@ def environment() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--commit", help="what was measured, where there is no git")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
 
-    result = environment()
+    result = environment(arguments.commit)
     result["local_gb_per_s"] = local_copies(
         torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda"), arguments.rounds
     )
@@ -222,13 +233,16 @@ def main() -> None:
         seconds = sorted(asyncio.run(send_case(ours, case, pool, arguments.rounds)))
         if not ours.recv():
             raise SystemExit(f"{case}: wrong bytes arrived")
-        best, median = (WRITE_BYTES / s / 1e9 for s in (seconds[0], seconds[len(seconds) // 2]))
+        best, median = (
+            case.write_bytes / s / 1e9 for s in (seconds[0], seconds[len(seconds) // 2])
+        )
         lines.append(
             asdict(case) | {"gb_per_s": round(best, 1), "median_gb_per_s": round(median, 1)}
         )
         print(
-            f"{case.scheme:>5} {case.layout:>10} blocks {case.block_bytes // KIB:>5} KiB  "
-            f"messages {case.message_bytes // MIB:>3} MiB  best {best:6.1f}  median {median:6.1f}",
+            f"{case.scheme:>5} {case.write_bytes // MIB:>4} MiB, {case.layout:>10} blocks of "
+            f"{case.block_bytes // KIB:>5} KiB, messages of {case.message_bytes // MIB:>3} MiB: "
+            f"best {best:6.1f}, median {median:6.1f} GB/s",
             flush=True,
         )
     receiver.join()

@@ -6,7 +6,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
 from engine.scheduler.decode import DecodeScheduler
-from kvtransfer.receiver import WriteReceived
+from kvtransfer.incoming_write import WriteReceived
 from protocol.ids import RequestKey, WorkerRole
 from services.decode.loop import Command, DecodeLoop, TurnReport
 from services.decode.transfers import IncomingTransfers

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from kvtransfer.agent import TransferAgent
-from kvtransfer.receiver import WriteReceived
+from kvtransfer.incoming_write import WriteReceived
 from protocol.ids import Incarnation, RequestKey, TicketId, WorkerRef
 from protocol.messages import (
     CancelTransfer,

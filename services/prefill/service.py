@@ -6,7 +6,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import load_engine
 from engine.scheduler.prefill import PrefillScheduler
-from kvtransfer.receiver import WriteReceived
+from kvtransfer.incoming_write import WriteReceived
 from protocol.ids import WorkerRole
 from services.prefill.links import DecodeLinks
 from services.prefill.loop import Command, PrefillLoop, TurnReport

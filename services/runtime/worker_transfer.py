@@ -5,11 +5,14 @@ from collections.abc import Callable
 from kvtransfer.agent import TransferAgent
 from kvtransfer.config import TransferConfig
 from kvtransfer.device import DeviceBlocks, DeviceRegion
-from kvtransfer.receiver import WriteReceived
+from kvtransfer.incoming_write import WriteReceived
 from kvtransfer.region import KVRegion, Region
 from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS, UcxTransport
 from protocol.ids import WorkerRef
 from services.runtime.config import WorkerConfig
+
+# What a read on one card takes, there and back.
+SPIN_S = 0.001
 
 
 def pool_region(
@@ -30,7 +33,7 @@ def open_agent(
 ) -> TransferAgent:
     """A started agent; call it within the running event loop. Raises TransferError."""
     if region.peers_write:
-        transport = UcxTransport(DEVICE_MEMORY_SETTINGS, peers_write=True)
+        transport = UcxTransport(DEVICE_MEMORY_SETTINGS, peers_write=True, spin_s=SPIN_S)
         transfer_config = TransferConfig.for_device_memory(
             verify_checksums=config.verify_kv_checksums
         )

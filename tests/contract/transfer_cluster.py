@@ -73,8 +73,11 @@ async def settle(connection: Connection) -> None:
 class Cluster:
     """Makes nodes and connects them; everything is closed at the end of the test."""
 
-    def __init__(self, make_transport: Callable[[], Transport]) -> None:
+    def __init__(
+        self, make_transport: Callable[[], Transport], make_region: type[KVRegion] = KVRegion
+    ) -> None:
         self._make_transport = make_transport
+        self._make_region = make_region
         self._incarnations = itertools.count(1001)
         self._nodes: list[Node] = []
 
@@ -96,7 +99,7 @@ class Cluster:
         pool = bytearray(random.Random(incarnation).randbytes(num_blocks * block_bytes))
         agent = TransferAgent(
             self._make_transport(),
-            KVRegion(memoryview(pool), num_blocks=num_blocks, block_bytes=block_bytes),
+            self._make_region(memoryview(pool), num_blocks=num_blocks, block_bytes=block_bytes),
             worker_id=worker_id,
             incarnation=incarnation,
             on_write=lambda write: node.notify(write),

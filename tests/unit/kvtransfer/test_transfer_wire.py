@@ -3,17 +3,25 @@
 import pytest
 
 from kvtransfer.host import host_identity
-from kvtransfer.plan import MAX_PER_PART, MAX_RUNS_PER_MESSAGE, MAX_RUNS_PER_PART
+from kvtransfer.plan import (
+    MAX_BLOCKS_PER_READ,
+    MAX_PER_PART,
+    MAX_RUNS_PER_MESSAGE,
+    MAX_RUNS_PER_PART,
+)
 from kvtransfer.tags import MessageKind, Tag, new_namespace, pack_tag, unpack_tag
 from kvtransfer.wire import (
     MAX_CONTROL_BYTES,
     AgentMetadata,
     DataMessage,
+    ReadPart,
     WriteDone,
     WritePart,
     decode_message,
     decode_metadata,
     encode,
+    pack_block_ids,
+    unpack_block_ids,
 )
 from protocol.errors import TransferError
 
@@ -67,6 +75,22 @@ def metadata(protocol_version: int) -> AgentMetadata:
 
 
 def test_metadata_of_another_version_names_both():
-    assert decode_metadata(bytes(encode(metadata(1)))) == metadata(1)
-    with pytest.raises(TransferError, match="Worker p0 speaks transfer protocol 2, this worker 1"):
-        decode_metadata(bytes(encode(metadata(2))))
+    assert decode_metadata(bytes(encode(metadata(2)))) == metadata(2)
+    with pytest.raises(TransferError, match="Worker p0 speaks transfer protocol 1, this worker 2"):
+        decode_metadata(bytes(encode(metadata(1))))
+
+
+def test_the_largest_read_fits():
+    ids = pack_block_ids([2**32 - 1] * MAX_BLOCKS_PER_READ)
+    part = ReadPart(2**60, 2**60, BIG, 2**62, BIG, ids, ids, is_last=True, crc32=BIG)
+    data = encode(part)
+    assert len(data) <= MAX_CONTROL_BYTES
+    assert decode_message(data) == part
+
+
+def test_packed_block_ids():
+    assert list(unpack_block_ids(pack_block_ids([7, 0, 2**32 - 1]))) == [7, 0, 2**32 - 1]
+    with pytest.raises(TransferError):
+        pack_block_ids([-1])
+    with pytest.raises(TransferError):
+        unpack_block_ids(b"odd")

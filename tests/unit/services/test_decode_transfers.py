@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from kvtransfer.agent import TransferAgent
+from kvtransfer.incoming_write import WriteReceived
 from kvtransfer.local import LocalFabric, LocalTransport
-from kvtransfer.receiver import WriteReceived
 from kvtransfer.region import KVRegion
 from protocol.ids import RequestKey, WorkerRef
 from protocol.messages import (

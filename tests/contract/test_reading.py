@@ -1,0 +1,125 @@
+"""Where a peer reads the sender's pool itself: what it refuses, and what both sides wait for."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from mapped_region import COPY_S, MappedRegion
+from test_rude_peer import SENDER_INCARNATION, RudePeer
+from transfer_cluster import CONFIG, Cluster, Node, push, transport_maker
+
+from kvtransfer.tags import MessageKind
+from kvtransfer.wire import (
+    AgentMessage,
+    OfferPool,
+    PoolMapped,
+    ProbeRead,
+    ReadPart,
+    WithdrawWrite,
+    WriteDone,
+    WriteRefused,
+    encode,
+    pack_block_ids,
+)
+
+BLOCKS = [4, 5, 6, 7]
+
+
+@pytest.fixture
+async def mapped() -> AsyncIterator[Cluster]:
+    cluster = Cluster(transport_maker("local"), MappedRegion)
+    yield cluster
+    await cluster.close()
+
+
+@pytest.fixture
+async def receiver(mapped: Cluster) -> Node:
+    node = mapped.node("d")
+    node.agent.expect(1, attempt=0, sender_incarnation=SENDER_INCARNATION, block_ids=BLOCKS)
+    return node
+
+
+@pytest.fixture
+async def rude(mapped: Cluster, receiver: Node) -> AsyncIterator[RudePeer]:
+    peer = RudePeer(mapped.transport(), receiver)
+    await peer.connect()
+    yield peer
+    await peer.close()
+
+
+async def ask(rude: RudePeer, message: AgentMessage) -> AgentMessage:
+    rude.send(encode(message), MessageKind.CONTROL)
+    return await rude.answer()
+
+
+def part(receiver: Node, src: bytes, dst: bytes) -> ReadPart:
+    return ReadPart(1, 1, 0, receiver.incarnation, 0, src, dst, is_last=True)
+
+
+async def offer(mapped: Cluster, rude: RudePeer) -> None:
+    pool = bytearray(b"x" * 256 * (8 << 10))
+    exported = MappedRegion(memoryview(pool), num_blocks=256, block_bytes=8 << 10).export()
+    assert await ask(rude, OfferPool(exported)) == PoolMapped(is_mapped=True)
+
+
+async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: Node):
+    await offer(mapped, rude)
+    ids = pack_block_ids(BLOCKS)
+    assert await ask(rude, part(receiver, ids, ids)) == WriteDone(1)
+    assert receiver.blocks(BLOCKS) == [b"x" * (8 << 10)] * 4
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "reason"),
+    [
+        (pack_block_ids([0]), pack_block_ids([200]), "block 200 is not part of ticket 1"),
+        (pack_block_ids([256]), pack_block_ids([4]), "outside the pool of 256"),
+        (pack_block_ids([0, 1]), pack_block_ids([4]), "2 blocks were announced for 1 places"),
+        (b"odd", pack_block_ids([4]), "no list of blocks"),
+    ],
+)
+async def test_reads_that_make_no_sense(
+    mapped: Cluster, rude: RudePeer, receiver: Node, src: bytes, dst: bytes, reason: str
+):
+    await offer(mapped, rude)
+    before = bytes(receiver.pool)
+    answer = await ask(rude, part(receiver, src, dst))
+    assert isinstance(answer, WriteRefused)
+    assert reason in answer.reason
+    assert bytes(receiver.pool) == before
+
+
+async def test_a_pool_that_was_never_offered(rude: RudePeer, receiver: Node):
+    rude.send(encode(ProbeRead(3, 1)), MessageKind.CONTROL)
+    rude.send(encode(WithdrawWrite(9)), MessageKind.CONTROL)
+    ids = pack_block_ids(BLOCKS)
+    assert isinstance(await ask(rude, part(receiver, ids, ids)), WriteRefused)
+
+
+async def test_a_withdrawn_write_is_answered_when_nothing_is_read(
+    mapped: Cluster, rude: RudePeer, receiver: Node
+):
+    await offer(mapped, rude)
+    ids = pack_block_ids(BLOCKS)
+    started_s = asyncio.get_running_loop().time()
+    rude.send(encode(part(receiver, ids, ids)), MessageKind.CONTROL)
+    answer = await ask(rude, WithdrawWrite(1))
+    assert isinstance(answer, WriteRefused)
+    assert asyncio.get_running_loop().time() - started_s >= COPY_S
+    assert receiver.received == []
+
+
+async def test_the_receiver_may_decline(mapped: Cluster):
+    sender = mapped.node("p")
+    receiver = mapped.node("d", config=replace(CONFIG, read_peers_pools=False))
+    connection = await mapped.connect(sender, receiver)
+    receiver.agent.expect(1, attempt=0, sender_incarnation=sender.incarnation, block_ids=BLOCKS)
+    await push(connection, receiver, BLOCKS, BLOCKS[::-1])
+    assert receiver.blocks(BLOCKS[::-1]) == sender.blocks(BLOCKS)
+
+
+async def test_a_path_that_is_read_is_measured_by_reading(mapped: Cluster):
+    _, _, connection = await mapped.pair()
+    report = await connection.measure()
+    assert report.gb_per_s < 256 * (8 << 10) / COPY_S / 1e9
