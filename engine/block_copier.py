@@ -1,13 +1,16 @@
 """Starts copies of blocks on a stream of their own, beside the engine's steps."""
 
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.block_copy import copy_blocks
+
+BlockIds: TypeAlias = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +36,10 @@ class BlockCopier:
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def start(
-        self, source: Tensor, source_ids: Sequence[int], target: Tensor, target_ids: Sequence[int]
+        self, source: Tensor, source_ids: BlockIds, target: Tensor, target_ids: BlockIds
     ) -> BlockCopy:
         """`target[target_ids[i]] = source[source_ids[i]]`; both uint8 [num_blocks, block_bytes]."""
-        both = array("I", source_ids)
-        both.extend(target_ids if isinstance(target_ids, array) else array("I", target_ids))
-        assert both, "there is something to copy"
-        ids = torch.frombuffer(both, dtype=torch.int32)
+        ids = torch.from_numpy(np.concatenate((source_ids, target_ids)).view(np.int32))
         with torch.cuda.stream(self.stream):
             # Pageable, and small: the driver has read it when this returns.
             index = ids.to(target.device, non_blocking=True)

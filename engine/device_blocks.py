@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.block_copier import BlockCopier
+from engine.block_copier import BlockCopier, BlockIds
 from engine.peer_blocks import PeerBlocks, export_blocks
 
 Run = tuple[int, int]
@@ -46,13 +47,13 @@ class DeviceBlocks:
         """Copies blocks one behind the other to the start of `into`, uint8 [num_bytes]."""
         ids = _block_ids(runs)
         rows = self._rows_of(into, len(ids))
-        self._copier.start(self._bytes, ids, rows, range(len(ids))).wait()
+        self._copier.start(self._bytes, ids, rows, _in_order(ids)).wait()
 
     def scatter(self, source: Tensor, runs: Sequence[Run]) -> None:
         """The inverse of `gather`."""
         ids = _block_ids(runs)
         rows = self._rows_of(source, len(ids))
-        self._copier.start(rows, range(len(ids)), self._bytes, ids).wait()
+        self._copier.start(rows, _in_order(ids), self._bytes, ids).wait()
 
     def export(self) -> bytes:
         """For `map` in another process on this device. Raises OSError if it can't be shared."""
@@ -66,8 +67,14 @@ class DeviceBlocks:
         return staging[: num_blocks * self._bytes.shape[1]].view(num_blocks, -1)
 
 
-def _block_ids(runs: Sequence[Run]) -> list[int]:
-    return [block_id for first, count in runs for block_id in range(first, first + count)]
+def _block_ids(runs: Sequence[Run]) -> BlockIds:
+    pieces = [np.arange(first, first + count, dtype=np.uint32) for first, count in runs]
+    return np.concatenate(pieces)
+
+
+def _in_order(ids: BlockIds) -> BlockIds:
+    """Places in staging memory for so many blocks."""
+    return np.arange(len(ids), dtype=np.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

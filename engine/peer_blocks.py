@@ -5,14 +5,14 @@ size in blocks. The owner reads and writes on as it likes; only ready blocks sho
 """
 
 import struct
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine import cuda_ipc
-from engine.block_copier import BlockCopier, BlockCopy
+from engine.block_copier import BlockCopier, BlockCopy, BlockIds
 
 _EXPORTED = struct.Struct("=16s64sQQQ")
 _TRIAL_BYTES = 64 << 20
@@ -42,7 +42,7 @@ class PeerBlocks:
         self._pool = pool
         self._copier = copier
 
-    def start_copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> BlockCopy:
+    def start_copy(self, source_ids: BlockIds, target_ids: BlockIds) -> BlockCopy:
         """From the peer's blocks to ours; ids must be within the pools."""
         return self._copier.start(self._blocks, source_ids, self._pool, target_ids)
 
@@ -54,8 +54,8 @@ class PeerBlocks:
             scratch = torch.empty(
                 (num_scratch, block_bytes), dtype=torch.uint8, device=self._pool.device
             )
-        places = [at % num_scratch for at in range(num_blocks)]
-        return self._copier.start(self._blocks, range(num_blocks), scratch, places)
+        ids = np.arange(num_blocks, dtype=np.uint32)
+        return self._copier.start(self._blocks, ids, scratch, ids % num_scratch)
 
     def close(self) -> None:
         """All copies must be done."""

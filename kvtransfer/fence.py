@@ -7,15 +7,20 @@ A block is in at most one fence until that fence is gone, so a late write can't 
 """
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransfer.pool_reader import BlockIds
 from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Fence:
     """One ticket's permission to write."""
 
@@ -40,17 +45,29 @@ class Fence:
         for first, count in runs:
             if not 0 < count <= len(self.block_ids):
                 return f"a run of {count} blocks does not fit ticket {self.ticket_id}"
-            refusal = self.refusal_of_blocks(range(first, first + count))
-            if refusal is not None:
-                return refusal
+            for block_id in range(first, first + count):
+                if block_id not in self.block_ids:
+                    return self._foreign(block_id)
         return None
 
-    def refusal_of_blocks(self, block_ids: Sequence[int]) -> str | None:
+    def _foreign(self, block_id: int) -> str:
+        return f"block {block_id} is not part of ticket {self.ticket_id}"
+
+    def refusal_of_blocks(self, block_ids: BlockIds) -> str | None:
         """The same for blocks that are read one by one."""
-        if self.block_ids.issuperset(block_ids):
+        mask = self._mask
+        is_known = block_ids < len(mask)
+        is_ours = mask[np.where(is_known, block_ids, 0)] & is_known
+        if is_ours.all():
             return None
-        foreign = next(b for b in block_ids if b not in self.block_ids)
-        return f"block {foreign} is not part of ticket {self.ticket_id}"
+        return self._foreign(int(block_ids[np.argmin(is_ours)]))
+
+    @functools.cached_property
+    def _mask(self) -> NDArray[np.bool_]:
+        """Of each block up to the last of ours: whether it is."""
+        mask = np.zeros(max(self.block_ids, default=0) + 1, dtype=np.bool_)
+        mask[list(self.block_ids)] = True
+        return mask
 
 
 class FenceTable:

@@ -1,14 +1,16 @@
 """A write on its way into our blocks, and what its owner is told at its end."""
 
-from array import array
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from kvtransfer.counters import PeerCounters
 from kvtransfer.fence import Fence
-from kvtransfer.pool_reader import PoolReader
+from kvtransfer.pool_reader import BlockIds, PoolReader
 from kvtransfer.wire import AgentMessage
 from protocol.ids import Incarnation, TicketId, WorkerId
+
+Pairs: TypeAlias = tuple[BlockIds, BlockIds]
+"""Blocks to read, and the places that they go to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,9 @@ class IncomingWrite:
     num_missing: int = 0
     num_reading: int = 0
     """Copies from the sender's own blocks, which it may not reuse before."""
-    src_to_read: "array[int]" = field(default_factory=lambda: array("I"))
-    dst_to_read: "array[int]" = field(default_factory=lambda: array("I"))
+    to_read: list[Pairs] = field(default_factory=list[Pairs])
+    """Announced, but not started."""
+    num_bytes_to_read: int = 0
     is_complete_announced: bool = False
     refusal: str | None = None
 

@@ -8,9 +8,14 @@ is done, and with it all, as they end in the order in which they were started.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+BlockIds: TypeAlias = NDArray[np.uint32]
 
 SPIN_S = 0.001
 
@@ -32,7 +37,7 @@ class PeerPool(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
-    def start_copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> PoolCopy:
+    def start_copy(self, source_ids: BlockIds, target_ids: BlockIds) -> PoolCopy:
         """From the peer's blocks to our own ones."""
         ...
 
@@ -57,9 +62,7 @@ class PoolReader:
         self._is_watching = False
         self._spin_until_s = 0.0
 
-    def read(
-        self, source_ids: Sequence[int], target_ids: Sequence[int], on_done: Callable[[], None]
-    ) -> None:
+    def read(self, source_ids: BlockIds, target_ids: BlockIds, on_done: Callable[[], None]) -> None:
         """Ids must be within the pools."""
         self._follow(self._pool.start_copy(source_ids, target_ids), on_done)
 

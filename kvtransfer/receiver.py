@@ -1,8 +1,9 @@
 """The receiving side: checks every announced write against the fences and puts it in place."""
 
 import time
-from array import array
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from kvtransfer.checksum import checksum_error
 from kvtransfer.config import TransferConfig
@@ -10,7 +11,7 @@ from kvtransfer.fence import Fence, FenceTable
 from kvtransfer.incoming_write import IncomingWrite, WriteReceived, WriteSource
 from kvtransfer.plan import runs_of
 from kvtransfer.pool_reader import PoolReader
-from kvtransfer.region import Region, Run, check_block_range
+from kvtransfer.region import Region, Run
 from kvtransfer.staging import StagingPool
 from kvtransfer.tags import SEQUENCE_MASK
 from kvtransfer.transport import Arrival
@@ -124,9 +125,11 @@ class WriteReceiver:
             return
         try:
             src_ids, dst_ids = (unpack_block_ids(ids) for ids in (part.src_blocks, part.dst_blocks))
-            check_block_range(src_ids, reader.num_blocks)
         except TransferError as error:
             source.reply(WriteRefused(part.write_id, str(error)))
+            return
+        if len(src_ids) and int(src_ids.max()) >= reader.num_blocks:
+            source.reply(WriteRefused(part.write_id, "a block is outside the sender's pool"))
             return
         write = self._accept(source, part, lambda fence: fence.refusal_of_blocks(dst_ids))
         if write is None:
@@ -135,10 +138,10 @@ class WriteReceiver:
             self._fail(write, f"{len(src_ids)} blocks were announced for {len(dst_ids)} places")
             return
         write.is_complete_announced = part.is_last
-        write.src_to_read.extend(src_ids)
-        write.dst_to_read.extend(dst_ids)
-        num_bytes = len(write.dst_to_read) * self._region.block_bytes
-        if part.is_last or part.crc32 is not None or num_bytes >= MIN_READ_BYTES:
+        write.to_read.append((src_ids, dst_ids))
+        write.num_bytes_to_read += len(dst_ids) * self._region.block_bytes
+        is_enough = write.num_bytes_to_read >= MIN_READ_BYTES
+        if part.is_last or part.crc32 is not None or is_enough:
             self._read(write, reader, part.crc32)
 
     def on_withdraw(self, source: WriteSource, write_id: int) -> None:
@@ -149,9 +152,10 @@ class WriteReceiver:
 
     def _read(self, write: IncomingWrite, reader: PoolReader, crc32: int | None) -> None:
         """Copies what was announced so far."""
-        src_ids, dst_ids = write.src_to_read, write.dst_to_read
-        write.src_to_read, write.dst_to_read = array("I"), array("I")
-        if not dst_ids:
+        src_ids, dst_ids = (np.concatenate(ids) for ids in zip(*write.to_read, strict=True))
+        write.to_read.clear()
+        write.num_bytes_to_read = 0
+        if not len(dst_ids):
             self._finish_if_complete(write)
             return
         write.num_missing += 1
@@ -164,7 +168,7 @@ class WriteReceiver:
             if write.is_failed:
                 self._answer_failure(write)
             else:
-                self._on_read(write, dst_ids, crc32)
+                self._on_read(write, dst_ids.tolist(), crc32)
 
         reader.read(src_ids, dst_ids, on_done)
 

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
+import numpy as np
 
+from kvtransfer.pool_reader import BlockIds
 from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId, WorkerId
@@ -167,13 +169,11 @@ def pack_block_ids(block_ids: Sequence[int]) -> bytes:
         raise TransferError(f"A block's number is none: {error}.") from error
 
 
-def unpack_block_ids(packed: bytes) -> "array[int]":
+def unpack_block_ids(packed: bytes) -> BlockIds:
     """Raises TransferError on anything but whole numbers."""
-    block_ids = array("I")
-    if len(packed) % block_ids.itemsize:
+    if len(packed) % np.uint32().itemsize:
         raise TransferError(f"{len(packed)} bytes are no list of blocks.")
-    block_ids.frombytes(packed)
-    return block_ids
+    return np.frombuffer(packed, dtype=np.uint32)
 
 
 def decode_message(data: bytes | bytearray) -> AgentMessage:

@@ -4,10 +4,10 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer import KVRegion
+from kvtransfer.pool_reader import BlockIds
 
 COPY_S = 0.002
 _regions: dict[bytes, "MappedRegion"] = {}
@@ -38,8 +38,8 @@ class MappedPool:
     def num_blocks(self) -> int:
         return self.source.num_blocks
 
-    def start_copy(self, source_ids: Sequence[int], target_ids: Sequence[int]) -> "MappedCopy":
-        return self._start(list(zip(source_ids, target_ids, strict=True)))
+    def start_copy(self, source_ids: BlockIds, target_ids: BlockIds) -> "MappedCopy":
+        return self._start(list(zip(source_ids.tolist(), target_ids.tolist(), strict=True)))
 
     def start_trial(self, num_blocks: int) -> "MappedCopy":
         assert 0 < num_blocks <= self.num_blocks

@@ -74,7 +74,7 @@ async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: No
     ("src", "dst", "reason"),
     [
         (pack_block_ids([0]), pack_block_ids([200]), "block 200 is not part of ticket 1"),
-        (pack_block_ids([256]), pack_block_ids([4]), "outside the pool of 256"),
+        (pack_block_ids([256]), pack_block_ids([4]), "outside the sender's pool"),
         (pack_block_ids([0, 1]), pack_block_ids([4]), "2 blocks were announced for 1 places"),
         (b"odd", pack_block_ids([4]), "no list of blocks"),
     ],
