@@ -161,8 +161,8 @@ class Engine:
         return self.kv_pool.is_cuda if wanted is None else wanted
 
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Queues a step on the device. Advances nothing; sequences in `plan.preempted` are
-        released."""
+        """Queues a step on the device, up to the choice of tokens: `RunningStep.sample` is next.
+        Advances nothing; sequences in `plan.preempted` are released."""
         if self._thread != threading.get_ident():
             # OpenMP counts threads per calling thread; a new one starts with the default.
             self._thread = threading.get_ident()
@@ -174,7 +174,9 @@ class Engine:
     def execute(self, plan: StepPlan) -> list[SampledToken]:
         """Runs a step from launch to result: one token for each scheduled sequence that samples,
         in order."""
-        return self.launch(plan).result()
+        step = self.launch(plan)
+        step.sample()
+        return step.result()
 
     def release(self, sequence: Sequence) -> None:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;

@@ -4,8 +4,10 @@
     device   … step n ------------> step n+1 -------------------------------> step n+2 …
 
 So the device finds its next step when it's through with one, and all that the host does for a
-step happens while the device is busy. Where the next step depends on tokens that the host hasn't
-seen (grammars, prompts that want in, blocks that run out), it waits for them.
+step happens while the device is busy. Where the next step's choice of tokens depends on these by
+rules of the host (grammars, limits on thoughts), the step ahead is launched up to its logits, and
+samples when these are committed: masks are made while it runs. Where the next step itself depends
+on them (prompts that want in, blocks that run out), it waits.
 """
 
 import time
@@ -54,6 +56,7 @@ class StepPipeline:
         running = self._running or self._launch(self._scheduler.schedule())
         if running is None:
             return None
+        running.step.sample()
         self._running = self._launch_ahead(running)
         sampled = running.step.result()
         started_s = max(running.launched_s, self._last_finished_s)
@@ -61,10 +64,13 @@ class StepPipeline:
         return FinishedStep(running.plan, sampled, started_s)
 
     def _launch_ahead(self, running: _InFlight) -> _InFlight | None:
-        if not (self._engine.runs_ahead and running.step.is_free):
+        if not (self._engine.runs_ahead and running.step.may_be_followed):
             return None
         plan = self._scheduler.schedule_ahead(running.plan)
-        return None if plan is None else self._launch(plan)
+        ahead = None if plan is None else self._launch(plan)
+        if ahead is not None and running.step.is_free:
+            ahead.step.sample()
+        return ahead
 
     def _launch(self, plan: StepPlan) -> _InFlight | None:
         launched_s = time.monotonic()

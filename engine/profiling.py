@@ -122,4 +122,6 @@ def _run(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> N
         ScheduledSequence(sequence, count, samples=True)
         for sequence, count in zip(sequences, counts, strict=True)
     ]
-    runner.launch(StepPlan(items)).result()
+    step = runner.launch(StepPlan(items))
+    step.sample()
+    step.result()

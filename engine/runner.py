@@ -5,6 +5,8 @@ arithmetic, everything behind it depends on what samples. Nothing waits for the 
 request wants to know of its prompt.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from engine.grammar import GrammarCompiler
 from engine.models.causal_lm import CausalLM
 from engine.prompt_reader import PromptReader
 from engine.running_step import RunningStep
+from engine.sampler.pending import PendingRows
 from engine.sampler.sampler import Sampler
 from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
@@ -59,11 +62,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Queues a step; its result has a token for each sequence that samples, in order.
+        """Queues a step up to its logits; what it returns then samples.
 
         Nothing advances: the scheduler's `commit` does that. A sampled token counts as its
-        sequence's next one, so commit it or `release` the sequence. A step that was scheduled
-        ahead takes the place of no other: its `source`s are samples of the step launched last.
+        sequence's next one, so commit it or `release` the sequence. In a step that was scheduled
+        ahead, `source`s are samples of the step that sampled last.
         """
         for sequence in plan.preempted:
             self.release(sequence)
@@ -84,12 +87,9 @@ class ModelRunner:
         sequences = [item.sequence for item in plan.scheduled if item.samples]
         if not sequences:
             return RunningStep([], None, reports={}, device=device)
-        pending = self._sampler.choose(
-            self._model.logits(hidden), arrays.sample_rows, arrays.sample_positions
-        )
-        self._sampled = pending.token_ids
+        sample = functools.partial(self._sample, self._model.logits(hidden), arrays)
         reports = {each: self._reader.report(each) for each in sequences} if is_read else {}
-        return RunningStep(sequences, pending, reports=reports, device=device)
+        return RunningStep(sequences, sample, reports=reports, device=device)
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended or lost its blocks. Nothing happens if it has no row."""
@@ -97,6 +97,12 @@ class ModelRunner:
         if row is not None:
             self._sampler.remove(row)
             self._reader.remove(sequence)
+
+    @torch.inference_mode()
+    def _sample(self, logits: Tensor, arrays: StepArrays) -> PendingRows:
+        pending = self._sampler.choose(logits, arrays.sample_rows, arrays.sample_positions)
+        self._sampled = pending.token_ids
+        return pending
 
     def _hidden(self, arrays: StepArrays, read: list[ScheduledSequence]) -> Tensor:
         """Hidden states of the tokens that sample, [num_samples, hidden_size]; the reader sees

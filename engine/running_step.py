@@ -1,6 +1,6 @@
 """A step that the device works on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,33 +12,46 @@ from engine.sequence import Sequence
 class RunningStep:
     """What `ModelRunner.launch` leaves behind: everything is queued, nothing has been waited for.
 
-    `pending` are the tokens of `sequences`, None if no sequence samples.
+    Its sequences' tokens are chosen by `sample`, at once or later.
     """
 
     def __init__(
         self,
         sequences: list[Sequence],
-        pending: PendingRows | None,
+        sample: Callable[[], PendingRows] | None,
         *,
         reports: Mapping[Sequence, PromptReport],
         device: torch.device,
     ) -> None:
+        """`sample` chooses a token for each of `sequences`; None if no sequence samples."""
         self._sequences = sequences
-        self._pending = pending
+        self._sample = sample
+        self._pending: PendingRows | None = None
         self._reports = reports
-        self._done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._done = torch.cuda.Event()
-            self._done.record(torch.cuda.current_stream(device))
+        self._device = device
+        self._done = self._record()
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether its sequences' next step may be launched before this one's `result`."""
+        return self._pending is not None and not self._reports
 
     @property
     def is_free(self) -> bool:
-        """Whether its sequences' next step may be launched before this one's `result`."""
-        return self._pending is not None and self._pending.is_free and not self._reports
+        """Whether that next step may also be sampled before then."""
+        return self._pending is not None and self._pending.is_free
+
+    def sample(self) -> None:
+        """Queues the choice of tokens. The steps before are committed, unless their rows were
+        free; nothing happens if it's done or nobody samples."""
+        if self._sample is not None:
+            sample, self._sample = self._sample, None
+            self._pending = sample()
+            self._done = self._record()
 
     def result(self) -> list[SampledToken]:
         """One token for each sequence that sampled, in order. Waits for the device: afterwards
-        other streams find this step's KV, too. Call it once."""
+        other streams find this step's KV, too. Call it once, behind `sample`."""
         if self._done is not None:
             self._done.synchronize()
         if self._pending is None:
@@ -50,6 +63,14 @@ class RunningStep:
                 for sequence, token_id in zip(self._sequences, sampled.token_ids, strict=True)
             ]
         return self._reported(sampled)
+
+    def _record(self) -> torch.cuda.Event | None:
+        """Marks where the device will be when it's through with what is queued."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _reported(self, sampled: SampledRows) -> list[SampledToken]:
         logprobs = sampled.logprobs or [None] * len(self._sequences)

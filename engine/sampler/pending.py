@@ -57,7 +57,7 @@ class PendingRows:
 
     @property
     def is_free(self) -> bool:
-        """Whether the rows can go on before the host has read these tokens."""
+        """Whether the rows' next tokens can be chosen before the host has read these."""
         return not self._held
 
     def read(self) -> SampledRows:

@@ -84,10 +84,14 @@ class SamplingTable:
         self.version += 1
 
     def remove(self, row: int) -> int | None:
-        """Forgets the row; its penalty slot, if it had one."""
+        """Forgets the row; its penalty slot, if it had one. It may still be in a step that is
+        sampled later: it's greedy there, whatever it was."""
         self._adjustments.pop(row, None)
         self.version += 1
         slot = int(self._rows["penalty_slot"][row])
+        self._rows[row] = np.zeros((), dtype=_ROW_DTYPE)
+        self._rows["penalty_slot"][row] = NO_PENALTY_SLOT
+        self._rows["num_logprobs"][row] = NO_LOGPROBS
         return None if slot == NO_PENALTY_SLOT else slot
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:

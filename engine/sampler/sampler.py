@@ -85,7 +85,8 @@ class Sampler:
         """Tokens for `rows` from `logits` [num_rows, vocab_size], whatever its dtype.
 
         `positions[i]` is the index among row i's output tokens of the one to sample. Rows that
-        aren't free (`PendingRows.is_free`) may not come again before their tokens are read.
+        aren't free (`PendingRows.is_free`) may not come again before their tokens are read and
+        appended. A row that was removed since the logits were made gets a token of no meaning.
         """
         groups = self._groups_of(rows)
         constrained = self._constraints.of(rows)

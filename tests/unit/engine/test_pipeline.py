@@ -10,6 +10,7 @@ from tiny_llama import write_tiny_llama
 from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.outputs import RequestOutput
 from engine.scheduler.plan import StepPlan
+from protocol.sampling import ThoughtLimit
 
 PROMPTS = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (1, 9, 16, 17, 30, 40)]
 DEFAULTS: dict[str, Any] = {"seed": 5, "max_tokens": 20, "ignore_eos": True}
@@ -78,6 +79,23 @@ SAMPLINGS = {
     "logprobs": {"logprobs": 3},
     "one token": {"max_tokens": 1},
     "two outputs": {"n": 2},
+    "grammar": {"structured_outputs": StructuredOutputsParams(regex="(yes|no)+")},
+    "grammar that ends": {
+        "structured_outputs": StructuredOutputsParams(choice=["yes", "perhaps", "no way"]),
+        "ignore_eos": False,
+        "min_tokens": 1,
+        "logit_bias": {7: 3.0},
+        "repetition_penalty": 1.3,
+    },
+    "allowed tokens and bad words": {
+        "allowed_token_ids": [5, 6, 7, 8],
+        "bad_words_token_ids": ((5, 6), (7,)),
+    },
+    "limited thoughts": {
+        "thoughts": ThoughtLimit(
+            max_tokens=4, opening_token_id=11, closing_token_id=12, starts_inside=True
+        )
+    },
 }
 
 
@@ -89,11 +107,12 @@ def test_same_output_and_the_device_never_waits(
     expected = told(outputs(one_by_one, sampling))
     ahead.engine.pool.reset_cache()
     plans = plans_of(ahead, monkeypatch)
-    assert told(outputs(ahead, sampling)) == expected
+    answers = outputs(ahead, sampling)
+    assert told(answers) == expected
     steps = [plan for plan in plans if plan.scheduled]
-    # Nothing runs ahead of a prompt's first token, nor behind what isn't known to go on.
-    num_ahead = max(0, sampling.max_tokens - 2)
-    assert [is_ahead(plan) for plan in steps[2:]] == [True] * num_ahead
+    # Nothing runs ahead of a prompt's first token, nor behind a last one that is foreseen.
+    assert all(is_ahead(plan) for plan in steps[2:])
+    assert len(steps) >= max(len(each.outputs[0].token_ids) for each in answers)
 
 
 def test_ends_that_nobody_foresaw(one_by_one: LLM, ahead: LLM) -> None:
@@ -124,19 +143,25 @@ def test_few_blocks_and_places(model_dir: Path, one_by_one: LLM) -> None:
     assert tight._loop.scheduler.stats.num_preemptions > 0
 
 
-def test_a_grammar_waits_for_its_tokens(
-    one_by_one: LLM, ahead: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grammar = StructuredOutputsParams(regex="(yes|no)+")
+def test_held_rows_beside_free_ones(one_by_one: LLM, ahead: LLM) -> None:
+    grammar = StructuredOutputsParams(regex="(yes|no){3}")
     held = SamplingParams(**(DEFAULTS | {"structured_outputs": grammar, "ignore_eos": False}))
-    samplings = [held, *(SamplingParams(**DEFAULTS) for _ in PROMPTS[1:])]
+    free = SamplingParams(**DEFAULTS)
+    samplings = [held, free, held, free, free, held]
     expected = told(outputs(one_by_one, samplings))
-    ahead.engine.pool.reset_cache()
-    plans = plans_of(ahead, monkeypatch)
     assert told(outputs(ahead, samplings)) == expected
-    for plan in plans:
-        for item in plan.scheduled:
-            assert item.source is None or not item.sequence.request.sampling.structured_outputs
+
+
+def test_a_grammar_that_fails_on_the_way(one_by_one: LLM, ahead: LLM) -> None:
+    """Its sequence is given up while the step ahead, with its row, waits for the mask."""
+    letters = [ahead.tokenizer.encode(letter)[0] for letter in "ya"]
+    grammar = StructuredOutputsParams(regex="[ya]{5}b")
+    stuck = {"structured_outputs": grammar, "allowed_token_ids": letters, "logit_bias": {7: 3.0}}
+    failing = SamplingParams(**(DEFAULTS | stuck))
+    samplings = [failing, SamplingParams(**DEFAULTS)] * 3
+    answers = outputs(ahead, samplings)
+    assert [len(answer.outputs[0].token_ids) for answer in answers] == [5, 20] * 3
+    assert told(answers) == told(outputs(one_by_one, samplings))
 
 
 def test_an_interrupt_frees_what_still_runs(ahead: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
