@@ -5,6 +5,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Fp8Rows, quantize_rows_reference
 from kernels.native.arguments import SiluAndMulArgs
 from kernels.native.library import Operation, native_kernel
 
@@ -33,7 +34,23 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None = None) -> Fp8Rows:
+    """`silu_and_mul`, quantized without rounding before; `scale` is `quantize_rows`'."""
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up has an odd last dimension: {tuple(gate_up.shape)}")
+    if gate_up.is_cuda and gate_up.is_contiguous():
+        from kernels.gpu import activation as gpu
+
+        return gpu.silu_and_mul_fp8(gate_up, scale=scale)
+    return silu_and_mul_fp8_reference(gate_up, scale=scale)
+
+
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     """`silu_and_mul` in torch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
+
+
+def silu_and_mul_fp8_reference(gate_up: Tensor, *, scale: Tensor | None = None) -> Fp8Rows:
+    """`silu_and_mul_fp8` in torch."""
+    return quantize_rows_reference(silu_and_mul_reference(gate_up.float()), scale)

@@ -98,8 +98,9 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
         raise ValueError(f"x is {tuple(x.shape)}, expected [num_tokens, {packed.in_features}]")
     if x.is_cuda and x.dtype is not torch.float32 and x.stride(1) == 1:
         from kernels.gpu import linear as gpu
+        from kernels.gpu.linear_tiles import is_fastest
 
-        if num_tokens and gpu.is_fastest(num_tokens, packed.out_features, in_features):
+        if num_tokens and is_fastest(num_tokens, packed.out_features, in_features):
             return gpu.linear(x, packed.weight, packed.bias)
     kernel = native_kernel(Operation.LINEAR, x)
     if not packed.is_native or kernel is None:

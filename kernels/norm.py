@@ -5,6 +5,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from kernels.fp8 import Fp8Rows, quantize_rows_reference
 from kernels.native.arguments import AddRmsNormArgs, RmsNormArgs
 from kernels.native.library import Operation, native_kernel
 
@@ -73,6 +74,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return x, residual
 
 
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
+) -> tuple[Fp8Rows, Tensor]:
+    """`add_rms_norm` of [num_tokens, hidden], its first result quantized without rounding before.
+
+    `scale` is `quantize_rows`'. The caller must forget `x` and `residual`.
+    """
+    _check(x, weight)
+    if x.shape != residual.shape:
+        raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
+    if x.is_cuda and x.is_contiguous() and residual.is_contiguous():
+        from kernels.gpu import norm as gpu
+
+        return gpu.add_rms_norm_fp8(x, residual, weight, eps, scale=scale)
+    return add_rms_norm_fp8_reference(x, residual, weight, eps, scale=scale)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` in torch."""
     if x.dtype is torch.float32:
@@ -88,6 +106,15 @@ def add_rms_norm_reference(
     """`add_rms_norm` in torch."""
     residual = x + residual
     return rms_norm_reference(residual, weight, eps), residual
+
+
+def add_rms_norm_fp8_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
+) -> tuple[Fp8Rows, Tensor]:
+    """`add_rms_norm_fp8` in torch."""
+    residual = x + residual
+    normed = rms_norm_reference(residual.float(), weight.float(), eps)
+    return quantize_rows_reference(normed, scale), residual
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.hopper.support import is_supported
-from kernels.gpu.linear import LinearTile, linear
+from kernels.gpu.linear import linear
+from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
 # (out_features, in_features) of a layer's projections.

@@ -6,47 +6,75 @@ last one of a tile to finish adds up what the others left, in a fixed order, so 
 """
 
 # A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
-from dataclasses import dataclass
+# What kernels call is compiled with them, whatever types its decorator has.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8 import Fp8Rows
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
     prefetch_to_l2,
     wait_for_predecessor,
 )
+from kernels.gpu.fp8 import quantize
+from kernels.gpu.linear_tiles import LinearTile, fp8_tile_for, tile_for
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
-MAX_TOKENS = 64
 _MIN_TOKENS = 16
-_FEW_TOKENS = 32
-_MANY_ROWS = 16384
-_LONG_ROWS = 8192
-LINE = tl.constexpr(64)  # elements of 16 bits
-PREFETCHED_TILES = tl.constexpr(4)
+LINE_BITS = tl.constexpr(8 * 128)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearTile:
-    """Weight rows and inner elements of a tile, programs a row tile, and how it is compiled."""
+@triton.jit
+def _load_x(x, tokens, columns, x_stride, num_tokens, in_features, IS_EVEN: tl.constexpr):
+    """[INNER, TOKENS] of `x`, zeros where there is nothing."""
+    mask = tokens[None, :] < num_tokens
+    if not IS_EVEN:
+        mask &= columns[:, None] < in_features
+    return tl.load(x + tokens[None, :] * x_stride + columns[:, None], mask=mask, other=0.0)
 
-    rows: int = 64
-    inner: int = 128
-    splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 6
+
+@triton.jit
+def _load_weight(weight_rows, columns, in_features, IS_EVEN: tl.constexpr):
+    """[ROWS, INNER] of the weight."""
+    if IS_EVEN:
+        return tl.load(weight_rows + columns[None, :])
+    return tl.load(weight_rows + columns[None, :], mask=columns[None, :] < in_features, other=0.0)
+
+
+@triton.jit
+def _add_product(w, values, sums, SUMMED: tl.constexpr):
+    """Inputs of 16 bits are quantized for weights of 8, with a scale for each token and tile."""
+    if w.dtype != values.dtype:
+        quantized, scale = quantize(values.to(tl.float32), axis=0)
+        sums += tl.dot(w, quantized, max_num_imprecise_acc=SUMMED) * scale
+    elif w.dtype.primitive_bitwidth == 8:
+        sums = tl.dot(w, values, sums, max_num_imprecise_acc=SUMMED)
+    else:
+        sums = tl.dot(w, values, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _finished(sums, weight_scales, bias, rows, is_row):
+    """Scales and bias of output channels."""
+    if weight_scales is not None:
+        sums *= tl.load(weight_scales + rows, mask=is_row, other=0.0)[:, None]
+    if bias is not None:
+        sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    return sums
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x,
+    x_scales,
     weight,
+    weight_scales,
     bias,
     out,
     partial,
@@ -59,7 +87,9 @@ def _linear_kernel(
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    IS_GATED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -69,42 +99,36 @@ def _linear_kernel(
     tokens = tl.arange(0, TOKENS)
     inner = tl.arange(0, INNER)
     is_row = rows < out_features
-    is_token = tokens < num_tokens
     num_tiles = tl.cdiv(in_features, INNER)
     tiles_per_split = tl.cdiv(num_tiles, SPLITS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, num_tiles)
     # Rows past the end are read again from the last one, and not stored.
     weight_rows = weight + tl.minimum(rows, out_features - 1).to(tl.int64)[:, None] * in_features
+    up_rows = weight_rows + tl.cast(out_features, tl.int64) * in_features
     if PDL and IS_EVEN:
         # Nobody writes weights: their first tiles are on the way while the predecessor ends.
-        lines = first * INNER + tl.arange(0, INNER // LINE) * LINE
-        for ahead in tl.static_range(PREFETCHED_TILES):
-            at = tl.minimum(lines + ahead * INNER, in_features - LINE)
+        line: tl.constexpr = LINE_BITS // weight.dtype.element_ty.primitive_bitwidth
+        lines = first * INNER + tl.arange(0, INNER // line) * line
+        for ahead in tl.static_range(PREFETCHED):
+            at = tl.minimum(lines + ahead * INNER, in_features - line)
             prefetch_to_l2(weight_rows + at[None, :])
+            if IS_GATED:
+                prefetch_to_l2(up_rows + at[None, :])
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    up_sums = tl.zeros([ROWS, TOKENS], tl.float32)
     for tile in range(first, last):
         columns = tile * INNER + inner
-        if IS_EVEN:
-            w = tl.load(weight_rows + columns[None, :])
-            values = tl.load(
-                x + tokens[None, :] * x_stride + columns[:, None],
-                mask=is_token[None, :],
-                other=0.0,
-            )
-        else:
-            is_column = columns < in_features
-            w = tl.load(weight_rows + columns[None, :], mask=is_column[None, :], other=0.0)
-            values = tl.load(
-                x + tokens[None, :] * x_stride + columns[:, None],
-                mask=is_token[None, :] & is_column[:, None],
-                other=0.0,
-            )
-        sums = tl.dot(w, values, sums, input_precision="ieee")
+        w = _load_weight(weight_rows, columns, in_features, IS_EVEN)
+        values = _load_x(x, tokens, columns, x_stride, num_tokens, in_features, IS_EVEN)
+        sums = _add_product(w, values, sums, SUMMED)
+        if IS_GATED:
+            up = _load_weight(up_rows, columns, in_features, IS_EVEN)
+            up_sums = _add_product(up, values, up_sums, SUMMED)
     out_at = tokens[None, :] * out_features + rows[:, None]
-    mask = is_row[:, None] & is_token[None, :]
+    mask = is_row[:, None] & (tokens < num_tokens)[None, :]
     if SPLITS > 1:
         size = num_tokens * out_features
         tl.store(partial + split * size + out_at, sums, mask=mask)
@@ -120,32 +144,79 @@ def _linear_kernel(
                 partial + other * size + out_at, mask=mask, other=0.0, cache_modifier=".cg"
             )
         tl.store(arrivals + row_tile, 0)
-    if HAS_BIAS:
-        sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    if x_scales is not None:
+        token_scales = tl.load(x_scales + tokens, mask=tokens < num_tokens, other=0.0)[None, :]
+        sums *= token_scales
+        up_sums *= token_scales
+    sums = _finished(sums, weight_scales, bias, rows, is_row)
+    if IS_GATED:
+        up_sums = _finished(up_sums, weight_scales, bias, rows + out_features, is_row)
+        sums = sums * tl.sigmoid(sums) * up_sums
     tl.store(out + out_at, sums, mask=mask)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, tile: LinearTile | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    tile: LinearTile | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` for at most `MAX_TOKENS` rows of `x`, contiguous in the last dimension.
 
-    All are of one type of 16 bits.
-    `weight` is [out_features, in_features], contiguous. `tile` is for benchmarks.
+    All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. If it is
+    `gated`, its first half are the gates of the second: the result is `silu(gate) * up`, half as
+    wide. `tile` is for benchmarks.
     """
+    tile = tile or tile_for(x.shape[0], *weight.shape)
+    return _launch(x, None, weight, None, bias, dtype=x.dtype, gated=gated, tile=tile)
+
+
+def fp8_linear(
+    x: Tensor | Fp8Rows,
+    weight: Fp8Rows,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    gated: bool = False,
+    tile: LinearTile | None = None,
+) -> Tensor:
+    """`linear` with a weight of 8 bits, and `x` of 8 or 16, to a result in `dtype`."""
+    values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
+    tile = tile or fp8_tile_for(values.shape[0], *weight.values.shape, gated=gated)
+    return _launch(
+        values, scales, weight.values, weight.scales, bias, dtype=dtype, gated=gated, tile=tile
+    )
+
+
+def _launch(
+    x: Tensor,
+    x_scales: Tensor | None,
+    weight: Tensor,
+    weight_scales: Tensor | None,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    gated: bool,
+    tile: LinearTile,
+) -> Tensor:
     num_tokens, in_features = x.shape
-    out_features = weight.shape[0]
-    tile = tile or tile_for(num_tokens, out_features, in_features)
-    out = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
+    out_features = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.device)
     partial, arrivals = out, out
     num_row_tiles = ceil_div(out_features, tile.rows)
     if tile.splits > 1:
+        if gated:
+            raise ValueError("a gated product is not split")
         shape = (tile.splits, num_tokens, out_features)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(num_row_tiles, x.device)
     _linear_kernel[(num_row_tiles, tile.splits)](
         x,
+        x_scales,
         weight,
+        weight_scales,
         bias,
         out,
         partial,
@@ -158,32 +229,15 @@ def linear(
         INNER=tile.inner,
         TOKENS=max(_MIN_TOKENS, next_power_of_2(num_tokens)),
         SPLITS=tile.splits,
-        HAS_BIAS=bias is not None,
+        SUMMED=min(tile.summed, tile.inner),
+        PREFETCHED=tile.prefetched,
+        IS_GATED=gated,
         IS_EVEN=in_features % tile.inner == 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(x.device),
     )
     return out
-
-
-def is_fastest(num_tokens: int, out_features: int, in_features: int) -> bool:
-    """Whether this beats the library on an H100 (benchmarks/gpu/kernels.py)."""
-    if num_tokens <= _FEW_TOKENS:
-        return True
-    return num_tokens <= MAX_TOKENS and (out_features >= _MANY_ROWS or in_features >= _LONG_ROWS)
-
-
-def tile_for(num_tokens: int, out_features: int, in_features: int) -> LinearTile:
-    """What measured fastest on an H100 for shapes like this (benchmarks/gpu/kernels.py)."""
-    is_few = num_tokens <= _FEW_TOKENS
-    if out_features >= _MANY_ROWS and not is_few:
-        return LinearTile(rows=128, num_stages=4)
-    if in_features >= _LONG_ROWS:
-        return LinearTile(splits=2)
-    if out_features <= in_features and is_few:
-        return LinearTile(inner=256, num_stages=4)
-    return LinearTile()
 
 
 _counters: dict[torch.device, Tensor] = {}

@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fp8 import Fp8Rows
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.fp8 import empty_rows, row_warps, store_fp8_row
 from kernels.gpu.sizes import next_power_of_2
 
 
@@ -42,22 +44,50 @@ def _rms_norm_kernel(
 
 
 @triton.jit
+def _add_and_normalise(x, residual, weight, row, columns, size, eps):
+    """Updates a row of the residual stream, and returns it normalised in float32."""
+    mask = columns < size
+    at = row * size + columns
+    added = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    stream = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    # Rounded before it is normalised, as the residual stream is stored.
+    stream = (stream + added).to(residual.dtype.element_ty)
+    tl.store(residual + at, stream, mask=mask)
+    values = stream.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / size + eps)
+    gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    return values * scale * gain
+
+
+@triton.jit
 def _add_rms_norm_kernel(x, residual, weight, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    mask = columns < size
-    start = row * size
-    added = tl.load(x + start + columns, mask=mask, other=0.0).to(tl.float32)
-    stream = tl.load(residual + start + columns, mask=mask, other=0.0).to(tl.float32)
-    # Rounded before it is normalised, as the residual stream is stored.
-    stream = (stream + added).to(residual.dtype.element_ty)
-    tl.store(residual + start + columns, stream, mask=mask)
-    values = stream.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values) / size + eps)
-    gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(x + start + columns, values * scale * gain, mask=mask)
+    values = _add_and_normalise(x, residual, weight, row, columns, size, eps)
+    tl.store(x + row * size + columns, values, mask=columns < size)
+
+
+@triton.jit
+def _add_rms_norm_fp8_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    scales,
+    static_scale,
+    size,
+    eps,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    values = _add_and_normalise(x, residual, weight, row, columns, size, eps)
+    store_fp8_row(values, out, scales, static_scale, row, size, columns)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,7 +107,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
             size,
             eps,
             BLOCK=block,
-            num_warps=_num_warps(block),
+            num_warps=row_warps(block),
             **launch_options(x.device),
         )
     return out
@@ -95,12 +125,32 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
             size,
             eps,
             BLOCK=block,
-            num_warps=_num_warps(block),
+            num_warps=row_warps(block),
             **launch_options(x.device),
         )
     return x, residual
 
 
-def _num_warps(block: int) -> int:
-    """Eight elements a thread keep loads at 16 bytes each."""
-    return max(1, min(block // 256, 16))
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None
+) -> tuple[Fp8Rows, Tensor]:
+    """`kernels.norm.add_rms_norm_fp8`, the residual in place, for contiguous inputs."""
+    size = weight.shape[0]
+    num_rows = x.numel() // size
+    out = empty_rows(num_rows, size, x.device)
+    block = next_power_of_2(size)
+    if num_rows:
+        _add_rms_norm_fp8_kernel[(num_rows,)](
+            x,
+            residual,
+            weight,
+            out.values,
+            out.scales,
+            scale,
+            size,
+            eps,
+            BLOCK=block,
+            num_warps=row_warps(block),
+            **launch_options(x.device),
+        )
+    return out, residual

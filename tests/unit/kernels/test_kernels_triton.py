@@ -19,6 +19,7 @@ from kernels.rope import rope_and_store_kv_reference
 pytest.importorskip("triton")
 from kernels.gpu import activation, block_copy, linear, norm, rope
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
 pytestmark = pytest.mark.skipif(
@@ -167,7 +168,7 @@ def test_linear(
     weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
     bias = torch.randn(out_features).to(dtype)
     expected = (x.double() @ weight.double().T + bias.double()).to(dtype)
-    tile = None if splits is None else linear.LinearTile(splits=splits, num_stages=2)
+    tile = None if splits is None else LinearTile(splits=splits, num_stages=2)
     for _ in range(2):  # the second finds the counters as the first left them
         actual = linear.linear(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), tile=tile)
         close(actual, expected)

@@ -1,0 +1,94 @@
+"""Quantization of rows to 8 bits, a row in one program."""
+
+# A launch takes compile options beside the kernel's arguments.
+# What kernels call is compiled with them, whatever types its decorator has.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fp8 import FP8, FP8_MAX, Fp8Rows
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
+from kernels.gpu.sizes import next_power_of_2
+
+LARGEST = tl.constexpr(FP8_MAX)
+SMALLEST_SCALE = tl.constexpr(1e-12 / FP8_MAX)
+
+
+@triton.jit
+def quantize(values, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Float32 `values` in 8 bits, and their scales along `axis`, which is kept with length 1."""
+    scale = tl.max(tl.abs(values), axis=axis, keep_dims=True) / LARGEST
+    scale = tl.maximum(scale, SMALLEST_SCALE)
+    return (values / scale).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def store_fp8_row(values, out, scales, static_scale, row, size, columns) -> None:
+    """Stores a row's float32 `values`, which are 0 where `columns` is not below `size`."""
+    if static_scale is not None:
+        scale = tl.load(static_scale)
+        scaled = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+        quantized = scaled.to(tl.float8e4nv)
+        tl.store(scales + row, scale)
+    else:
+        quantized, row_scale = quantize(values, axis=0)
+        tl.store(scales + row + tl.arange(0, 1), row_scale)
+    tl.store(out + row * size + columns, quantized, mask=columns < size)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x,
+    out,
+    scales,
+    static_scale,
+    size,
+    x_stride,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + row * x_stride + columns, mask=columns < size, other=0.0).to(tl.float32)
+    store_fp8_row(values, out, scales, static_scale, row, size, columns)
+
+
+def empty_rows(num_rows: int, size: int, device: torch.device) -> Fp8Rows:
+    return Fp8Rows(
+        torch.empty((num_rows, size), dtype=FP8, device=device),
+        torch.empty(num_rows, dtype=torch.float32, device=device),
+    )
+
+
+def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
+    """`kernels.fp8.quantize_rows` for `x` whose rows are contiguous."""
+    num_rows, size = x.shape
+    out = empty_rows(num_rows, size, x.device)
+    block = next_power_of_2(size)
+    if num_rows:
+        _quantize_rows_kernel[(num_rows,)](
+            x,
+            out.values,
+            out.scales,
+            scale,
+            size,
+            x.stride(0),
+            BLOCK=block,
+            num_warps=row_warps(block),
+            **launch_options(x.device),
+        )
+    return out
+
+
+def row_warps(block: int) -> int:
+    """Eight elements a thread keep loads at 16 bytes each."""
+    return max(1, min(block // 256, 16))

@@ -1,0 +1,52 @@
+"""Linear layers over fp8 weights: our kernel for the few tokens of a decode step, else torch's."""
+
+import torch
+from torch import Tensor
+
+from kernels.fp8 import Fp8Rows, quantize_rows
+from kernels.fp8_linear import Fp8Linear
+from kernels.gpu import linear as few_tokens
+from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
+
+
+def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+    """`kernels.fp8_linear.fp8_linear` for shapes that are multiples of 16."""
+    num_tokens = _num_tokens(x)
+    # For more tokens, quantizing in each program costs more than a kernel of its own.
+    is_quantized_on_the_way = num_tokens <= FEW_TOKENS and packed.input_scale is None
+    if isinstance(x, Tensor) and not is_quantized_on_the_way:
+        x = quantize_rows(x, packed.input_scale)
+    if num_tokens <= MAX_TOKENS or isinstance(x, Tensor):
+        return few_tokens.fp8_linear(x, packed.weight, packed.bias, dtype=dtype)
+    return library_linear(x, packed.weight, packed.bias, dtype=dtype)
+
+
+def gates_at_once(x: Tensor | Fp8Rows) -> bool:
+    """Whether `gated_fp8_linear` is faster than the product and then the gates."""
+    return _num_tokens(x) <= FEW_TOKENS
+
+
+def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+    """Output in `dtype`; for few tokens."""
+    return few_tokens.fp8_linear(x, packed.weight, packed.bias, dtype=dtype, gated=True)
+
+
+def library_linear(
+    x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """torch's product of rows with scales, which writes bfloat16 alone."""
+    out = torch._scaled_mm(  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
+        x.values,
+        weight.values.T,
+        scale_a=x.scales[:, None],
+        scale_b=weight.scales[None, :],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    if bias is not None:
+        out += bias
+    return out.to(dtype)
+
+
+def _num_tokens(x: Tensor | Fp8Rows) -> int:
+    return (x.values if isinstance(x, Fp8Rows) else x).shape[0]

@@ -1,0 +1,56 @@
+"""How linear layers of few tokens are cut into programs, by their shape."""
+
+from dataclasses import dataclass
+
+MAX_TOKENS = 64
+FEW_TOKENS = 32
+_MANY_ROWS = 16384
+_LONG_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """Weight rows and inner elements of a tile, programs a row tile, and how it is compiled.
+
+    `prefetched` tiles are asked for before the predecessor has ended. Products of 8 bits are summed
+    in the tensor cores' short accumulators over `summed` elements, then in float32.
+    """
+
+    rows: int = 64
+    inner: int = 128
+    splits: int = 1
+    prefetched: int = 4
+    summed: int = 128
+    num_warps: int = 4
+    num_stages: int = 6
+
+
+def is_fastest(num_tokens: int, out_features: int, in_features: int) -> bool:
+    """Whether this beats the library on an H100 (benchmarks/gpu/kernels.py)."""
+    if num_tokens <= FEW_TOKENS:
+        return True
+    return num_tokens <= MAX_TOKENS and (out_features >= _MANY_ROWS or in_features >= _LONG_ROWS)
+
+
+def tile_for(num_tokens: int, out_features: int, in_features: int) -> LinearTile:
+    """What measured fastest on an H100 for shapes like this (benchmarks/gpu/kernels.py)."""
+    is_few = num_tokens <= FEW_TOKENS
+    if out_features >= _MANY_ROWS and not is_few:
+        return LinearTile(rows=128, num_stages=4)
+    if in_features >= _LONG_ROWS:
+        return LinearTile(splits=2)
+    if out_features <= in_features and is_few:
+        return LinearTile(inner=256, num_stages=4)
+    return LinearTile()
+
+
+def fp8_tile_for(
+    num_tokens: int, out_features: int, in_features: int, *, gated: bool
+) -> LinearTile:
+    """What measured fastest on an H100 for weights of 8 bits (benchmarks/gpu/fp8_linear.py)."""
+    if gated or out_features >= _MANY_ROWS:
+        return LinearTile(inner=256, num_stages=4 if num_tokens <= FEW_TOKENS else 3)
+    splits = 2 if out_features <= in_features else 1
+    if num_tokens <= FEW_TOKENS:
+        return LinearTile(inner=256, splits=splits)
+    return LinearTile(splits=splits)

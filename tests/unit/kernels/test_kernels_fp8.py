@@ -1,0 +1,177 @@
+"""Fp8 kernels against the references: compiled on a GPU, in Triton's interpreter elsewhere."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.activation import silu_and_mul_fp8_reference, silu_and_mul_reference
+from kernels.fp8 import (
+    FP8_MAX,
+    Fp8Rows,
+    quantize_rows,
+    quantize_rows_reference,
+    quantize_weight,
+)
+from kernels.fp8_linear import Fp8Linear, fp8_linear, fp8_linear_reference
+from kernels.norm import add_rms_norm_fp8, add_rms_norm_fp8_reference, add_rms_norm_reference
+
+pytest.importorskip("triton")
+from kernels.gpu import activation, fp8, linear, norm
+from kernels.gpu.linear_tiles import LinearTile
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+needs_triton = pytest.mark.skipif(
+    not HAS_GPU and version("triton") < "3.7",
+    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
+)
+# The interpreter forgets to carry where rounding up reaches the next power of two.
+DIFFERING = 0.002 if HAS_GPU else 0.05
+SCALES = [None, torch.tensor([0.01])]
+# Half of the last of e4m3's four significant bits.
+ROUNDING = 2**-4
+
+
+def assert_rows_close(actual: Fp8Rows, expected: Fp8Rows) -> None:
+    torch.testing.assert_close(actual.scales.cpu(), expected.scales, atol=0, rtol=1e-5)
+    values, wanted = actual.values.cpu().float(), expected.values.float()
+    assert (values != wanted).float().mean() < DIFFERING
+    assert ((values - wanted).abs() <= 0.51 * wanted.abs() + 2**-8).all()
+
+
+def moved(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.to(DEVICE)
+
+
+class TestReferences:
+    def test_the_largest_value_of_a_row_is_the_largest(self) -> None:
+        x = torch.randn(5, 40)
+        rows = quantize_rows(x)
+        assert rows.values.float().abs().amax(1).tolist() == [FP8_MAX] * 5
+        error = (rows.dequantized(torch.float32) - x).abs()
+        assert (error <= ROUNDING * x.abs() + rows.scales[:, None] * 2**-10).all()
+
+    def test_rows_of_zeros(self) -> None:
+        rows = quantize_rows(torch.zeros(2, 8))
+        assert torch.equal(rows.dequantized(torch.float32), torch.zeros(2, 8))
+
+    def test_what_a_static_scale_cannot_reach_is_clamped(self) -> None:
+        rows = quantize_rows(torch.tensor([[5.0, -1.0, 0.5]]), torch.tensor([0.001]))
+        expected = torch.tensor([[0.448, -0.448, 0.448]])
+        torch.testing.assert_close(rows.dequantized(torch.float32), expected)
+
+    def test_weights_lose_less_than_by_the_largest_value_alone(self) -> None:
+        weight = torch.randn(48, 200)
+        rows, simple = quantize_weight(weight), quantize_rows(weight)
+        assert (rows.values.float().abs() <= FP8_MAX).all()
+        errors = [(x.dequantized(torch.float32) - weight).square().sum(1) for x in (rows, simple)]
+        assert (errors[0] <= errors[1] * 1.0001).all()
+        assert errors[0].sum() < 0.95 * errors[1].sum()
+
+    def test_fused_quantization_is_the_operation_and_then_quantization(self) -> None:
+        x, residual, weight = torch.randn(3, 64), torch.randn(3, 64), torch.rand(64) + 0.5
+        normed, stream = add_rms_norm_reference(x, residual, weight, 1e-5)
+        rows, fused_stream = add_rms_norm_fp8(x.clone(), residual.clone(), weight, 1e-5)
+        assert_rows_close(rows, quantize_rows(normed))
+        assert torch.equal(stream, fused_stream)
+
+    def test_products(self) -> None:
+        x, weight, bias = torch.randn(3, 32), torch.randn(16, 32), torch.randn(16)
+        rows, packed = quantize_rows(x), Fp8Linear(quantize_rows(weight), bias, None)
+        expected = rows.dequantized(x.dtype) @ packed.weight.dequantized(x.dtype).T + bias
+        for given in (x, rows):
+            torch.testing.assert_close(fp8_linear(given, packed, dtype=x.dtype), expected)
+        with pytest.raises(ValueError, match=r"x is \(3, 16\)"):
+            fp8_linear(torch.randn(3, 16), packed, dtype=x.dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+class TestQuantizing:
+    @pytest.mark.parametrize("size", [64, 100])
+    def test_rows(self, scale: Tensor | None, dtype: torch.dtype, size: int) -> None:
+        x = (3 * torch.randn(7, 2 * size)).to(dtype)[:, :size]
+        x[2] = 0
+        actual = fp8.quantize_rows(x.to(DEVICE), moved(scale))
+        assert_rows_close(actual, quantize_rows_reference(x, scale))
+
+    def test_after_rms_norm(self, scale: Tensor | None, dtype: torch.dtype) -> None:
+        x, residual = (torch.randn(5, 96).to(dtype) for _ in range(2))
+        weight = (torch.rand(96) + 0.5).to(dtype)
+        expected, stream = add_rms_norm_fp8_reference(x, residual, weight, 1e-5, scale=scale)
+        actual, actual_stream = norm.add_rms_norm_fp8(
+            x.to(DEVICE),
+            residual.to(DEVICE, copy=True),
+            weight.to(DEVICE),
+            1e-5,
+            scale=moved(scale),
+        )
+        assert_rows_close(actual, expected)
+        assert torch.equal(actual_stream.cpu(), stream)
+
+    def test_after_silu(self, scale: Tensor | None, dtype: torch.dtype) -> None:
+        gate_up = torch.randn(5, 192).to(dtype)
+        actual = activation.silu_and_mul_fp8(gate_up.to(DEVICE), scale=moved(scale))
+        assert_rows_close(actual, silu_and_mul_fp8_reference(gate_up, scale=scale))
+
+
+SMALL = LinearTile(rows=16, inner=32, num_warps=1, num_stages=1)
+SPLIT = LinearTile(rows=16, inner=32, splits=3, num_warps=1, num_stages=1)
+
+
+@needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 5, 17])
+@pytest.mark.parametrize("shape", [(48, 320), (50, 330)])
+class TestLinear:
+    """In multiples of the tile, and in none."""
+
+    @pytest.mark.parametrize("tile", [None, SMALL, SPLIT])
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_against_reference(
+        self, num_tokens: int, shape: tuple[int, int], tile: LinearTile | None, bits: int
+    ) -> None:
+        x, weight, bias = self.inputs(num_tokens, shape)
+        given = quantize_rows_reference(x) if bits == 8 else x
+        exact = given.dequantized(torch.float32) if isinstance(given, Fp8Rows) else x.float()
+        expected = exact @ weight.dequantized(torch.float32).T + bias
+        actual = self.run(given, weight, bias, tile=tile)
+        torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+
+    def test_gated(self, num_tokens: int, shape: tuple[int, int]) -> None:
+        x, weight, bias = self.inputs(num_tokens, shape)
+        rows = quantize_rows_reference(x)
+        packed = Fp8Linear(weight, bias, None)
+        product = fp8_linear_reference(rows, packed, dtype=torch.float32)
+        actual = self.run(rows, weight, bias, tile=SMALL, gated=True)
+        torch.testing.assert_close(actual, silu_and_mul_reference(product), atol=2e-2, rtol=2e-3)
+
+    def inputs(self, num_tokens: int, shape: tuple[int, int]) -> tuple[Tensor, Fp8Rows, Tensor]:
+        """`x` is of numbers that 8 bits hold exactly where the largest of a tile is 7."""
+        torch.manual_seed(0)
+        x = torch.tensor([0.5, 1.5, -3.0, 3.5, -5.0, 6.0, 0.0])[
+            torch.randint(7, (num_tokens, shape[1]))
+        ]
+        x[:, ::16] = 7.0
+        x = x.half()
+        return x, quantize_rows_reference(0.05 * torch.randn(shape)), torch.randn(shape[0])
+
+    def run(
+        self,
+        x: Tensor | Fp8Rows,
+        weight: Fp8Rows,
+        bias: Tensor,
+        *,
+        tile: LinearTile | None,
+        gated: bool = False,
+    ) -> Tensor:
+        def rows(x: Fp8Rows) -> Fp8Rows:
+            return Fp8Rows(x.values.to(DEVICE), x.scales.to(DEVICE))
+
+        given = rows(x) if isinstance(x, Fp8Rows) else x.to(DEVICE)
+        out = linear.fp8_linear(
+            given, rows(weight), bias.to(DEVICE), dtype=torch.float32, gated=gated, tile=tile
+        )
+        return out.cpu()
