@@ -40,9 +40,6 @@ class VllmConfig:
         help="auto",
         only_default="KV blocks have the model's type; choose that with --dtype",
     )
-    quantization: str | None = setting(
-        None, help="none", only_default="weights have one of --dtype's types"
-    )
     speculative_model: str | None = setting(None, help="none", only_default=_NO_SPECULATION)
     num_speculative_tokens: int | None = setting(None, help="none", only_default=_NO_SPECULATION)
     enable_lora: bool = setting(False, help="off", only_default=_NO_LORA)

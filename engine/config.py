@@ -24,6 +24,12 @@ class EngineConfig:
         choices=("auto", "safetensors", "dummy"),
         help="'dummy' makes random weights, for benchmarks",
     )
+    quantization: str | None = setting(
+        None,
+        choices=("fp8", "compressed-tensors"),
+        help="'fp8' quantizes an unquantized checkpoint's linear layers while loading; "
+        "default: as the checkpoint is",
+    )
     max_model_len: int | None = setting(
         None, minimum=1, help="longest sequence in tokens; default: the model's own limit"
     )

@@ -102,7 +102,11 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         model_dir = resolve_model(config.model, progress=progress)
-        model_config = read_model_config(model_dir).limited_to(config.max_model_len)
+        model_config = (
+            read_model_config(model_dir)
+            .quantized(config.quantization)
+            .limited_to(config.max_model_len)
+        )
         model = load_model(
             model_config,
             model_dir,

@@ -1,7 +1,7 @@
 """Times engine steps of a model with random weights on a GPU, beside the card's own ceilings.
 
-    python -m benchmarks.gpu.engine [--layers 32] [--only decode] [--one-by-one]
-        [--out benchmarks/results/gpu-engine.json]
+    python -m benchmarks.gpu.engine [--quantization fp8] [--layers 32] [--only decode]
+        [--one-by-one] [--out benchmarks/results/gpu-engine.json]
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
@@ -28,10 +28,11 @@ from torch.profiler import ProfilerActivity, profile
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.config import read_model_config
-from engine.models.registry import build_model
+from engine.models.registry import load_model
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
-from engine.weights.source import DummyWeights
+from kernels.fp8 import quantize_rows
+from kernels.gpu.fp8_linear import library_linear
 from protocol.ids import RequestKey
 from protocol.request import Request
 from protocol.sampling import SamplingParams
@@ -65,9 +66,10 @@ BATCHED_TOKENS = 16384
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the card does at best: TFLOP/s of a large bf16 product, GB/s read."""
+    """What the card does at best: TFLOP/s of a large bf16 and fp8 product, GB/s read."""
 
     matmul_tflops: float
+    fp8_tflops: float
     read_gb_per_s: float
 
 
@@ -76,7 +78,10 @@ def measure_ceilings() -> Ceilings:
     matmul_s = time_call(lambda: a @ a)
     memory = torch.zeros(1 << 30, device="cuda", dtype=torch.float32)
     read_s = time_call(lambda: memory.sum())
-    return Ceilings(2 * 8192**3 / matmul_s / 1e12, memory.nbytes / read_s / 1e9)
+    rows = quantize_rows(a)
+    fp8_s = time_call(lambda: library_linear(rows, rows, None, dtype=a.dtype))
+    flops = 2 * 8192**3
+    return Ceilings(flops / matmul_s / 1e12, flops / fp8_s / 1e12, memory.nbytes / read_s / 1e9)
 
 
 def time_call(call: Any, repeats: int = 20) -> float:  # noqa: ANN401
@@ -134,7 +139,13 @@ class Bench:
     """One engine, and what its model's steps need at least."""
 
     def __init__(
-        self, model_dir: Path, num_layers: int, ceilings: Ceilings, *, one_by_one: bool
+        self,
+        model_dir: Path,
+        num_layers: int,
+        ceilings: Ceilings,
+        *,
+        quantization: str | None,
+        one_by_one: bool,
     ) -> None:
         shape = LLAMA_8B | {"num_hidden_layers": num_layers}
         (model_dir / "config.json").write_text(json.dumps(shape))
@@ -145,9 +156,12 @@ class Bench:
             async_scheduling=not one_by_one,
         )
         started = time.perf_counter()
-        model = build_model(
-            read_model_config(model_dir),
-            DummyWeights(dtype=torch.bfloat16, device=torch.device("cuda")),
+        model = load_model(
+            read_model_config(model_dir).quantized(quantization),
+            model_dir,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda"),
+            load_format="dummy",
         )
         self.engine = Engine(config, "dummy", model, progress=True)
         self.start_s = time.perf_counter() - started
@@ -156,6 +170,8 @@ class Bench:
         kv_size = shape["num_key_value_heads"] * shape["head_dim"]
         self._layer_weights = num_layers * hidden * (2 * hidden + 2 * kv_size + 3 * mlp)
         self._head_weights = shape["vocab_size"] * hidden
+        self._weight_bytes = 2 if quantization is None else 1
+        self._tflops = ceilings.matmul_tflops if quantization is None else ceilings.fp8_tflops
         self._attention_flops = 4 * hidden * num_layers
 
     def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
@@ -165,9 +181,9 @@ class Bench:
         total_s = 0.0
         while loop.has_work:
             total_s += run_step(loop)[1]
-        flops = 2 * self._layer_weights * prompt_len + self._attention_flops * prompt_len**2 / 2
-        flops = num_seqs * (flops + 2 * self._head_weights)
-        floor_s = flops / self._ceilings.matmul_tflops / 1e12
+        attention_flops = self._attention_flops * prompt_len**2 / 2 + 2 * self._head_weights
+        layers_s = 2 * self._layer_weights * prompt_len / self._tflops
+        floor_s = num_seqs * (layers_s + attention_flops / self._ceilings.matmul_tflops) / 1e12
         return {
             "num_seqs": num_seqs,
             "prompt_len": prompt_len,
@@ -194,9 +210,8 @@ class Bench:
         decode_s = median(times[2:])
         context = mean(contexts[2:])
         kv_bytes = self.engine.model.layout.token_bytes * context * num_seqs
-        floor_s = (2 * (self._layer_weights + self._head_weights) + kv_bytes) / (
-            1e9 * self._ceilings.read_gb_per_s
-        )
+        num_bytes = self._weight_bytes * self._layer_weights + 2 * self._head_weights + kv_bytes
+        floor_s = num_bytes / (1e9 * self._ceilings.read_gb_per_s)
         return {
             "num_seqs": num_seqs,
             "context": context,
@@ -214,6 +229,7 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--out", type=Path)
@@ -222,13 +238,20 @@ def main() -> None:
     ceilings = measure_ceilings()
     print(ceilings)
     with TemporaryDirectory() as model_dir:
-        bench = Bench(Path(model_dir), args.layers, ceilings, one_by_one=args.one_by_one)
+        bench = Bench(
+            Path(model_dir),
+            args.layers,
+            ceilings,
+            quantization=args.quantization,
+            one_by_one=args.one_by_one,
+        )
     print(f"start {bench.start_s:.1f} s")
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": args.commit,
         "card": torch.cuda.get_device_name(),
         "layers": args.layers,
+        "quantization": args.quantization,
         "one_by_one": args.one_by_one,
         "ceilings": dataclasses.asdict(ceilings),
         "start_s": bench.start_s,

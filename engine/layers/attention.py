@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.layers.projection import Projection, ProjectionInput, load_projection
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch, paged_attention
-from kernels.linear import linear, pack_linear
 from kernels.norm import rms_norm
 from kernels.rope import rope_and_store_kv
 
@@ -43,25 +43,15 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn"
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self._qkv = pack_linear(
-            weights.take_stacked(
-                {
-                    f"{prefix}.{name}.weight": (size, config.hidden_size)
-                    for name, size in projections.items()
-                }
-            ),
-            weights.take_stacked(
-                {f"{prefix}.{name}.bias": (size,) for name, size in projections.items()}
-            )
-            if options.qkv_bias
-            else None,
+        self.qkv: Projection = load_projection(
+            weights,
+            prefix,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            config.hidden_size,
+            bias=options.qkv_bias,
         )
-        self._output = pack_linear(
-            weights.take(f"{prefix}.o_proj.weight", (config.hidden_size, q_size)),
-            weights.take(f"{prefix}.o_proj.bias", (config.hidden_size,))
-            if options.output_bias
-            else None,
+        self._output = load_projection(
+            weights, prefix, {"o_proj": config.hidden_size}, q_size, bias=options.output_bias
         )
         self._q_norm: Tensor | None = None
         self._k_norm: Tensor | None = None
@@ -70,10 +60,11 @@ class Attention:
             self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
 
     def forward(
-        self, hidden: Tensor, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
+        self, hidden: ProjectionInput, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
     ) -> Tensor:
-        """`hidden` [num_tokens, hidden_size] to the same shape; the new KV goes to the pool."""
-        heads = linear(hidden, self._qkv).unflatten(-1, (-1, self._head_dim))
+        """`hidden` [num_tokens, hidden_size], made by `qkv.normed`, to the same shape; the new KV
+        goes to the pool."""
+        heads = self.qkv.forward(hidden).unflatten(-1, (-1, self._head_dim))
         q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._q_norm is not None and self._k_norm is not None:
             q = rms_norm(q, self._q_norm, self._eps)
@@ -82,4 +73,4 @@ class Attention:
         attended = paged_attention(
             q, kv_pool, self._layer, batch, scale=self._scale, sliding_window=self._window
         )
-        return linear(attended.flatten(1), self._output)
+        return self._output.forward(attended.flatten(1))

@@ -7,7 +7,6 @@ from engine.layers.mlp import GatedMLP
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch
-from kernels.norm import add_rms_norm
 
 
 class DecoderLayer:
@@ -43,7 +42,7 @@ class DecoderLayer:
         Leaving the addition to the next norm makes it one pass over memory; the inputs are
         overwritten.
         """
-        normed, residual = add_rms_norm(hidden, residual, self._input_norm, self._eps)
+        normed, residual = self._attention.qkv.normed(hidden, residual, self._input_norm, self._eps)
         attended = self._attention.forward(normed, cos_sin, batch, kv_pool)
-        normed, residual = add_rms_norm(attended, residual, self._mlp_norm, self._eps)
+        normed, residual = self._mlp.gate_up.normed(attended, residual, self._mlp_norm, self._eps)
         return self._mlp.forward(normed), residual

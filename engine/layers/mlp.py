@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
+from engine.layers.projection import Projection, ProjectionInput, load_projection
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
-from kernels.activation import silu_and_mul
-from kernels.linear import linear, pack_linear
 
 
 class GatedMLP:
@@ -16,18 +15,17 @@ class GatedMLP:
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        parts = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        self._gate_up = pack_linear(
-            weights.take_stacked({f"{part}.weight": (intermediate, hidden) for part in parts}),
-            weights.take_stacked({f"{part}.bias": (intermediate,) for part in parts})
-            if bias
-            else None,
+        self.gate_up: Projection = load_projection(
+            weights,
+            prefix,
+            {"gate_proj": intermediate, "up_proj": intermediate},
+            hidden,
+            bias=bias,
         )
-        self._down = pack_linear(
-            weights.take(f"{prefix}.down_proj.weight", (hidden, intermediate)),
-            weights.take(f"{prefix}.down_proj.bias", (hidden,)) if bias else None,
+        self._down = load_projection(
+            weights, prefix, {"down_proj": hidden}, intermediate, bias=bias
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden` [num_tokens, hidden_size] to the same shape."""
-        return linear(silu_and_mul(linear(hidden, self._gate_up)), self._down)
+    def forward(self, hidden: ProjectionInput) -> Tensor:
+        """`hidden` [num_tokens, hidden_size], made by `gate_up.normed`, to the same shape."""
+        return self._down.forward(self.gate_up.forward_gated(hidden, then=self._down))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from engine.models.config import ModelConfig
+from engine.weights.fp8 import take_dense
 from engine.weights.source import WeightSource
 from kernels.linear import PackedLinear, linear, pack_linear
 
@@ -13,12 +14,12 @@ class Vocabulary:
     def __init__(self, config: ModelConfig, weights: WeightSource) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding: PackedLinear = pack_linear(
-            weights.take("model.embed_tokens.weight", shape)
+            take_dense(weights, "model.embed_tokens", shape)
         )
         self._head = (
             self._embedding
             if config.tie_word_embeddings
-            else pack_linear(weights.take("lm_head.weight", shape))
+            else pack_linear(take_dense(weights, "lm_head", shape))
         )
 
     def embed(self, token_ids: Tensor) -> Tensor:

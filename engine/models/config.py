@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.models.fingerprint import fingerprint_model
+from engine.models.fingerprint import fingerprint_model, fingerprint_variant
+from engine.models.quantization import (
+    Quantization,
+    read_quantization,
+    requested_quantization,
+)
 from engine.models.rope_config import RopeConfig, read_rope_config
 from protocol.block_hash import BlockHash, root_hash
 from protocol.errors import StartupError
@@ -45,6 +50,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
+    quantization: Quantization | None
     fingerprint: str
 
     def limited_to(self, max_model_len: int | None) -> "ModelConfig":
@@ -60,6 +66,17 @@ class ModelConfig:
                 "tokens; lower it, or set rope scaling in the model's config.json."
             )
         return replace(self, max_model_len=max_model_len)
+
+    def quantized(self, method: str | None) -> "ModelConfig":
+        """The model that `--quantization` asks for; its KV is never taken for the other's.
+
+        Raises StartupError if the method doesn't fit the checkpoint.
+        """
+        quantization = requested_quantization(method, self.quantization)
+        if quantization is self.quantization:
+            return self
+        fingerprint = fingerprint_variant(self.fingerprint, f"quantized while loading: {method}")
+        return replace(self, quantization=quantization, fingerprint=fingerprint)
 
     def uses_long_rope(self, max_seq_len: int) -> bool:
         """Whether a sequence that wants to reach `max_seq_len` tokens takes the long frequencies.
@@ -133,6 +150,7 @@ def _model_config(
         eos_token_ids=_eos_token_ids(raw, generation),
         bos_token_id=raw.get("bos_token_id"),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        quantization=read_quantization(raw),
         fingerprint=fingerprint,
     )
 
@@ -150,11 +168,6 @@ def _architecture(raw: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise StartupError(
-            f"The checkpoint is quantized ({method}); only unquantized safetensors are served."
-        )
     if raw.get("hidden_act", "silu") != "silu":
         raise StartupError(
             f"config.json asks for activation {raw['hidden_act']!r}; only 'silu' is supported."

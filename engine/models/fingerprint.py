@@ -30,6 +30,12 @@ def fingerprint_model(model_dir: Path, config: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_variant(fingerprint: str, variant: str) -> str:
+    """The fingerprint of a model that is made of another at start, as `variant` says."""
+    content = f"{fingerprint}\0{variant}".encode()
+    return hashlib.blake2b(content, digest_size=16, person=b"tandem-model").hexdigest()
+
+
 def sample_file(path: Path) -> bytes:
     """16 bytes that name a large file by its size and a few evenly spaced samples."""
     size = path.stat().st_size

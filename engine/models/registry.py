@@ -12,7 +12,8 @@ from engine.models.llama import LlamaForCausalLM
 from engine.models.mistral import MistralForCausalLM
 from engine.models.qwen2 import Qwen2ForCausalLM
 from engine.models.qwen3 import Qwen3ForCausalLM
-from engine.weights.source import DummyWeights, SafetensorsWeights, WeightSource
+from engine.weights.source import DummyWeights, LinearFormat, SafetensorsWeights, WeightSource
+from kernels.fp8_linear import multiplies_fp8
 from protocol.errors import StartupError
 
 ARCHITECTURES: dict[str, Callable[[ModelConfig, WeightSource], CausalLM]] = {
@@ -41,16 +42,24 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     load_format: str = "auto",
+    fp8_products: bool | None = None,
     progress: bool = False,
 ) -> CausalLM:
     """The model with the directory's weights, or random ones if `load_format` is "dummy".
 
-    Raises StartupError if they don't fit on the device, too.
+    `fp8_products` overrules what the device can do: on a CPU quantized layers then compute as they
+    would on a GPU, slowly. Raises StartupError if the weights don't fit on the device, too.
     """
+    format_ = LinearFormat(
+        config.quantization,
+        multiplies_fp8(device, dtype) if fp8_products is None else fp8_products,
+    )
     try:
         if load_format == "dummy":
-            return build_model(config, DummyWeights(dtype, device))
-        with SafetensorsWeights(model_dir, dtype, device, progress=progress) as weights:
+            return build_model(config, DummyWeights(dtype, device, linear_format=format_))
+        with SafetensorsWeights(
+            model_dir, dtype, device, linear_format=format_, progress=progress
+        ) as weights:
             return build_model(config, weights)
     except torch.OutOfMemoryError as error:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -11,6 +11,7 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.models.quantization import Quantization
 from engine.weights.device_reader import DeviceReader, TensorPlace, read_places
 from protocol.errors import StartupError
 
@@ -29,8 +31,28 @@ logger = logging.getLogger(__name__)
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "lm_head.weight")
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a source has under a name."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """How linear layers hold their weights: quantized or not, and if so, whether they compute with
+    them as they are. If not, weights are dequantized when they're loaded."""
+
+    quantization: Quantization | None = None
+    multiplies_fp8: bool = False
+
+
 class WeightSource(Protocol):
     """Named tensors, converted to one dtype and device."""
+
+    @property
+    def linear_format(self) -> LinearFormat: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -38,11 +60,23 @@ class WeightSource(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Raises StartupError if there is no such tensor or it has another shape."""
+    def stored(self, name: str) -> StoredTensor | None:
+        """What there is under a name, if anything."""
         ...
 
-    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    def take(
+        self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """In the source's dtype unless another is asked for.
+
+        Raises StartupError if there is no such tensor, it has another shape, or it is quantized and
+        was not asked for as it is.
+        """
+        ...
+
+    def take_stacked(
+        self, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Several tensors as one, in order along the first dimension. Raises as `take` does."""
         ...
 
@@ -55,28 +89,31 @@ class SafetensorsWeights:
     """
 
     def __init__(
-        self, model_dir: Path, dtype: torch.dtype, device: torch.device, *, progress: bool
+        self,
+        model_dir: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        linear_format: LinearFormat = LinearFormat(),
+        progress: bool,
     ) -> None:
         self.dtype = dtype
         self.device = device
+        self.linear_format = linear_format
         self._model_dir = model_dir
         self._files: dict[str, Any] = {}
-        self._file_of: dict[str, Path] = {}
         self._places: dict[str, TensorPlace] = {}
         self._reader: DeviceReader | None = None
         paths = find_safetensors(model_dir)
         for path in paths:
             _read_ahead(path)
-            file = _open(path)
-            self._files[path.name] = file
-            self._file_of.update(dict.fromkeys(file.keys(), path))
-            if device.type == "cuda":
-                self._places.update(read_places(path))
+            self._files[path.name] = _open(path)
+            self._places.update(read_places(path))
         if device.type == "cuda":
             self._reader = DeviceReader(device)
         # A body saved without its head has no "model." in front of its names.
-        self._is_bare = "embed_tokens.weight" in self._file_of
-        self._untaken = {name for name in self._file_of if not name.endswith(_NOT_WEIGHTS)}
+        self._is_bare = "embed_tokens.weight" in self._places
+        self._untaken = {name for name in self._places if not name.endswith(_NOT_WEIGHTS)}
         self._bar = tqdm(
             total=sum(path.stat().st_size for path in paths),
             desc="Loading weights",
@@ -107,67 +144,89 @@ class SafetensorsWeights:
                 some,
             )
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if self._reader is not None:
-            return self.take_stacked({name: shape})
-        return self._map(name, shape).to(self.dtype)
+    def stored(self, name: str) -> StoredTensor | None:
+        place = self._places.get(self._stored_name(name))
+        return None if place is None else StoredTensor(place.dtype, place.shape)
 
-    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-        whole, parts = _stack(shapes, self.dtype, self.device)
+    def take(
+        self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or self.dtype
+        if self._reader is not None:
+            return self.take_stacked({name: shape}, dtype=dtype)
+        return self._map(name, self._place(name, shape, dtype)).to(dtype)
+
+    def take_stacked(
+        self, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or self.dtype
+        whole, parts = _stack(shapes, dtype, self.device)
+        places = {name: self._place(name, shape, dtype) for name, shape in shapes.items()}
         if self._reader is None:
-            for (name, shape), part in zip(shapes.items(), parts, strict=True):
-                part.copy_(self._map(name, shape))
+            for (name, place), part in zip(places.items(), parts, strict=True):
+                part.copy_(self._map(name, place))
         else:
-            places = [self._place(name, shape) for name, shape in shapes.items()]
-            self._reader.fill(list(zip(places, parts, strict=True)), on_bytes=self._bar.update)
+            filled = list(zip(places.values(), parts, strict=True))
+            self._reader.fill(filled, on_bytes=self._bar.update)
         return whole
 
-    def _map(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _map(self, name: str, place: TensorPlace) -> Tensor:
         """The file's own memory."""
-        name, path = self._find(name)
-        tensor: Tensor = self._files[path.name].get_tensor(name)
-        self._check(name, path, tensor.shape, shape)
+        file = self._files[place.path.name]
+        tensor: Tensor = file.get_tensor(self._stored_name(name))
         self._bar.update(tensor.nbytes)
         return tensor
 
-    def _place(self, name: str, shape: tuple[int, ...]) -> TensorPlace:
-        name, path = self._find(name)
-        place = self._places[name]
-        self._check(name, path, place.shape, shape)
-        return place
-
-    def _find(self, name: str) -> tuple[str, Path]:
-        """The tensor's name in the checkpoint, and its file."""
-        if self._is_bare:
-            name = name.removeprefix("model.")
-        path = self._file_of.get(name)
-        if path is None:
+    def _place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorPlace:
+        """Where the tensor is, which counts as taken now."""
+        name = self._stored_name(name)
+        place = self._places.get(name)
+        if place is None:
             raise StartupError(f"The weights in {self._model_dir} have no tensor {name!r}.")
-        return name, path
-
-    def _check(
-        self, name: str, path: Path, actual: tuple[int, ...], expected: tuple[int, ...]
-    ) -> None:
-        if actual != expected:
+        if place.shape != shape:
             raise StartupError(
-                f"Tensor {name!r} in {path} has shape {tuple(actual)}, "
-                f"config.json wants {expected}."
+                f"Tensor {name!r} in {place.path} has shape {place.shape}, "
+                f"config.json wants {shape}."
+            )
+        if place.dtype.itemsize == 1 and place.dtype is not dtype:
+            raise StartupError(
+                f"Tensor {name!r} in {place.path} is of type {place.dtype}, which needs a "
+                "quantization_config in config.json that says so, and scales."
             )
         self._untaken.discard(name)
+        return place
+
+    def _stored_name(self, name: str) -> str:
+        return name.removeprefix("model.") if self._is_bare else name
 
 
 class DummyWeights:
     """Small random numbers under any name, the same in each process, for benchmarks."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        linear_format: LinearFormat = LinearFormat(),
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.linear_format = linear_format
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.take_stacked({name: shape})
+    def stored(self, name: str) -> StoredTensor | None:  # noqa: ARG002  (as the protocol has it)
+        """Nothing is: random weights are made as they are asked for."""
+        return None
 
-    def take_stacked(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-        whole, parts = _stack(shapes, self.dtype, self.device)
+    def take(
+        self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return self.take_stacked({name: shape}, dtype=dtype)
+
+    def take_stacked(
+        self, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        whole, parts = _stack(shapes, dtype or self.dtype, self.device)
         for name, values in zip(shapes, parts, strict=True):
             # Seeded by name: prefill and decode workers must agree, whatever order they load in.
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))

@@ -19,6 +19,8 @@ ACCEPTED = """
 --swap-space 0
 --swap-space 4
 --kv-cache-dtype auto
+--quantization fp8
+--quantization compressed-tensors
 --enable-prefix-caching
 --no-enable-prefix-caching
 --enable-chunked-prefill
@@ -52,7 +54,7 @@ REFUSED = {
     "--pipeline-parallel-size 2": "--prefill-workers and --decode-workers",
     "--swap-space -1": "0 or more",
     "--kv-cache-dtype fp8": "choose that with --dtype",
-    "--quantization awq": "one of --dtype's types",
+    "--quantization awq": "one of fp8, compressed-tensors",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
     "--num-scheduler-steps 8": "the next step is prepared while one runs",
     "--speculative-model draft": "leave it out",

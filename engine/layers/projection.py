@@ -1,0 +1,101 @@
+"""Linear layers of a decoder, each with the operation before it, as its number format wants it."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.weights.fp8 import Fp8Weight, dense, take_linear
+from engine.weights.source import WeightSource
+from kernels.activation import silu_and_mul, silu_and_mul_fp8
+from kernels.fp8 import Fp8Rows
+from kernels.fp8_linear import Fp8Linear, fits_fp8, fp8_linear, gated_fp8_linear
+from kernels.linear import linear, pack_linear
+from kernels.norm import add_rms_norm, add_rms_norm_fp8
+
+ProjectionInput = Tensor | Fp8Rows
+"""[num_tokens, in_features]."""
+
+
+class Projection(Protocol):
+    """`x @ weight.T + bias`, for one projection or several of the same input, joined."""
+
+    def forward(self, x: ProjectionInput) -> Tensor:
+        """[num_tokens, in_features] to [num_tokens, out_features]."""
+        ...
+
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[ProjectionInput, Tensor]:
+        """The input that `add_rms_norm` makes, and the new residual; `x` and `residual` are
+        overwritten."""
+        ...
+
+    def forward_gated(self, x: ProjectionInput, *, then: "Projection") -> ProjectionInput:
+        """`silu_and_mul` of what `forward` returns, as the projection that comes `then` likes it.
+
+        [num_tokens, in_features] to [num_tokens, out_features / 2].
+        """
+        ...
+
+
+class DenseProjection:
+    """Weights in the model's own type."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed = pack_linear(weight, bias)
+
+    def forward(self, x: ProjectionInput) -> Tensor:
+        assert isinstance(x, Tensor)
+        return linear(x, self._packed)
+
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[ProjectionInput, Tensor]:
+        return add_rms_norm(x, residual, norm, eps)
+
+    def forward_gated(self, x: ProjectionInput, *, then: Projection) -> ProjectionInput:
+        assert isinstance(x, Tensor)
+        gate_up = linear(x, self._packed)
+        if isinstance(then, Fp8Projection):
+            return silu_and_mul_fp8(gate_up, scale=then.packed.input_scale)
+        return silu_and_mul(gate_up)
+
+
+class Fp8Projection:
+    """Weights and inputs of 8 bits. What makes the input quantizes it on the way."""
+
+    def __init__(self, weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.packed = Fp8Linear(weight.rows, bias, weight.input_scale)
+        self._dtype = dtype
+
+    def forward(self, x: ProjectionInput) -> Tensor:
+        return fp8_linear(x, self.packed, dtype=self._dtype)
+
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+    ) -> tuple[ProjectionInput, Tensor]:
+        return add_rms_norm_fp8(x, residual, norm, eps, scale=self.packed.input_scale)
+
+    def forward_gated(self, x: ProjectionInput, *, then: Projection) -> ProjectionInput:
+        next_packed = then.packed if isinstance(then, Fp8Projection) else None
+        return gated_fp8_linear(x, self.packed, dtype=self._dtype, then=next_packed)
+
+
+def load_projection(
+    weights: WeightSource, prefix: str, sizes: dict[str, int], in_features: int, *, bias: bool
+) -> Projection:
+    """Takes `{prefix}.{name}` for each name with its number of output channels in `sizes`.
+
+    It is an fp8 one if all of them are quantized and the device multiplies fp8; else weights are
+    dequantized, once, here.
+    """
+    weight = take_linear(
+        weights, {f"{prefix}.{name}": (size, in_features) for name, size in sizes.items()}
+    )
+    biases = {f"{prefix}.{name}.bias": (size,) for name, size in sizes.items()}
+    joined_bias = weights.take_stacked(biases) if bias else None
+    fits = weights.linear_format.multiplies_fp8 and fits_fp8(sum(sizes.values()), in_features)
+    if fits and isinstance(weight, Fp8Weight):
+        return Fp8Projection(weight, joined_bias, weights.dtype)
+    return DenseProjection(dense(weight, weights.dtype), joined_bias)
