@@ -36,8 +36,8 @@ def take_linear(source: WeightSource, shapes: Mapping[str, tuple[int, int]]) -> 
         whole = source.take_stacked({f"{name}.weight": shape for name, shape in shapes.items()})
         is_new = quantization is not None and not quantization.is_stored
         return Fp8Weight(quantize_weight(whole), None) if is_new else whole
-    scales = [_row_scales(source, name, shape) for name, shape in shapes.items()]
     if all(is_stored) and quantization.activations != "none":
+        scales = [_row_scales(source, name, shape) for name, shape in shapes.items()]
         rows = [scale for scale in scales if scale is not None]
         if len(rows) == len(scales):
             names = {f"{name}.weight": shape for name, shape in shapes.items()}

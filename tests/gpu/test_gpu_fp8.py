@@ -128,7 +128,7 @@ def test_engine(model_dir: Path, prompts: list[list[int]], *, eager: bool) -> No
     unquantized = prompt_logprobs(LLM(str(model_dir), **OPTIONS | {"quantization": None}), texts)
     expected = torch.cat(unquantized)
     difference = (torch.cat(prefilled) - expected).abs().mean()
-    assert difference < 0.05 * expected.abs().mean()
+    assert difference < 0.08 * expected.abs().mean()
 
 
 def test_prefill_and_decode_workers(

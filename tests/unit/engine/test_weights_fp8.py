@@ -208,6 +208,24 @@ def test_products_of_8_bits(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(projection.forward(x), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_projections_that_are_quantized_in_part(tmp_path: Path) -> None:
+    """What is joined is served in one type, with each part's own meaning."""
+    stored, meant = per_channel(torch.randn(16, 32))
+    plain = torch.randn(8, 32)
+    tensors = {f"a.{key}": value for key, value in stored.items()}
+    save_file(tensors | {"b.weight": plain}, tmp_path / "model.safetensors")
+    with SafetensorsWeights(
+        tmp_path,
+        torch.float32,
+        CPU,
+        linear_format=LinearFormat(Quantization("compressed-tensors"), multiplies_fp8=True),
+        progress=False,
+    ) as weights:
+        joined = take_linear(weights, {"a": (16, 32), "b": (8, 32)})
+    assert isinstance(joined, Tensor)
+    assert torch.equal(joined, torch.cat([meant, plain]))
+
+
 def test_a_head_in_8_bits_is_dequantized(tmp_path: Path) -> None:
     stored, meant = per_channel(torch.randn(16, 32))
     save_file(
