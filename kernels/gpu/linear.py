@@ -156,21 +156,15 @@ def _linear_kernel(
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gated: bool = False,
-    tile: LinearTile | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, tile: LinearTile | None = None
 ) -> Tensor:
     """`x @ weight.T + bias` for at most `MAX_TOKENS` rows of `x`, contiguous in the last dimension.
 
-    All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. If it is
-    `gated`, its first half are the gates of the second: the result is `silu(gate) * up`, half as
-    wide. `tile` is for benchmarks.
+    All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. `tile` is
+    for benchmarks.
     """
     tile = tile or tile_for(x.shape[0], *weight.shape)
-    return _launch(x, None, weight, None, bias, dtype=x.dtype, gated=gated, tile=tile)
+    return _launch(x, None, weight, None, bias, dtype=x.dtype, gated=False, tile=tile)
 
 
 def fp8_linear(
@@ -182,7 +176,11 @@ def fp8_linear(
     gated: bool = False,
     tile: LinearTile | None = None,
 ) -> Tensor:
-    """`linear` with a weight of 8 bits, and `x` of 8 or 16, to a result in `dtype`."""
+    """`linear` with a weight of 8 bits, and `x` of 8 or 16, to a result in `dtype`.
+
+    If it is `gated`, the weight's first half are the gates of the second: the result is
+    `silu(gate) * up`, half as wide.
+    """
     values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
     tile = tile or fp8_tile_for(values.shape[0], *weight.values.shape, gated=gated)
     return _launch(
