@@ -35,11 +35,6 @@ class VllmConfig:
         help="1",
         only_default="the next step is prepared while one runs anyway (--async-scheduling)",
     )
-    kv_cache_dtype: str = setting(
-        "auto",
-        help="auto",
-        only_default="KV blocks have the model's type; choose that with --dtype",
-    )
     speculative_model: str | None = setting(None, help="none", only_default=_NO_SPECULATION)
     num_speculative_tokens: int | None = setting(None, help="none", only_default=_NO_SPECULATION)
     enable_lora: bool = setting(False, help="off", only_default=_NO_LORA)

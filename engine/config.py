@@ -16,7 +16,13 @@ class EngineConfig:
     dtype: str = setting(
         "auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="type of weights, activations and KV cache",
+        help="type of weights and activations",
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        choices=("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
+        help="type of keys and values: that of --dtype, or one of 8 bits, which takes half the "
+        "memory of 16 ('fp8' is 'fp8_e4m3')",
     )
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     load_format: str = setting(

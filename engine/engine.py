@@ -24,7 +24,7 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import StepPlan
 from engine.sequence import Sequence
 from engine.swap import HostBlocks, num_swap_blocks
-from engine.weights.dtype import resolve_dtype
+from engine.weights.dtype import resolve_dtype, resolve_kv_dtype
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.block_hash import BlockHash
 from protocol.errors import StartupError
@@ -61,7 +61,8 @@ class Engine:
         """Sizes and allocates the pool, warms the model up, and captures CUDA graphs."""
         self._config = config
         self._model_config = model.config
-        layout = _layout(model, config.block_size)
+        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, model_dtype=model.dtype)
+        layout = _layout(model, config.block_size, kv_dtype)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
             memory = measure_gpu_memory(model, layout, config)
@@ -71,7 +72,7 @@ class Engine:
             free_bytes = cpu_free_bytes(config, layout, max_model_len=max_model_len)
             origin = "the memory left for it"
         num_blocks = num_kv_blocks(config, layout, free_bytes=free_bytes, origin=origin)
-        self.kv_pool = allocate_kv_pool(layout, num_blocks, dtype=model.dtype, device=model.device)
+        self.kv_pool = allocate_kv_pool(layout, num_blocks, device=model.device)
         self.device_blocks = DeviceBlocks(self.kv_pool) if self.kv_pool.is_cuda else None
         self.pool = BlockPool(
             num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -156,7 +157,9 @@ class Engine:
         `max_seq_len` is the length that the sequence can reach; it matters for models alone whose
         rope frequencies depend on it.
         """
-        return self._model_config.root_hash(max_seq_len, cache_salt=cache_salt)
+        return self._model_config.root_hash(
+            max_seq_len, cache_salt=cache_salt, kv_dtype=self.model.layout.dtype
+        )
 
     @property
     def runs_ahead(self) -> bool:
@@ -196,7 +199,7 @@ def _resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _layout(model: CausalLM, block_size: int) -> KVLayout:
+def _layout(model: CausalLM, block_size: int, kv_dtype: torch.dtype) -> KVLayout:
     config: ModelConfig = model.config
     return KVLayout(
         model_fingerprint=config.fingerprint,
@@ -204,5 +207,5 @@ def _layout(model: CausalLM, block_size: int) -> KVLayout:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=block_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(kv_dtype).removeprefix("torch."),
     )

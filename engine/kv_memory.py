@@ -57,9 +57,7 @@ def cpu_free_bytes(config: EngineConfig, layout: KVLayout, *, max_model_len: int
     return min(wanted, int(_CPU_SHARE * psutil.virtual_memory().available))
 
 
-def allocate_kv_pool(
-    layout: KVLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def allocate_kv_pool(layout: KVLayout, num_blocks: int, *, device: torch.device) -> Tensor:
     """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous.
 
     On a CPU it's page-aligned, as transports that register memory want it, and zero pages until
@@ -74,6 +72,7 @@ def allocate_kv_pool(
         layout.head_dim,
     )
     num_bytes = num_blocks * layout.block_bytes
+    dtype: torch.dtype = getattr(torch, layout.dtype)
     if device.type != "cpu":
         try:
             return torch.empty(shape, dtype=dtype, device=device)

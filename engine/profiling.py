@@ -79,7 +79,7 @@ def _graphs_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> in
     """Memory of all graphs, from a capture of the largest: the others share its tensors."""
     device = model.device
     sizes = graph_sizes(config.max_num_seqs)
-    kv_pool = allocate_kv_pool(layout, 1, dtype=model.dtype, device=device)
+    kv_pool = allocate_kv_pool(layout, 1, device=device)
     before_bytes = torch.cuda.memory_reserved(device)
     graphs = DecodeGraphs(model, kv_pool, sizes[-1:], progress=False)
     torch.cuda.empty_cache()
@@ -98,7 +98,7 @@ def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -
     longest = min(config.max_num_batched_tokens - num_seqs + 1, model.config.max_model_len - 1)
     counts = [longest] + [1] * (num_seqs - 1)
     num_blocks = -(-longest // layout.block_size)
-    kv_pool = allocate_kv_pool(layout, num_blocks, dtype=model.dtype, device=model.device)
+    kv_pool = allocate_kv_pool(layout, num_blocks, device=model.device)
     runner = ModelRunner(model, kv_pool, root_seed=0)
     block_ids = list(range(num_blocks))
     sampling = SamplingParams(top_p=0.9, logprobs=1)

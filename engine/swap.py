@@ -33,9 +33,7 @@ class HostBlocks:
             )
         self.num_blocks = num_blocks
         self._pool = kv_pool
-        self._blocks = allocate_kv_pool(
-            layout, num_blocks, dtype=kv_pool.dtype, device=torch.device("cpu")
-        )
+        self._blocks = allocate_kv_pool(layout, num_blocks, device=torch.device("cpu"))
         if kv_pool.is_cuda:
             _pin(self._blocks)
             # Before the memory is gone: the driver would take whatever comes there for pinned.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.kv_format import UNSCALED, KVScales, native_format, scales_of
 from kernels.native.arguments import PagedAttentionArgs
 from kernels.native.library import Operation, native_kernel
 
@@ -51,18 +52,21 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """Attend from each query to its sequence's tokens up to itself; the new KV is in the pool.
 
     `q` is [num_tokens, num_heads, head_dim] with a contiguous last dimension; the result has its
     shape, contiguous. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size,
-    head_dim]. `sliding_window` counts the tokens seen, the query's own included. `softcap` bounds
-    scores as `softcap * tanh(score / softcap)`.
+    head_dim], of q's type or one of 8 bits, whose values are multiplied with `kv_scales`.
+    `sliding_window` counts the tokens seen, the query's own included. `softcap` bounds scores as
+    `softcap * tanh(score / softcap)`.
     """
     num_heads, head_dim = q.shape[1:]
     if kv_pool.shape[5] != head_dim or num_heads % kv_pool.shape[3]:
         raise ValueError(f"q {tuple(q.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
     assert 0 <= layer < kv_pool.shape[1]
+    scales = scales_of(kv_pool, kv_scales)
     if q.is_cuda:
         _check_layout(q, kv_pool)
         from kernels.gpu.decode_attention import decode_attention
@@ -77,12 +81,27 @@ def paged_attention(
             return hopper_attention(q, kv_pool, layer, batch, scale=scale)
         attend = decode_attention if batch.max_query_len == 1 else prefill_attention
         return attend(
-            q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+            q,
+            kv_pool,
+            layer,
+            batch,
+            scale=scale * scales.k,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            v_scale=scales.v,
         )
     kernel = native_kernel(Operation.PAGED_ATTENTION, q)
-    if kernel is None or q.dtype is not kv_pool.dtype:
+    kv_format = native_format(kv_pool, q.dtype)
+    if kernel is None or kv_format is None:
         return paged_attention_reference(
-            q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, softcap=softcap
+            q,
+            kv_pool,
+            layer,
+            batch,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            kv_scales=kv_scales,
         )
     _check_layout(q, kv_pool)
     block_stride, layer_stride, *_ = kv_pool.stride()
@@ -104,9 +123,11 @@ def paged_attention(
         block_stride=block_stride,
         window=sliding_window or batch.max_kv_len,
         max_kv_len=batch.max_kv_len,
+        kv_format=kv_format,
         num_threads=torch.get_num_threads(),
-        scale=scale,
+        scale=scale * scales.k,
         softcap=softcap or 0.0,
+        v_scale=scales.v,
     )
     if not kernel(byref(args)):
         raise MemoryError("no memory for attention's workspace")
@@ -127,8 +148,10 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """`paged_attention` in torch: gathers the blocks, decode rows of many sequences at a time."""
+    scales = scales_of(kv_pool, kv_scales)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts, kv_lens = batch.query_starts.tolist(), batch.kv_lens.tolist()
     layer_pool = kv_pool.select(1, layer)
@@ -143,11 +166,11 @@ def paged_attention_reference(
             batch.block_tables[first:last],
             batch.kv_lens[first:last],
             max_kv_len=max(kv_lens[first:last]),
-            scale=scale,
+            scale=scale * scales.k,
             window=window,
             softcap=softcap,
         ).flatten(0, 1)
-    return out
+    return out if scales.v == 1.0 else out.mul_(scales.v)
 
 
 def _groups(
@@ -183,7 +206,7 @@ def _attend(
     num_kv_heads, block_size = layer_pool.shape[2:4]
     num_blocks = -(-max_kv_len // block_size)
     # [num_seqs, blocks, 2, kv_heads, block_size, head_dim] to k and v by head, tokens in a row
-    gathered = layer_pool[block_tables[:, :num_blocks]].permute(2, 0, 3, 1, 4, 5)
+    gathered = layer_pool[block_tables[:, :num_blocks]].permute(2, 0, 3, 1, 4, 5).to(queries.dtype)
     k, v = gathered.flatten(3, 4)[..., :max_kv_len, :]
     kv_positions = torch.arange(max_kv_len, device=queries.device)
     padding = kv_positions >= kv_lens[:, None]

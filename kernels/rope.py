@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales, native_format, saturated
 from kernels.native.arguments import RopeArgs
 from kernels.native.library import NativeKernel, Operation, native_kernel
 
@@ -18,6 +19,8 @@ def rope_and_store_kv(
     batch: AttentionBatch,
     kv_pool: Tensor,
     layer: int,
+    *,
+    kv_scales: KVScales = UNSCALED,
 ) -> None:
     """Rotate `q` in place, and put the rotated `k` and `v` into the pool at `batch.slots`.
 
@@ -25,7 +28,8 @@ def rope_and_store_kv(
     all with a contiguous last dimension (views of one fused qkv tensor do). `cos_sin` is
     [max_positions, rotary_dim] float32: cosines in the first half of a row, sines in the second;
     dimension i rotates with i + rotary_dim / 2 (the NeoX way), those past rotary_dim stay. `k` is
-    left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+    left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim];
+    with 8 bits it holds what came in divided by `kv_scales`, bounded by its type's largest value.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit")
@@ -35,15 +39,18 @@ def rope_and_store_kv(
         raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
     assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
+    is_uniform = q.dtype is k.dtype is v.dtype
+    kv_format = native_format(kv_pool, q.dtype) if is_uniform else None
+    inputs = (q, k, v, cos_sin, batch, kv_pool, layer)
     if q.is_cuda:
         _check_layout(q, k, v, cos_sin, kv_pool)
         from kernels.gpu import rope as gpu
 
-        gpu.rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, layer)
-    elif kernel is None or not (q.dtype is k.dtype is v.dtype is kv_pool.dtype):
-        rope_and_store_kv_reference(q, k, v, cos_sin, batch, kv_pool, layer)
+        gpu.rope_and_store_kv(*inputs, kv_scales=kv_scales)
+    elif kernel is None or kv_format is None:
+        rope_and_store_kv_reference(*inputs, kv_scales=kv_scales)
     else:
-        _rope_and_store_kv_native(kernel, q, k, v, cos_sin, batch, kv_pool, layer)
+        _rope_and_store_kv_native(kernel, *inputs, kv_format=kv_format, kv_scales=kv_scales)
 
 
 def _rope_and_store_kv_native(
@@ -55,6 +62,9 @@ def _rope_and_store_kv_native(
     batch: AttentionBatch,
     kv_pool: Tensor,
     layer: int,
+    *,
+    kv_format: int,
+    kv_scales: KVScales,
 ) -> None:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
@@ -79,7 +89,10 @@ def _rope_and_store_kv_native(
         v_stride=v.stride(0),
         cos_sin_stride=cos_sin.stride(0),
         block_stride=block_stride,
+        kv_format=kv_format,
         num_threads=torch.get_num_threads(),
+        k_scale=kv_scales.k,
+        v_scale=kv_scales.v,
     )
     kernel(byref(args))
 
@@ -98,6 +111,8 @@ def rope_and_store_kv_reference(
     batch: AttentionBatch,
     kv_pool: Tensor,
     layer: int,
+    *,
+    kv_scales: KVScales = UNSCALED,
 ) -> None:
     """`rope_and_store_kv` in torch."""
     cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
@@ -105,11 +120,13 @@ def rope_and_store_kv_reference(
     block_size = kv_pool.shape[4]
     block = batch.slots // block_size
     offset = batch.slots % block_size
-    layer_pool = kv_pool.select(1, layer)
-    stored = k.clone()
-    stored[..., : cos_sin.shape[1]] = _rotated(k, cos, sin)
-    layer_pool[:, 0][block, :, offset] = stored
-    layer_pool[:, 1][block, :, offset] = v
+    is_fp8 = kv_pool.dtype in FP8_DTYPES
+    # Rounded once: floats until they are stored.
+    keys = k.to(torch.float32 if is_fp8 else k.dtype, copy=True)
+    keys[..., : cos_sin.shape[1]] = _rotated(keys, cos, sin)
+    for at, (values, scale) in enumerate(((keys, kv_scales.k), (v, kv_scales.v))):
+        stored = saturated(values.float() / scale, kv_pool.dtype) if is_fp8 else values
+        kv_pool.select(1, layer)[:, at][block, :, offset] = stored
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.layers.projection import Projection, ProjectionInput, load_projection
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch, paged_attention
+from kernels.kv_format import KVScales
 from kernels.norm import rms_norm
 from kernels.rope import rope_and_store_kv
 
@@ -55,6 +57,7 @@ class Attention:
         )
         self._q_norm: Tensor | None = None
         self._k_norm: Tensor | None = None
+        self._kv_scales = read_kv_scales(weights, prefix)
         if options.qk_norm:
             self._q_norm = weights.take(f"{prefix}.q_norm.weight", (config.head_dim,))
             self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
@@ -69,8 +72,29 @@ class Attention:
         if self._q_norm is not None and self._k_norm is not None:
             q = rms_norm(q, self._q_norm, self._eps)
             k = rms_norm(k, self._k_norm, self._eps)
-        rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, self._layer)
+        rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, self._layer, kv_scales=self._kv_scales)
         attended = paged_attention(
-            q, kv_pool, self._layer, batch, scale=self._scale, sliding_window=self._window
+            q,
+            kv_pool,
+            self._layer,
+            batch,
+            scale=self._scale,
+            sliding_window=self._window,
+            kv_scales=self._kv_scales,
         )
         return self._output.forward(attended.flatten(1))
+
+
+def read_kv_scales(weights: WeightSource, prefix: str) -> KVScales:
+    """What calibration has left in the checkpoint for an attention layer, under any of the names in
+    use; 1 where there is nothing."""
+    return KVScales(k=_read_scale(weights, prefix, "k"), v=_read_scale(weights, prefix, "v"))
+
+
+def _read_scale(weights: WeightSource, prefix: str, kind: str) -> float:
+    for owner in ("", "attn.", f"{kind}_proj."):
+        name = f"{prefix}.{owner}{kind}_scale"
+        stored = weights.stored(name)
+        if stored is not None:
+            return float(weights.take(name, stored.shape, dtype=torch.float32))
+    return 1.0

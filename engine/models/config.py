@@ -91,9 +91,13 @@ class ModelConfig:
         """What to add to the positions of such a sequence to index the model's cos/sin table."""
         return self.max_model_len if self.uses_long_rope(max_seq_len) else 0
 
-    def root_hash(self, max_seq_len: int, *, cache_salt: str | None = None) -> BlockHash:
-        """The parent hash of such a sequence's first block: long and short keys never match."""
+    def root_hash(
+        self, max_seq_len: int, *, cache_salt: str | None = None, kv_dtype: str = ""
+    ) -> BlockHash:
+        """The parent hash of such a sequence's first block: long and short keys never match, nor
+        do those that workers keep in different types (`KVLayout.dtype`)."""
         variant = "/long" if self.uses_long_rope(max_seq_len) else ""
+        variant += f"/{kv_dtype}" if kv_dtype else ""
         return root_hash(self.fingerprint + variant, cache_salt=cache_salt)
 
 

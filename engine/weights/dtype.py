@@ -1,4 +1,4 @@
-"""Which floating point type a model runs in."""
+"""Which floating point types a model runs in, and keeps its keys and values in."""
 
 import functools
 from pathlib import Path
@@ -9,6 +9,11 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+}
+_KV_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
 }
 # Linux's names for the instructions that multiply bfloat16 without widening it first.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -25,6 +30,11 @@ def resolve_dtype(name: str, device: torch.device, *, checkpoint_dtype: str) -> 
     if device.type == "cuda":
         return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def resolve_kv_dtype(name: str, *, model_dtype: torch.dtype) -> torch.dtype:
+    """`--kv-cache-dtype`'s value, where "auto" is the model's type."""
+    return model_dtype if name == "auto" else _KV_DTYPES[name]
 
 
 @functools.cache

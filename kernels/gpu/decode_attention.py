@@ -62,6 +62,7 @@ def _decode_kernel(
     kv_stride,
     window,
     scale,
+    v_scale,
     softcap,
     num_heads,
     GROUP: tl.constexpr,
@@ -108,7 +109,7 @@ def _decode_kernel(
         in_pool = head_pool + at[:, None] + columns[None, :]
         # What is not visible may be anything, NaN included.
         present = visible[:, None] & (columns < HEAD_DIM)[None, :]
-        key = tl.load(in_pool, mask=present, other=0.0)
+        key = tl.load(in_pool, mask=present, other=0.0).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
             scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
@@ -119,14 +120,14 @@ def _decode_kernel(
         weights = tl.exp2(scores - new_highest[:, None])
         faded = tl.exp2(highest - new_highest)
         total = total * faded + tl.sum(weights, 1)
-        value = tl.load(in_pool + kv_stride, mask=present, other=0.0)
+        value = tl.load(in_pool + kv_stride, mask=present, other=0.0).to(query.dtype)
         sums = sums * faded[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
         highest = new_highest
 
     # A padded row has no tokens: its sums are 0, and so is its output.
     total_or_one = tl.where(total > 0.0, total, 1.0)
-    result = sums / total_or_one[:, None]
+    result = sums * (v_scale / total_or_one)[:, None]
     if NUM_SPLITS == 1:
         at = (seq * num_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
         tl.store(out + at, result, mask=mask)
@@ -194,10 +195,12 @@ def decode_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
-    Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros.
+    Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
+    that of keys in an 8-bit pool, the result is multiplied with `v_scale`.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
@@ -225,6 +228,7 @@ def decode_attention(
         kv_pool.stride(2),
         sliding_window or 2**31 - 1,
         scale,
+        v_scale,
         softcap or 0.0,
         num_heads,
         GROUP=group,

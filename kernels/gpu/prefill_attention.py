@@ -102,7 +102,7 @@ def _attend_tiles(
             present = in_head
         at = block * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
         in_pool = head_pool + at[:, None] + columns[None, :]
-        key = tl.load(in_pool, mask=present, other=0.0)
+        key = tl.load(in_pool, mask=present, other=0.0).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = 2.0 * tl.sigmoid(2.0 * scores * (scale / softcap)) - 1.0
@@ -123,7 +123,7 @@ def _attend_tiles(
         weights = tl.exp2(scores - subtracted[:, None])
         faded = tl.exp2(highest - subtracted)
         total = total * faded + tl.sum(weights, 1)
-        value = tl.load(in_pool + kv_stride, mask=present, other=0.0)
+        value = tl.load(in_pool + kv_stride, mask=present, other=0.0).to(query.dtype)
         sums = sums * faded[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
         highest = new_highest
@@ -145,6 +145,7 @@ def _prefill_kernel(
     kv_stride,
     window,
     scale,
+    v_scale,
     softcap,
     num_heads,
     GROUP: tl.constexpr,
@@ -208,7 +209,7 @@ def _prefill_kernel(
         columns, block_stride, kv_stride, window, scale, softcap, HEAD_DIM, BLOCK_SIZE, TOKENS,
         IS_MASKED=True, HAS_WINDOW=HAS_WINDOW, HAS_SOFTCAP=HAS_SOFTCAP,
     )  # fmt: skip
-    result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
+    result = sums * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
     at = (tokens[:, None] * num_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
     tl.store(out + at, result, mask=mask)
 
@@ -222,10 +223,14 @@ def prefill_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    v_scale: float = 1.0,
     tile: PrefillTile | None = None,
 ) -> Tensor:
-    """`kernels.attention.paged_attention`; heads of a token lie side by side. `tile` is for
-    benchmarks."""
+    """`kernels.attention.paged_attention`; heads of a token lie side by side.
+
+    `scale` includes that of keys in an 8-bit pool, the result is multiplied with `v_scale`. `tile`
+    is for benchmarks.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
@@ -248,6 +253,7 @@ def prefill_attention(
         kv_pool.stride(2),
         sliding_window or 2**31 - 1,
         scale,
+        v_scale,
         softcap or 0.0,
         num_heads,
         GROUP=group,

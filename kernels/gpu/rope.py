@@ -3,6 +3,7 @@
 # A launch takes compile options beside the kernel's arguments.
 # pyright: reportCallIssue=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,24 +15,43 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.sizes import ceil_div, next_power_of_2
+from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 
 _HEADS_PER_PROGRAM = 8
 
 
 @triton.jit
-def _rotate(source, target, cos, sin, heads, head_stride, target_stride, half, columns, mask):
+def _bounded(values, factor, largest, IS_FP8: tl.constexpr):
+    """What an 8-bit pool stores for `values`, as floats: what is too large as the largest."""
+    if IS_FP8:
+        values = values.to(tl.float32) * factor
+        values = tl.clamp(values, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    return values
+
+
+@triton.jit
+def _rotate(
+    source, target, cos, sin, heads, head_stride, target_stride, half, columns, mask,
+    factor, largest, IS_FP8: tl.constexpr,
+):  # fmt: skip
     """Writes the rotated first 2 * half elements of each head of `source` to `target`."""
     first_at = heads[:, None] * head_stride + columns[None, :]
     first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
     at = heads[:, None] * target_stride + columns[None, :]
-    tl.store(target + at, first * cos - second * sin, mask=mask)
-    tl.store(target + at + half, second * cos + first * sin, mask=mask)
+    left = _bounded(first * cos - second * sin, factor, largest, IS_FP8)
+    right = _bounded(second * cos + first * sin, factor, largest, IS_FP8)
+    tl.store(target + at, left, mask=mask)
+    tl.store(target + at + half, right, mask=mask)
 
 
 @triton.jit
-def _copy_heads(source, target, heads, head_stride, target_stride, columns, mask):
+def _copy_heads(
+    source, target, heads, head_stride, target_stride, columns, mask,
+    factor, largest, IS_FP8: tl.constexpr,
+):  # fmt: skip
     values = tl.load(source + heads[:, None] * head_stride + columns[None, :], mask=mask)
+    values = _bounded(values, factor, largest, IS_FP8)
     tl.store(target + heads[:, None] * target_stride + columns[None, :], values, mask=mask)
 
 
@@ -54,9 +74,13 @@ def _rope_and_store_kv_kernel(
     head_dim,
     half,
     block_size,
+    k_factor,
+    v_factor,
+    largest,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     DIM: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_predecessor(PDL)
@@ -73,7 +97,10 @@ def _rope_and_store_kv_kernel(
         heads = group * HEADS + tl.arange(0, HEADS)
         mask = (heads < num_heads)[:, None] & in_half[None, :]
         row = q + token * q_stride
-        _rotate(row, row, cos, sin, heads, head_dim, head_dim, half, columns, mask)
+        _rotate(
+            row, row, cos, sin, heads, head_dim, head_dim, half, columns, mask,
+            1.0, 0.0, IS_FP8=False,
+        )  # fmt: skip
     else:
         slot = tl.load(slots + token)
         # A padded row of a captured graph has no slot.
@@ -84,13 +111,21 @@ def _rope_and_store_kv_kernel(
             target = pool + (slot // block_size) * block_stride + (slot % block_size) * head_dim
             stride = block_size * head_dim
             row = k + token * k_stride
-            _rotate(row, target, cos, sin, heads, head_dim, stride, half, columns, mask)
+            _rotate(
+                row, target, cos, sin, heads, head_dim, stride, half, columns, mask,
+                k_factor, largest, IS_FP8,
+            )  # fmt: skip
             whole = tl.arange(0, DIM)
             is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
-            _copy_heads(row, target, heads, head_dim, stride, whole, is_rest)
+            _copy_heads(
+                row, target, heads, head_dim, stride, whole, is_rest, k_factor, largest, IS_FP8
+            )
             is_value = is_head & (whole < head_dim)[None, :]
             row = v + token * v_stride
-            _copy_heads(row, target + kv_stride, heads, head_dim, stride, whole, is_value)
+            target += kv_stride
+            _copy_heads(
+                row, target, heads, head_dim, stride, whole, is_value, v_factor, largest, IS_FP8
+            )
 
 
 def rope_and_store_kv(
@@ -101,6 +136,8 @@ def rope_and_store_kv(
     batch: AttentionBatch,
     kv_pool: Tensor,
     layer: int,
+    *,
+    kv_scales: KVScales = UNSCALED,
 ) -> None:
     """`kernels.rope.rope_and_store_kv`; heads of a token lie side by side. Slots below 0 store
     nothing."""
@@ -129,9 +166,13 @@ def rope_and_store_kv(
         head_dim,
         half,
         block_size,
+        1.0 / kv_scales.k,
+        1.0 / kv_scales.v,
+        torch.finfo(kv_pool.dtype).max,
         HEADS=_HEADS_PER_PROGRAM,
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
+        IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=4,
         **launch_options(q.device),
     )

@@ -43,7 +43,8 @@ class RopeArgs(Structure):
     _fields_: ClassVar = _fields(
         pointers="q k v pool cos_sin positions slots",
         sizes="num_tokens num_heads num_kv_heads head_dim half block_size "
-        "q_stride k_stride v_stride cos_sin_stride block_stride num_threads",
+        "q_stride k_stride v_stride cos_sin_stride block_stride kv_format num_threads",
+        numbers="k_scale v_scale",
     )
 
 
@@ -78,8 +79,8 @@ class PagedAttentionArgs(Structure):
     _fields_: ClassVar = _fields(
         pointers="q out pool query_starts kv_lens block_tables",
         sizes="num_seqs max_blocks num_heads num_kv_heads head_dim block_size "
-        "q_stride block_stride window max_kv_len num_threads",
-        numbers="scale softcap",
+        "q_stride block_stride window max_kv_len kv_format num_threads",
+        numbers="scale softcap v_scale",
     )
 
 

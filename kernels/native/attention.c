@@ -8,12 +8,14 @@
  *   and spans are merged in order. Whether threads share a sequence's spans or one takes them all
  *   makes no difference to the bit, nor does the rest of the batch, nor how a prompt is cut: a
  *   masked token adds exact zeros.
+ * - Keys and values of 8 bits are widened to the queries' type a tile at a time, without loss.
  * - Sums are float32. With bfloat16 and AVX512-BF16, probabilities are rounded to bfloat16 before
  *   they multiply V, as flash attention does on other devices; else they stay float32.
  */
 #include <omp.h>
 #include <stdlib.h>
 
+#include "fp8.h"
 #include "shares.h"
 #include "tiles.h"
 
@@ -32,8 +34,8 @@ struct paged_attention_args {
     int64_t num_seqs, max_blocks, num_heads, num_kv_heads, head_dim, block_size;
     int64_t q_stride, block_stride; /* elements from token to token, from block to block */
     int64_t window, max_kv_len;     /* window: tokens seen, the query's own included */
-    int64_t num_threads;
-    double scale, softcap; /* softcap: 0 for none */
+    int64_t kv_format, num_threads; /* kv_format: of the pool, see fp8.h */
+    double scale, softcap, v_scale; /* softcap: 0 for none; v_scale: factor of the result */
 };
 
 struct item {

@@ -9,15 +9,22 @@ struct NAME(scratch) {
     WORD *queries; /* for each group of rows [words of head_dim][rows of the group] */
     WORD *weights; /* [MAX_TILE_ROWS][TILE / ELEMENTS]: probabilities */
     float *scores; /* [MAX_TILE_ROWS][TILE] */
-    T *zeros;      /* [head_dim]: stands in for tokens past the end */
+    T *zeros;      /* [head_dim]: stands in for tokens past the end, in the pool's type, too */
+    T *wide;       /* [TILE][head_dim]: K or V of a pool of 8 bits */
+    const void **wide_rows; /* [TILE]: where its rows start */
     struct state part, total;
 };
 
 /* Where a tile's tokens lie; the rest, up to a whole panel, is `zeros`. */
 struct NAME(tile) {
-    const T *keys[TILE], *values[TILE];
+    const void *keys[TILE], *values[TILE];
     int64_t first, count; /* tokens */
 };
+
+static int64_t NAME(kv_bytes)(const struct paged_attention_args *args, int64_t elements)
+{
+    return args->kv_format == FORMAT_SAME ? elements * (int64_t)sizeof(T) : elements;
+}
 
 static int64_t NAME(words)(const struct paged_attention_args *args)
 {
@@ -38,6 +45,11 @@ static int64_t NAME(lay_out)(const struct paged_attention_args *args, char *memo
     TAKE(scratch->weights, WORD, MAX_TILE_ROWS * TILE / ELEMENTS);
     TAKE(scratch->scores, float, MAX_TILE_ROWS * TILE);
     TAKE(scratch->zeros, T, args->head_dim);
+    int64_t wide_tokens = args->kv_format == FORMAT_SAME ? 0 : TILE;
+    TAKE(scratch->wide, T, wide_tokens * args->head_dim);
+    TAKE(scratch->wide_rows, const void *, wide_tokens);
+    for (int64_t i = 0; memory && i < wide_tokens; i++)
+        scratch->wide_rows[i] = scratch->wide + i * args->head_dim;
     TAKE(part, float, max_rows(args) * (dim + 2));
     TAKE(total, float, max_rows(args) * (dim + 2));
 #undef TAKE
@@ -50,22 +62,48 @@ static void NAME(find_tile)(const struct paged_attention_args *args, const struc
                             int64_t first, const T *zeros, struct NAME(tile) *tile)
 {
     const int32_t *table = args->block_tables + item->seq * args->max_blocks;
-    const T *pool = (const T *)args->pool + item->kv_head * args->block_size * args->head_dim;
-    int64_t value_offset = args->num_kv_heads * args->block_size * args->head_dim;
+    int64_t row_bytes = NAME(kv_bytes)(args, args->head_dim);
+    int64_t head_bytes = args->block_size * row_bytes;
+    int64_t block_bytes = NAME(kv_bytes)(args, args->block_stride);
+    const char *pool = (const char *)args->pool + item->kv_head * head_bytes;
     int64_t block = first / args->block_size, offset = first % args->block_size;
     int64_t end = item->end < first + TILE ? item->end : first + TILE, i = 0;
     tile->first = first;
     tile->count = end - first;
     for (; i < tile->count; block++, offset = 0) {
-        const T *row = pool + table[block] * args->block_stride + offset * args->head_dim;
+        const char *row = pool + table[block] * block_bytes + offset * row_bytes;
         for (; offset < args->block_size && i < tile->count; offset++, i++) {
             tile->keys[i] = row;
-            tile->values[i] = row + value_offset;
-            row += args->head_dim;
+            tile->values[i] = row + args->num_kv_heads * head_bytes;
+            row += row_bytes;
         }
     }
     for (; i % PANEL; i++)
         tile->keys[i] = tile->values[i] = zeros;
+}
+
+/* `count` rows as T, where those of the pool are not. */
+static const void *const *NAME(widened)(const struct paged_attention_args *args,
+                                        const void *const *rows, int64_t count,
+                                        const struct NAME(scratch) *scratch)
+{
+    if (args->kv_format == FORMAT_SAME)
+        return rows;
+    const struct fp8_format *format = &FP8_FORMATS[args->kv_format];
+    int64_t head_dim = args->head_dim;
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t *from = rows[i];
+        T *to = scratch->wide + i * head_dim;
+        int64_t d = 0;
+        for (; d + LANES <= head_dim; d += LANES)
+            STORE(to + d, load_fp8(from + d, format));
+        if (d < head_dim) {
+            uint8_t rest[LANES] = {0};
+            memcpy(rest, from + d, (size_t)(head_dim - d));
+            STORE_PART(to + d, load_fp8(rest, format), head_dim - d);
+        }
+    }
+    return scratch->wide_rows;
 }
 
 /* 16 words of a row from word `first` on; zeros past head_dim. */
@@ -87,7 +125,7 @@ INLINE i32x16 NAME(load_words)(const T *row, int64_t first, int64_t head_dim)
 }
 
 /* Transposes 16 tokens' words `first` to `first + 15`, into rows of a panel. */
-INLINE void NAME(pack_key_words)(const T *const *rows, int64_t first, int64_t head_dim,
+INLINE void NAME(pack_key_words)(const void *const *rows, int64_t first, int64_t head_dim,
                                  int64_t words, WORD *to)
 {
     i32x16 x[LANES];
@@ -102,27 +140,29 @@ INLINE void NAME(pack_key_words)(const T *const *rows, int64_t first, int64_t he
 }
 
 static void NAME(pack_keys)(const struct paged_attention_args *args, const struct NAME(tile) *tile,
-                            WORD *keys)
+                            const struct NAME(scratch) *scratch)
 {
     int64_t words = NAME(words)(args), head_dim = args->head_dim;
+    int64_t row_bytes = NAME(kv_bytes)(args, head_dim);
+    int64_t padded = (tile->count + PANEL - 1) / PANEL * PANEL;
+    const void *const *rows = NAME(widened)(args, tile->keys, padded, scratch);
     for (int64_t token = 0; token < tile->count; token += LANES) {
-        WORD *to = keys + token / PANEL * words * PANEL + token % PANEL;
+        WORD *to = scratch->keys + token / PANEL * words * PANEL + token % PANEL;
         /* V comes next, and its blocks are too short for the CPU to foresee. */
         for (int64_t i = 0; i < LANES; i++)
-            for (int64_t d = 0; d < head_dim; d += 64 / (int64_t)sizeof(T))
-                PREFETCH_L2(tile->values[token + i] + d);
+            for (int64_t at = 0; at < row_bytes; at += 64)
+                PREFETCH_L2((const char *)tile->values[token + i] + at);
         int64_t word = 0;
         /* With limits that it sees are met, the compiler keeps all of it in registers. */
         for (; word + LANES <= head_dim / ELEMENTS; word += LANES)
-            NAME(pack_key_words)(tile->keys + token, word, (word + LANES) * ELEMENTS, word + LANES,
-                                 to);
+            NAME(pack_key_words)(rows + token, word, (word + LANES) * ELEMENTS, word + LANES, to);
         if (word < words)
-            NAME(pack_key_words)(tile->keys + token, word, head_dim, words, to);
+            NAME(pack_key_words)(rows + token, word, head_dim, words, to);
     }
 }
 
 /* Two vectors of words for dimensions `d` to `d + 31`, of the ELEMENTS tokens from `token` on. */
-INLINE void NAME(pack_value_words)(const T *const *rows, int64_t d, int64_t head_dim, WORD *to)
+INLINE void NAME(pack_value_words)(const void *const *rows, int64_t d, int64_t head_dim, WORD *to)
 {
 #if ELEMENTS == 2
     /* Word i of a row holds dimensions 2i and 2i + 1 of a token; a word of V holds one dimension
@@ -145,19 +185,21 @@ INLINE void NAME(pack_value_words)(const T *const *rows, int64_t d, int64_t head
 /* Also fetches the K of `next`, which may be NULL. */
 static void NAME(pack_values)(const struct paged_attention_args *args,
                               const struct NAME(tile) *tile, const struct NAME(tile) *next,
-                              WORD *values)
+                              const struct NAME(scratch) *scratch)
 {
     int64_t head_dim = args->head_dim, padded = (tile->count + PANEL - 1) / PANEL * PANEL;
+    int64_t row_bytes = NAME(kv_bytes)(args, head_dim);
+    const void *const *rows = NAME(widened)(args, tile->values, padded, scratch);
     for (int64_t token = 0; token < padded; token += ELEMENTS) {
-        WORD *to = values + token / ELEMENTS * PANEL;
+        WORD *to = scratch->values + token / ELEMENTS * PANEL;
         int64_t d = 0;
         for (; d + PANEL <= head_dim; d += PANEL, to += TILE / ELEMENTS * PANEL)
-            NAME(pack_value_words)(tile->values + token, d, d + PANEL, to);
+            NAME(pack_value_words)(rows + token, d, d + PANEL, to);
         if (d < head_dim)
-            NAME(pack_value_words)(tile->values + token, d, head_dim, to);
+            NAME(pack_value_words)(rows + token, d, head_dim, to);
         for (int64_t i = token; next && i < token + ELEMENTS && i < next->count; i++)
-            for (int64_t j = 0; j < head_dim; j += 64 / (int64_t)sizeof(T))
-                PREFETCH_L2(next->keys[i] + j);
+            for (int64_t at = 0; at < row_bytes; at += 64)
+                PREFETCH_L2((const char *)next->keys[i] + at);
     }
 }
 
@@ -313,8 +355,8 @@ static void NAME(attend_item)(const struct paged_attention_args *args, const str
             NAME(find_tile)(args, next_item, next_item->first, scratch->zeros, next);
         else
             next = NULL;
-        NAME(pack_keys)(args, &tiles[0], scratch->keys);
-        NAME(pack_values)(args, &tiles[0], next, scratch->values);
+        NAME(pack_keys)(args, &tiles[0], scratch);
+        NAME(pack_values)(args, &tiles[0], next, scratch);
         for (int64_t i = 0; i < groups; i++) {
             int64_t first = rows * i / groups, last = rows * (i + 1) / groups;
             NAME(attend_rows)(args, item, scratch, token, first, last - first);
@@ -337,7 +379,7 @@ static void NAME(write_output)(const struct paged_attention_args *args, const st
         T *out = (T *)args->out + ((first + row / group) * args->num_heads +
                                    item->kv_head * group + row % group) * head_dim;
         const float *from = total->out + row * padded_dim(args);
-        float norm = 1.0f / total->sum[row];
+        float norm = (float)args->v_scale / total->sum[row];
         int64_t d = 0;
         for (; d + LANES <= head_dim; d += LANES)
             STORE(out + d, load_f32(from + d) * norm);

@@ -1,5 +1,5 @@
 /* Row-wise operations, for both element types: norm, gated activation, rope with the KV store. */
-#include "vec.h"
+#include "fp8.h"
 
 /* Below this many elements a second thread costs more than it brings. */
 #define PARALLEL_ELEMENTS (1 << 17)
@@ -34,8 +34,18 @@ struct rope_args {
     int64_t num_tokens, num_heads, num_kv_heads, head_dim, half, block_size;
     /* Elements from token to token (a token's heads are adjacent), and from block to block. */
     int64_t q_stride, k_stride, v_stride, cos_sin_stride, block_stride;
-    int64_t num_threads;
+    int64_t kv_format, num_threads; /* kv_format: of the pool, see fp8.h */
+    double k_scale, v_scale;        /* what an 8-bit pool's values are multiplied with when read */
 };
+
+/* A row for the pool's `n` bytes. */
+INLINE void store_fp8_row(uint8_t *to, const float *row, int64_t n, double scale,
+                          const struct fp8_format *format)
+{
+    float inverse = (float)(1.0 / scale);
+    for (int64_t i = 0; i < n; i++)
+        to[i] = f32_to_fp8(row[i] * inverse, format);
+}
 
 #define T float
 #define NAME(base) base##_f32

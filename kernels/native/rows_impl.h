@@ -88,28 +88,55 @@ INLINE void NAME(rotate_head)(const T *x, T *out, const float *cosines, int64_t 
     }
 }
 
+/* A token's keys and values to their slot, heads `head_stride` apart, in the pool's own type. */
+INLINE void NAME(store_kv)(const struct rope_args *a, const T *k, const T *v, const float *cosines,
+                           T *slot, int64_t head_stride)
+{
+    size_t unrotated = (size_t)(a->head_dim - 2 * a->half) * sizeof(T);
+    for (int64_t head = 0; head < a->num_kv_heads; head++) {
+        NAME(rotate_head)(k, slot, cosines, a->half);
+        memcpy(slot + 2 * a->half, k + 2 * a->half, unrotated);
+        memcpy(slot + a->num_kv_heads * head_stride, v, (size_t)a->head_dim * sizeof(T));
+        k += a->head_dim, v += a->head_dim, slot += head_stride;
+    }
+}
+
+/* The same for a pool of 8 bits: rounded once, from the rotated floats. */
+INLINE void NAME(store_kv_fp8)(const struct rope_args *a, const T *k, const T *v,
+                               const float *cosines, uint8_t *slot, int64_t head_stride)
+{
+    const struct fp8_format *format = &FP8_FORMATS[a->kv_format];
+    float keys[a->head_dim], values[a->head_dim];
+    for (int64_t head = 0; head < a->num_kv_heads; head++) {
+        for (int64_t i = 0; i < a->head_dim; i++)
+            keys[i] = TO_F32(k[i]), values[i] = TO_F32(v[i]);
+        rotate_head_f32(keys, keys, cosines, a->half);
+        store_fp8_row(slot, keys, a->head_dim, a->k_scale, format);
+        store_fp8_row(slot + a->num_kv_heads * head_stride, values, a->head_dim, a->v_scale,
+                      format);
+        k += a->head_dim, v += a->head_dim, slot += head_stride;
+    }
+}
+
 void NAME(tandem_rope_and_store_kv)(const struct rope_args *args)
 {
     const struct rope_args a = *args;
     int64_t head_stride = a.block_size * a.head_dim;
     int64_t work = a.num_tokens * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim;
-    size_t unrotated = (size_t)(a.head_dim - 2 * a.half) * sizeof(T);
 #pragma omp parallel for num_threads((int)a.num_threads) if (work > PARALLEL_ELEMENTS)
     for (int64_t token = 0; token < a.num_tokens; token++) {
         const float *cosines = a.cos_sin + a.positions[token] * a.cos_sin_stride;
         T *q = (T *)a.q + token * a.q_stride;
         const T *k = (const T *)a.k + token * a.k_stride;
         const T *v = (const T *)a.v + token * a.v_stride;
-        T *slot = (T *)a.pool + a.slots[token] / a.block_size * a.block_stride +
-                  a.slots[token] % a.block_size * a.head_dim;
+        int64_t slot = a.slots[token] / a.block_size * a.block_stride +
+                       a.slots[token] % a.block_size * a.head_dim;
         for (int64_t head = 0; head < a.num_heads; head++)
             NAME(rotate_head)(q + head * a.head_dim, q + head * a.head_dim, cosines, a.half);
-        for (int64_t head = 0; head < a.num_kv_heads; head++) {
-            NAME(rotate_head)(k, slot, cosines, a.half);
-            memcpy(slot + 2 * a.half, k + 2 * a.half, unrotated);
-            memcpy(slot + a.num_kv_heads * head_stride, v, (size_t)a.head_dim * sizeof(T));
-            k += a.head_dim, v += a.head_dim, slot += head_stride;
-        }
+        if (a.kv_format == FORMAT_SAME)
+            NAME(store_kv)(&a, k, v, cosines, (T *)a.pool + slot, head_stride);
+        else
+            NAME(store_kv_fp8)(&a, k, v, cosines, (uint8_t *)a.pool + slot, head_stride);
     }
 }
 

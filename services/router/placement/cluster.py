@@ -105,7 +105,9 @@ class Cluster:
     # RouteChooser:
 
     def block_hashes(self, request: Request, known: Sequence[BlockHash]) -> list[BlockHash]:
-        root = self._model.config.root_hash(request.max_num_tokens, cache_salt=request.cache_salt)
+        root = self._model.config.root_hash(
+            request.max_num_tokens, cache_salt=request.cache_salt, kv_dtype=self._kv_dtype
+        )
         return hash_blocks(request.token_ids, self._block_size, root=root, known=known)
 
     def choose(
@@ -222,6 +224,12 @@ class Cluster:
         for worker in self._workers.values():
             return worker.record.layout.block_size
         return DEFAULT_BLOCK_SIZE
+
+    @property
+    def _kv_dtype(self) -> str:
+        for worker in self._workers.values():
+            return worker.record.layout.dtype
+        return ""
 
     def _ready(self, role: WorkerRole) -> list[WorkerMirror]:
         return [

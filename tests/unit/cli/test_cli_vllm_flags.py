@@ -21,6 +21,9 @@ ACCEPTED = """
 --kv-cache-dtype auto
 --quantization fp8
 --quantization compressed-tensors
+--kv-cache-dtype fp8
+--kv-cache-dtype fp8_e4m3
+--kv-cache-dtype fp8_e5m2
 --enable-prefix-caching
 --no-enable-prefix-caching
 --enable-chunked-prefill
@@ -53,8 +56,8 @@ REFUSED = {
     "--tensor-parallel-size 2": "--prefill-workers and --decode-workers",
     "--pipeline-parallel-size 2": "--prefill-workers and --decode-workers",
     "--swap-space -1": "0 or more",
-    "--kv-cache-dtype fp8": "choose that with --dtype",
     "--quantization awq": "one of fp8, compressed-tensors",
+    "--kv-cache-dtype nvfp4": "one of auto, fp8, fp8_e4m3, fp8_e5m2",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
     "--num-scheduler-steps 8": "the next step is prepared while one runs",
     "--speculative-model draft": "leave it out",

@@ -120,6 +120,12 @@ def test_long_and_short_sequences_differ_only_where_rope_does(tmp_path: Path) ->
     assert limited.root_hash(100) == limited.root_hash(1)
 
 
+def test_keys_of_one_type_never_match_those_of_another(tmp_path: Path) -> None:
+    config = read_model_config(write(tmp_path))
+    kinds = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    assert len({config.root_hash(1, kv_dtype=kind) for kind in kinds}) == len(kinds)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -43,7 +43,7 @@ def test_the_default_on_a_cpu_is_bounded_both_ways() -> None:
 
 
 def test_the_pool_is_page_aligned_and_writable() -> None:
-    pool = allocate_kv_pool(LAYOUT, 7, dtype=torch.bfloat16, device=CPU)
+    pool = allocate_kv_pool(LAYOUT, 7, device=CPU)
     assert pool.shape == (7, 2, 2, 2, 4, 8)
     assert pool.is_contiguous()
     assert pool.nbytes == 7 * LAYOUT.block_bytes
@@ -56,4 +56,4 @@ def test_the_pool_is_page_aligned_and_writable() -> None:
 def test_more_than_the_machine_has_is_refused() -> None:
     num_blocks = 2 * psutil.virtual_memory().total // LAYOUT.block_bytes
     with pytest.raises(StartupError, match="GiB, more than"):
-        allocate_kv_pool(LAYOUT, num_blocks, dtype=torch.bfloat16, device=CPU)
+        allocate_kv_pool(LAYOUT, num_blocks, device=CPU)

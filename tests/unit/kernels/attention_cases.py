@@ -1,10 +1,15 @@
 """Batches over a paged pool, and what attention over them must give."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.kv_format import UNSCALED, KVScales
 
+FP8_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
+FP8_CASES = [{}, {"heads": (9, 3), "head_dim": 80}, {"sliding_window": 5}, {"softcap": 2.0}]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -57,6 +62,7 @@ def attend_naively(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float64)
     group = q.shape[1] // pool.shape[3]
@@ -65,6 +71,7 @@ def attend_naively(
         kv_len = int(batch.kv_lens[i])
         kv = pool[batch.block_tables[i].long(), layer].double()
         kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, heads, kv, head_dim]
+        kv = kv * torch.tensor([kv_scales.k, kv_scales.v]).double().view(2, 1, 1, 1)
         for row in range(first, last):
             end = kv_len - (last - row) + 1
             begin = max(0, end - sliding_window) if sliding_window else 0
@@ -84,16 +91,23 @@ def check(
     block_size: int = 16,
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> None:
     torch.manual_seed(0)
     batch = make_batch(lengths, block_size)
-    pool = make_pool(batch, heads[1], block_size, head_dim).to(dtype)
+    pool = make_pool(batch, heads[1], block_size, head_dim).to(kv_dtype or dtype)
     # As a model has it: a view of a fused qkv tensor.
     fused = torch.randn(len(batch.slots), heads[0] + 2, head_dim).to(dtype)
     q = fused[:, : heads[0]]
-    options = {"scale": head_dim**-0.5, "sliding_window": sliding_window, "softcap": softcap}
+    options: dict[str, Any] = {
+        "scale": head_dim**-0.5,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+    }
+    if kv_dtype is not None:
+        options["kv_scales"] = KVScales(k=0.75, v=1.5)
     expected = attend_naively(q, pool, 1, batch, **options)
     actual = implementation(q, pool, 1, batch, **options)
     assert actual.dtype is dtype

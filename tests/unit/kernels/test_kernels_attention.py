@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import MIXED, check, make_batch, make_pool
+from attention_cases import FP8_CASES, FP8_DTYPES, MIXED, check, make_batch, make_pool
 
 from kernels.attention import AttentionBatch, paged_attention, paged_attention_reference
 from kernels.native.library import Operation, native_kernel
@@ -36,6 +36,11 @@ class TestPagedAttention:
 
     def test_long_contexts(self, implementation, dtype):
         check(implementation, [(1, 1300), (3, 700), (130, 1100)], heads=(3, 1), dtype=dtype)
+
+    @pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
+    @pytest.mark.parametrize("case", FP8_CASES, ids=str)
+    def test_fp8_pools(self, implementation, dtype, kv_dtype, case):
+        check(implementation, MIXED, dtype=dtype, kv_dtype=kv_dtype, **case)
 
     def test_long_windows(self, implementation, dtype):
         lengths = [(1, 1300), (130, 1100)]

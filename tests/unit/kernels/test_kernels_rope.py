@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.attention import AttentionBatch
+from kernels.kv_format import KVScales
 from kernels.rope import rope_and_store_kv, rope_and_store_kv_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -62,6 +63,33 @@ def test_rope_and_store_kv(implementation, dtype, heads, head_dim, rotary_dim, b
         assert torch.equal(stored[1], expected_v[i])
         untouched[slot // block_size, 1, :, :, slot % block_size] = stored
     assert torch.equal(pool, untouched)
+
+
+@pytest.mark.parametrize("implementation", [rope_and_store_kv, rope_and_store_kv_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_pools_round_to_nearest_and_saturate(implementation, dtype, kv_dtype):
+    """Every finite value of the type, what lies between two, and what is too large; at angle 0."""
+    exact = torch.arange(256, dtype=torch.uint8).view(kv_dtype).float()
+    exact = exact[exact.isfinite()].unique()
+    values = torch.cat((exact, (exact[1:] + exact[:-1]) / 2, exact.new_tensor([1e30, -1e30])))
+    values = torch.cat((values, values.new_tensor([float("nan")]), values * 1.01))
+    values = values[: len(values) // 16 * 16].view(-1, 1, 16).to(dtype)
+    num_tokens, half = len(values), 8
+    cos_sin = torch.cat((torch.ones(1, half), torch.zeros(1, half)), -1)
+    batch = make_batch(list(range(num_tokens)), [0] * num_tokens)
+    pool = torch.zeros((num_tokens, 1, 2, 1, 1, 16), dtype=kv_dtype)
+    scales = KVScales(k=2.0, v=0.5)
+    # Rotation would spread NaN.
+    keys = values.nan_to_num(0.0)
+    implementation(keys.clone(), keys, values, cos_sin, batch, pool, 0, kv_scales=scales)
+    largest = torch.finfo(kv_dtype).max
+    stored_kv = pool[:, 0, :, 0, 0].unbind(1)
+    for x, stored, scale in zip((keys, values), stored_kv, (2.0, 0.5), strict=True):
+        expected = (x[:, 0].float() / scale).clamp(-largest, largest).to(kv_dtype)
+        is_nan = expected.float().isnan()
+        assert torch.equal(stored.float().isnan(), is_nan)
+        assert torch.equal(stored.float()[~is_nan], expected.float()[~is_nan])
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import MIXED, check, make_batch, make_pool
+from attention_cases import FP8_CASES, FP8_DTYPES, MIXED, check, make_batch, make_pool
 from torch import Tensor
 
 from kernels.activation import silu_and_mul_reference
 from kernels.attention import AttentionBatch
 from kernels.block_copy import copy_blocks_reference
+from kernels.kv_format import UNSCALED, KVScales
 from kernels.norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
 
@@ -43,6 +44,8 @@ def moved(batch: AttentionBatch) -> AttentionBatch:
 
 def on_device(attend: Callable[..., Tensor], **extra: Any) -> Callable[..., Tensor]:
     def run(q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options: Any) -> Tensor:
+        scales = options.pop("kv_scales", UNSCALED)
+        options |= {"scale": options["scale"] * scales.k, "v_scale": scales.v}
         out = attend(q.to(DEVICE), pool.to(DEVICE), layer, moved(batch), **options, **extra)
         return out.cpu()
 
@@ -87,6 +90,12 @@ class TestAttention:
     def test_softcap(self, attend, lengths):
         check(attend, lengths, softcap=2.0)
 
+    @pytest.mark.parametrize("dtype", DOT_DTYPES)
+    @pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
+    @pytest.mark.parametrize("case", FP8_CASES, ids=str)
+    def test_fp8_pools(self, attend, lengths, dtype, kv_dtype, case):
+        check(attend, lengths, dtype=dtype, kv_dtype=kv_dtype, **case)
+
     def test_a_long_context(self, attend, lengths):
         check(attend, [(1, 700), lengths[0]], heads=(2, 1))
 
@@ -114,20 +123,34 @@ def test_padded_decode_rows_get_zeros_and_store_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary_dim", [64, 40])
-def test_rope_and_store_kv(dtype: torch.dtype, rotary_dim: int) -> None:
+@pytest.mark.parametrize("kv_dtype", [None, *FP8_DTYPES])
+def test_rope_and_store_kv(
+    dtype: torch.dtype, rotary_dim: int, kv_dtype: torch.dtype | None
+) -> None:
     torch.manual_seed(0)
+    scales = KVScales(k=0.002, v=0.5)
     batch = make_batch([(3, 20), (1, 5), (17, 17)], 8)
     heads, kv_heads, head_dim = 9, 3, 64
     qkv = torch.randn(len(batch.slots), heads + 2 * kv_heads, head_dim).to(dtype)
     cos_sin = torch.randn(64, rotary_dim)
-    pool = torch.zeros(int(batch.block_tables.max()) + 1, 2, 2, kv_heads, 8, head_dim, dtype=dtype)
+    shape = (int(batch.block_tables.max()) + 1, 2, 2, kv_heads, 8, head_dim)
+    pool = torch.zeros(shape, dtype=kv_dtype or dtype)
     actual_qkv, actual_pool = qkv.to(DEVICE, copy=True), pool.to(DEVICE, copy=True)
     sizes = [heads, kv_heads, kv_heads]
-    rope_and_store_kv_reference(*qkv.split(sizes, 1), cos_sin, batch, pool, 1)
+    rope_and_store_kv_reference(*qkv.split(sizes, 1), cos_sin, batch, pool, 1, kv_scales=scales)
     split = actual_qkv.split(sizes, 1)
-    rope.rope_and_store_kv(*split, cos_sin.to(DEVICE), moved(batch), actual_pool, 1)
+    rope.rope_and_store_kv(
+        *split, cos_sin.to(DEVICE), moved(batch), actual_pool, 1, kv_scales=scales
+    )
     close(actual_qkv, qkv)
-    close(actual_pool, pool)
+    if kv_dtype is None:
+        close(actual_pool, pool)
+    else:
+        assert kv_dtype is torch.float8_e5m2 or pool.float().max() == torch.finfo(kv_dtype).max
+        # Sums that lie between two of so few values may fall either way, and the interpreter
+        # doesn't carry into the exponent when it rounds.
+        share = 1e-3 if DEVICE == "cuda" else 0.02
+        assert (actual_pool.cpu().float() != pool.float()).float().mean() < share
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
