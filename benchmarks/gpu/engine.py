@@ -1,13 +1,13 @@
 """Times engine steps of a model with random weights on a GPU, beside the card's own ceilings.
 
-    python -m benchmarks.gpu.engine [--quantization fp8] [--layers 32] [--only decode]
-        [--one-by-one] [--out benchmarks/results/gpu-engine.json]
+    python -m benchmarks.gpu.engine [--quantization fp8] [--kv-cache-dtype fp8] [--layers 32]
+        [--only decode] [--one-by-one] [--skip-prompts] [--out benchmarks/results/gpu-engine.json]
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
 weights and KV for decode. Ceilings are measured first, in the same run. For decode a profile says
 for which share of the time no kernel ran; `--one-by-one` launches no step before the one before
-is known.
+is known. `--skip-prompts` decodes over blocks of random numbers instead of computed prompts.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from engine.config import EngineConfig
@@ -31,6 +32,7 @@ from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
+from kernels.attention import AttentionBatch
 from kernels.fp8 import quantize_rows
 from kernels.gpu.fp8_linear import library_linear
 from protocol.ids import RequestKey
@@ -58,7 +60,7 @@ LLAMA_8B: dict[str, Any] = {
 PREFILL = ((64, 2048), (8, 8192), (1, 32768))
 # With what is generated until and while steps are timed, contexts of 1,168 tokens, as in the table
 # that docs/performance.md compares with.
-DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640))
+DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640), (16, 32640))
 NUM_DECODE_STEPS = 64
 NUM_PROFILED_STEPS = 16
 BATCHED_TOKENS = 16384
@@ -135,6 +137,11 @@ def idle_share(call: Callable[[], object]) -> float:
     return 1 - busy / (until - spans[0][0])
 
 
+def fill_with_noise(kv_pool: Tensor) -> None:
+    for piece in kv_pool.split(1024):
+        piece.copy_(torch.randn(piece.shape, dtype=torch.bfloat16, device=piece.device))
+
+
 class Bench:
     """One engine, and what its model's steps need at least."""
 
@@ -146,6 +153,8 @@ class Bench:
         *,
         quantization: str | None,
         one_by_one: bool,
+        kv_cache_dtype: str,
+        skip_prompts: bool,
     ) -> None:
         shape = LLAMA_8B | {"num_hidden_layers": num_layers}
         (model_dir / "config.json").write_text(json.dumps(shape))
@@ -153,6 +162,7 @@ class Bench:
             model=str(model_dir),
             max_num_batched_tokens=BATCHED_TOKENS,
             enable_prefix_caching=False,
+            kv_cache_dtype=kv_cache_dtype,
             async_scheduling=not one_by_one,
         )
         started = time.perf_counter()
@@ -165,6 +175,17 @@ class Bench:
         )
         self.engine = Engine(config, "dummy", model, progress=True)
         self.start_s = time.perf_counter() - started
+        if skip_prompts:
+            fill_with_noise(self.engine.kv_pool)
+            forward = model.forward
+
+            def decode_only(token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
+                if batch.max_query_len == 1:
+                    return forward(token_ids, batch, kv_pool)
+                shape = (len(token_ids), model.config.hidden_size)
+                return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+            model.forward = decode_only
         self._ceilings = ceilings
         hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
         kv_size = shape["num_key_value_heads"] * shape["head_dim"]
@@ -190,6 +211,13 @@ class Bench:
             "tokens_per_s": num_seqs * prompt_len / total_s,
             "share_of_limit": floor_s / total_s,
         }
+
+    def fits(self, num_seqs: int, prompt_len: int) -> bool:
+        """Whether the pool has room for a row of `DECODE`."""
+        num_tokens = prompt_len + NUM_DECODE_STEPS + NUM_PROFILED_STEPS + num_seqs
+        layout = self.engine.model.layout
+        needed = num_seqs * -(-num_tokens // layout.block_size)
+        return needed <= self.engine.kv_pool.shape[0]
 
     def decode(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
         """The median step with all sequences running."""
@@ -232,6 +260,8 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--skip-prompts", action="store_true", help="only for decode")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
     args = parser.parse_args()
@@ -244,6 +274,8 @@ def main() -> None:
             ceilings,
             quantization=args.quantization,
             one_by_one=args.one_by_one,
+            kv_cache_dtype=args.kv_cache_dtype,
+            skip_prompts=args.skip_prompts,
         )
     print(f"start {bench.start_s:.1f} s")
     results: dict[str, Any] = {
@@ -253,16 +285,21 @@ def main() -> None:
         "layers": args.layers,
         "quantization": args.quantization,
         "one_by_one": args.one_by_one,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "skip_prompts": args.skip_prompts,
         "ceilings": dataclasses.asdict(ceilings),
         "start_s": bench.start_s,
         "prefill": [],
         "decode": [],
     }
-    bench.prefill(8, 2048)
+    if not args.skip_prompts:
+        bench.prefill(8, 2048)
     for num_seqs, prompt_len in PREFILL if args.only != "decode" else ():
         results["prefill"].append(bench.prefill(num_seqs, prompt_len))
         print(results["prefill"][-1], flush=True)
     for num_seqs, prompt_len in DECODE if args.only != "prefill" else ():
+        if not bench.fits(num_seqs, prompt_len):
+            continue
         results["decode"].append(bench.decode(num_seqs, prompt_len))
         print(results["decode"][-1], flush=True)
     if args.out:

@@ -212,10 +212,13 @@ def _cudnn_call(num_seqs: int, num_queries: int) -> Call:
 
 def bench_decode() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for num_seqs, kv_len in ((1, 1168), (16, 1168), (64, 1168), (256, 1168), (16, 32768)):
-        num_layers = 4
+    dtypes = (torch.bfloat16, torch.float8_e4m3fn)
+    shapes = ((1, 1168), (16, 1168), (64, 1168), (256, 1168), (8, 32768), (16, 32768))
+    for dtype, (num_seqs, kv_len) in itertools.product(dtypes, shapes):
+        num_layers = 2 if kv_len > 8192 else 4
         batch = make_batch(num_seqs, 1, kv_len)
         q, pool = _attention_inputs(batch, num_layers)
+        pool = pool.to(dtype)
         options = {"scale": 0.1, "sliding_window": None, "softcap": None}
         calls = [
             functools.partial(decode_attention, q, pool, layer, batch, **options)
@@ -225,6 +228,7 @@ def bench_decode() -> list[dict[str, Any]]:
         num_bytes = pool.nbytes / num_layers
         row = {
             "decode": [num_seqs, kv_len],
+            "kv": str(dtype).removeprefix("torch."),
             "us": 1e6 * seconds,
             "gb_per_s": num_bytes / seconds / 1e9,
         }

@@ -80,10 +80,6 @@ class WeightSource(Protocol):
         """Several tensors as one, in order along the first dimension. Raises as `take` does."""
         ...
 
-    def find_number(self, *names: str) -> float | None:
-        """A tensor of one element, under the first of `names` that exists; None if none does."""
-        ...
-
 
 class SafetensorsWeights:
     """Tensors of a model directory's `*.safetensors`, read when taken; a context manager.
@@ -203,14 +199,6 @@ class SafetensorsWeights:
     def _stored_name(self, name: str) -> str:
         return name.removeprefix("model.") if self._is_bare else name
 
-    def find_number(self, *names: str) -> float | None:
-        for name in names:
-            path = self._file_of.get(name)
-            if path is not None:
-                self._untaken.discard(name)
-                return float(self._files[path.name].get_tensor(name))
-        return None
-
 
 class DummyWeights:
     """Small random numbers under any name, the same in each process, for benchmarks."""
@@ -247,9 +235,6 @@ class DummyWeights:
             else:
                 values.normal_(std=0.02, generator=generator)
         return whole
-
-    def find_number(self, *names: str) -> float | None:  # noqa: ARG002
-        return None
 
 
 def _stack(

@@ -21,19 +21,25 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.merge_attention import merge_attention
 from kernels.gpu.sizes import next_power_of_2
+from kernels.kv_format import FP8_DTYPES
 
 # The least side of a matrix instruction; smaller groups are padded to it.
 _MIN_ROWS = 16
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
-_MAX_SPLITS = 64
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
+_MAX_SPLITS = 32
 # Programs on the card at a time that keep its memory busy, over those that start one after another.
 _PROGRAMS_PER_PROCESSOR = 4
+_FEW_PAIRS = 32
+# For which widening in assembly was measured; others leave it to the compiler.
+_ASSEMBLY_HEAD_DIM = 128
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
+class DecodeTile:
     """Tokens a program takes at a time, and how it is compiled."""
 
     tokens: int
@@ -41,10 +47,50 @@ class _Tile:
     num_stages: int
 
 
-def _tile(head_dim: int, element_bytes: int) -> _Tile:
-    if head_dim * element_bytes > 256:
-        return _Tile(tokens=32, num_warps=4, num_stages=2)
-    return _Tile(tokens=64, num_warps=4, num_stages=3)
+def _tile(head_dim: int, kv_bytes: int, num_pairs: int) -> DecodeTile:
+    """What measured fastest on an H100 (benchmarks/gpu/kernels.py), for so many sequences and
+    heads. Few warps: each exchange between them, for the maximum, the sum and the weights, makes
+    all wait."""
+    if head_dim * kv_bytes > 256:
+        return DecodeTile(tokens=32, num_warps=4, num_stages=2)
+    if kv_bytes > 1:
+        return DecodeTile(tokens=64, num_warps=2, num_stages=3)
+    if num_pairs <= _FEW_PAIRS:
+        return DecodeTile(tokens=64, num_warps=4, num_stages=3)
+    num_stages = 4 if head_dim == _ASSEMBLY_HEAD_DIM else 6
+    return DecodeTile(
+        tokens=32, num_warps=1 if head_dim <= _ASSEMBLY_HEAD_DIM else 2, num_stages=num_stages
+    )
+
+
+@triton.jit
+def _widened(values, query, IN_ASSEMBLY: tl.constexpr):
+    """`values` in the type of `query`; if `IN_ASSEMBLY` they have 8 bits, and that is float16.
+
+    The compiler would first bring bytes to where the matrix instruction wants them, one by one;
+    past assembly it moves nothing, so what moves is wide, and already of 16 bits.
+    """
+    if IN_ASSEMBLY and values.dtype == tl.float8e5:
+        # A float16's upper half.
+        values = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
+            "=r,=r,r",
+            [values],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    elif IN_ASSEMBLY:
+        values = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
+            "cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r",
+            [values],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    return values.to(query.dtype)
 
 
 @triton.jit
@@ -73,6 +119,8 @@ def _decode_kernel(
     TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    USES_FLOAT16: tl.constexpr,
+    IN_ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_predecessor(PDL)
@@ -97,7 +145,10 @@ def _decode_kernel(
     )
     table = block_tables + seq * table_stride
     head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
-
+    if USES_FLOAT16:
+        scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
+        query = scaled.to(tl.float16)
+        scale = 1.0
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, DIM], tl.float32)
@@ -120,7 +171,8 @@ def _decode_kernel(
         weights = tl.exp2(scores - new_highest[:, None])
         faded = tl.exp2(highest - new_highest)
         total = total * faded + tl.sum(weights, 1)
-        value = tl.load(in_pool + kv_stride, mask=present, other=0.0).to(query.dtype)
+        value = tl.load(in_pool + kv_stride, mask=present, other=0.0)
+        value = _widened(value, query, IN_ASSEMBLY)
         sums = sums * faded[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
         highest = new_highest
@@ -143,41 +195,15 @@ def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
-@triton.jit
-def _merge_kernel(
-    partial_out,
-    partial_lse,
-    out,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
-    columns = tl.arange(0, DIM)
-    is_split = splits < NUM_SPLITS
-    lse = tl.load(partial_lse + row * NUM_SPLITS + splits, mask=is_split, other=float("-inf"))
-    highest = tl.max(lse, 0)
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    weights = tl.exp2(lse - highest)
-    total = tl.sum(weights, 0)
-    at = (row * NUM_SPLITS + splits[:, None]) * HEAD_DIM + columns[None, :]
-    mask = is_split[:, None] & (columns < HEAD_DIM)[None, :]
-    parts = tl.load(partial_out + at, mask=mask, other=0.0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out + row * HEAD_DIM + columns, result, mask=columns < HEAD_DIM)
-
-
-def num_splits(num_seqs: int, num_kv_heads: int, max_kv_len: int, device: torch.device) -> int:
-    """Programs a sequence and head, a power of two, so that the card is full and few idle."""
-    if device.type != "cuda":
+def _num_splits(num_pairs: int, max_kv_len: int, kv_pool: Tensor) -> int:
+    """Programs for each of `num_pairs` sequences and heads, a power of two, so that the card is
+    full and few are idle."""
+    if not kv_pool.is_cuda:
         return 4
-    programs = _PROGRAMS_PER_PROCESSOR * _num_processors(device)
-    wanted = max(1, programs // (num_seqs * num_kv_heads))
+    programs = _PROGRAMS_PER_PROCESSOR * _num_processors(kv_pool.device)
+    if kv_pool.dtype in FP8_DTYPES:
+        programs *= 2  # of a single warp
+    wanted = max(1, programs // num_pairs)
     useful = max(1, max_kv_len // 128)
     return min(_MAX_SPLITS, 1 << (min(wanted, useful).bit_length() - 1))
 
@@ -196,16 +222,21 @@ def decode_attention(
     sliding_window: int | None,
     softcap: float | None,
     v_scale: float = 1.0,
+    num_splits: int | None = None,
+    tile: DecodeTile | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
-    that of keys in an 8-bit pool, the result is multiplied with `v_scale`.
+    that of keys in an 8-bit pool, the result is multiplied with `v_scale`. `num_splits` and `tile`
+    are for tests and benchmarks.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
-    splits = num_splits(num_seqs, num_kv_heads, batch.max_kv_len, q.device)
+    num_pairs = num_seqs * num_kv_heads
+    splits = num_splits or _num_splits(num_pairs, batch.max_kv_len, kv_pool)
+    tile = tile or _tile(head_dim, kv_pool.element_size(), num_pairs)
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
     partial_out, partial_lse = out, out
     if splits > 1:
@@ -213,7 +244,7 @@ def decode_attention(
         partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     dim = next_power_of_2(head_dim)
-    tile = _tile(head_dim, q.element_size())
+    uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     _decode_kernel[(splits, num_kv_heads, num_seqs)](
         q,
         kv_pool.select(1, layer),
@@ -239,20 +270,13 @@ def decode_attention(
         TOKENS=tile.tokens,
         NUM_SPLITS=splits,
         HAS_SOFTCAP=softcap is not None,
+        # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
+        USES_FLOAT16=uses_float16,
+        IN_ASSEMBLY=uses_float16 and q.is_cuda and head_dim == _ASSEMBLY_HEAD_DIM,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q.device),
     )
     if splits > 1:
-        _merge_kernel[(num_seqs * num_heads,)](
-            partial_out,
-            partial_lse,
-            out,
-            HEAD_DIM=head_dim,
-            DIM=dim,
-            NUM_SPLITS=splits,
-            SPLITS=next_power_of_2(splits),
-            num_warps=4,
-            **launch_options(q.device),
-        )
+        merge_attention(partial_out, partial_lse, out)
     return out

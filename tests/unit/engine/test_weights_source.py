@@ -32,13 +32,6 @@ def test_conversion(tmp_path: Path) -> None:
         assert torch.equal(weights.take("a", (4,)), values.bfloat16())
 
 
-def test_numbers_that_may_be_missing(tmp_path: Path) -> None:
-    save_file({"b.k_scale": torch.tensor([0.25])}, tmp_path / "model.safetensors")
-    with open_weights(tmp_path, torch.bfloat16) as weights:
-        assert weights.find_number("a.k_scale", "b.k_scale") == 0.25
-        assert weights.find_number("a.k_scale") is None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stacked(tmp_path: Path, dtype: torch.dtype) -> None:
     values = {"a": torch.randn(3, 5), "b": torch.randn(1, 5), "c": torch.randn(2, 5)}

@@ -55,6 +55,7 @@ def on_device(attend: Callable[..., Tensor], **extra: Any) -> Callable[..., Tens
 SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
 KERNELS = [
     pytest.param(on_device(decode_attention), DECODE, id="decode"),
+    pytest.param(on_device(decode_attention, num_splits=1), DECODE, id="decode-unsplit"),
     pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
     pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
 ]
