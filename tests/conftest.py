@@ -1,6 +1,7 @@
 """Fixtures that tests of several packages share."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. Here, because it's decided when Triton is imported,
     # and Triton's own functions with it: whichever test's libraries do that first.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start with
+# them; but that's how stacks under test are stopped.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
