@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.kv_cache [--out benchmarks/results/kv-cache-quality.json]
 
-For each `--kv-cache-dtype`: perplexity of this repository's own documentation, in windows of 1,024
-tokens, and the share of greedy tokens that are those of 16 bits, up to the first one that differs.
+For each `--kv-cache-dtype`: perplexity of the text that `fp8_perplexity` reads, and the share of
+greedy tokens that are those of 16 bits, up to the first one that differs.
 """
 
 import argparse
@@ -16,21 +16,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.fp8_perplexity import read_windows
 from engine import LLM, SamplingParams
 
-ROOT = Path(__file__).parents[2]
 KV_DTYPES = ("auto", "fp8_e4m3", "fp8_e5m2")
-WINDOW_TOKENS = 1024
 PROMPT_TOKENS = 256
 NUM_OUTPUTS = 64
-
-
-def windows(llm: LLM, max_windows: int) -> list[list[int]]:
-    """Whole windows of the documentation's token ids."""
-    paths = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-    token_ids = llm.tokenizer.encode("\n".join(path.read_text() for path in paths))
-    starts = range(0, len(token_ids) - WINDOW_TOKENS, WINDOW_TOKENS)
-    return [token_ids[start : start + WINDOW_TOKENS] for start in starts][:max_windows]
 
 
 def perplexity(llm: LLM, texts: list[list[int]]) -> float:
@@ -67,14 +58,14 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--max-windows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     expected: list[list[int]] = []
     for kv_dtype in KV_DTYPES:
         llm = LLM(dtype=args.dtype, kv_cache_dtype=kv_dtype, num_gpu_blocks_override=2048)
-        texts = windows(llm, args.max_windows)
+        texts = list(read_windows(llm.tokenizer, args.tokens))
         tokens = greedy(llm, texts)
         expected = expected or tokens
         row = {
@@ -90,7 +81,7 @@ def main() -> None:
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "dtype": args.dtype,
-        "num_tokens": args.max_windows * WINDOW_TOKENS,
+        "num_tokens": args.tokens,
         "rows": rows,
     }
     if args.out:
