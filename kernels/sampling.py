@@ -34,6 +34,10 @@ def filter_weights(
     top-p. `max_top_k` is the largest top-k if every row has one, which the host may know.
     """
     _check_rows(weights, top_k, top_p, *(() if min_p is None else (min_p,)))
+    if weights.is_cuda and weights.is_contiguous() and weights.dtype is torch.float32:
+        from kernels.gpu import sampling as gpu
+
+        return gpu.filter_weights(weights, top_k=top_k, top_p=top_p, min_p=min_p)
     kernel = native_kernel(Operation.FILTER_WEIGHTS, weights)
     if kernel is not None and weights.is_contiguous():
         args = FilterWeightsArgs(
@@ -98,6 +102,20 @@ def penalize(
             f"scores {tuple(scores.shape)}, output_counts {tuple(output_counts.shape)} and "
             f"in_prompt {tuple(in_prompt.shape)} don't fit"
         )
+    if scores.is_cuda and scores.stride(1) == 1:
+        from kernels.gpu import scores as gpu
+
+        gpu.penalize(
+            scores,
+            places=places,
+            slots=slots,
+            output_counts=output_counts,
+            in_prompt=in_prompt,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+        )
+        return
     kernel = native_kernel(Operation.PENALIZE, scores)
     if kernel is None or scores.stride(1) != 1:
         penalize_reference(
@@ -155,11 +173,19 @@ def rule_out(scores: Tensor, *, places: Tensor, allowed: Tensor) -> None:
     """Sets to -inf, in place, the scores of rows `places` that their masks don't allow.
 
     `scores` is float32 [num_rows, width], `places` int64 [n] on its device, `allowed` int32
-    [n, words] on the CPU: bit i % 32 of word i // 32 for score i. What a mask is too short for is
-    not allowed.
+    [n, words] on the CPU or that device: bit i % 32 of word i // 32 for score i. What a mask is
+    too short for is not allowed.
     """
     if allowed.dim() != 2 or len(allowed) != len(places) or not allowed.is_contiguous():
         raise ValueError(f"{tuple(allowed.shape)} is not one contiguous mask for a row")
+    if scores.is_cuda and scores.stride(1) == 1:
+        from kernels.gpu import scores as gpu
+
+        if allowed.is_cpu:
+            # From pageable memory the copy would wait for all that the device has yet to do.
+            allowed = allowed.pin_memory().to(scores.device, non_blocking=True)
+        gpu.rule_out(scores, places=places, allowed=allowed)
+        return
     kernel = native_kernel(Operation.RULE_OUT, scores)
     if kernel is None or scores.stride(1) != 1:
         rule_out_reference(scores, places=places, allowed=allowed)

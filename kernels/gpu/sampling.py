@@ -1,0 +1,310 @@
+"""Tokens from rows as wide as a vocabulary, each read once unless it's filtered.
+
+A first kernel reduces every chunk of a row to its maximum and the sum of its weights relative to
+that maximum; a second looks at the few chunk results of its row and at the one chunk that the
+choice falls into. Shapes of programs depend on a row's width alone, so a row's result doesn't
+depend on its neighbours, and nothing waits for the host.
+"""
+
+# A launch takes compile options beside the kernel's arguments.
+# pyright: reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.dependent_launch import (
+    launch_options,
+    let_successor_start,
+    wait_for_predecessor,
+)
+from kernels.gpu.floors import CHUNK, find_floor, list_chunks, weights_of
+from kernels.gpu.sizes import ceil_div, next_power_of_2
+
+_CHUNKS_A_PROGRAM = 8
+_NUM_WARPS = 4
+_NUM_WARPS_FILTERING = 8
+_CHUNKS_AT_ONCE = tl.constexpr(16)
+
+
+@triton.jit
+def _reduce_kernel(
+    scores,
+    stride,
+    width,
+    temperature,
+    maxima,
+    sums,
+    num_chunks,
+    NUM: tl.constexpr,
+    ARE_WEIGHTS: tl.constexpr,
+    IS_GREEDY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1) * NUM + tl.arange(0, NUM)
+    columns = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    outside = 0.0 if ARE_WEIGHTS else float("-inf")
+    x = tl.load(scores + row * stride + columns, mask=columns < width, other=outside)
+    x = x.to(tl.float32)
+    top = tl.max(x, axis=1)
+    out = row * num_chunks + chunk
+    is_chunk = chunk < num_chunks
+    tl.store(maxima + out, top, mask=is_chunk)
+    if ARE_WEIGHTS:
+        tl.store(sums + out, tl.sum(x.to(tl.float64), axis=1), mask=is_chunk)
+    elif not IS_GREEDY:
+        heat = tl.load(temperature + row)
+        if heat > 0.0:
+            base = tl.where(top == float("-inf"), 0.0, top)
+            weights = weights_of(x, base[:, None], heat, ARE_WEIGHTS=False)
+            tl.store(sums + out, tl.sum(weights, axis=1), mask=is_chunk)
+
+
+@triton.jit
+def _choose_kernel(
+    scores,
+    stride,
+    width,
+    temperature,
+    uniforms,
+    top_k,
+    top_p,
+    min_p,
+    maxima,
+    sums,
+    chunks,
+    num_chunks,
+    chosen,
+    BLOCK: tl.constexpr,
+    IS_GREEDY: tl.constexpr,
+    IS_FILTERED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * stride
+    maxima += row * num_chunks
+    sums += row * num_chunks
+    index = tl.arange(0, BLOCK)
+    tops = tl.load(maxima + index, mask=index < num_chunks, other=float("-inf"))
+    peak = tl.max(tops)
+    heat = 0.0 if IS_GREEDY else tl.load(temperature + row)
+    inner = tl.arange(0, CHUNK)
+    if heat <= 0.0:
+        chunk = _first(tops == peak, index, num_chunks - 1)
+        columns = chunk * CHUNK + inner
+        x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        place = _first(x == peak, inner, CHUNK - 1)
+    else:
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        tops = weights_of(tops, peak, heat, ARE_WEIGHTS=False)
+        masses = tl.load(sums + index, mask=index < num_chunks, other=0.0)
+        masses = masses.to(tl.float64) * tops
+        floor = tl.full([], 0.0, tl.float32)
+        if IS_FILTERED:
+            k = tl.load(top_k + row)
+            p = tl.load(top_p + row)
+            least = tl.load(min_p + row)
+            if (k > 0) | (p < 1.0) | (least > 0.0):
+                chunks += row * num_chunks
+                total = tl.sum(masses)
+                floor = find_floor(
+                    scores, width, chunks, tops, total, peak, heat, k, p, least, ARE_WEIGHTS=False
+                )
+                _sum_chunks(scores, width, chunks, tops, maxima, sums, peak, heat, floor)
+                masses = tl.load(sums + index, mask=tops >= floor, other=0.0)
+                masses = masses.to(tl.float64) * tops
+        uniform = tl.load(uniforms + row)
+        chunk, share = _draw(masses, index, uniform)
+        columns = chunk * CHUNK + inner
+        x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        weights = weights_of(x, peak, heat, ARE_WEIGHTS=False)
+        weights = tl.where(weights >= floor, weights, 0.0).to(tl.float64)
+        place, share = _draw(weights, inner, share)
+    tl.store(chosen + row, tl.minimum(chunk * CHUNK + place, width - 1).to(tl.int64))
+
+
+@triton.jit
+def _first(is_it, index, otherwise):
+    """The first index where `is_it`."""
+    return tl.min(tl.where(is_it, index, otherwise))
+
+
+@triton.jit
+def _draw(masses, index, uniform):
+    """An index chosen by `uniform` in [0, 1), and where inside its mass that fell, in [0, 1).
+
+    One without mass is never chosen, whatever the rounding, if any has mass.
+    """
+    ends = tl.cumsum(masses)
+    target = uniform * tl.max(ends)
+    last = tl.max(tl.where(masses > 0.0, index, 0))
+    chosen = _first((ends > target) & (masses > 0.0), index, last)
+    is_chosen = index == chosen
+    mass = tl.sum(tl.where(is_chosen, masses, 0.0))
+    start = tl.sum(tl.where(is_chosen, ends, 0.0)) - mass
+    share = tl.where(mass > 0.0, (target - start) / mass, 0.0)
+    return chosen, tl.minimum(tl.maximum(share, 0.0), 1.0)
+
+
+@triton.jit
+def _sum_chunks(scores, width, chunks, tops, maxima, sums, peak, temperature, floor):
+    """Sums up, in place, what is left of the chunks that reach the floor."""
+    num_listed = list_chunks(chunks, tops, floor)
+    for start in range(0, num_listed, _CHUNKS_AT_ONCE):
+        places = start + tl.arange(0, _CHUNKS_AT_ONCE)
+        is_listed = places < num_listed
+        chunk = tl.load(chunks + places, mask=is_listed, other=0)
+        columns = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        mask = is_listed[:, None] & (columns < width)
+        x = tl.load(scores + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        is_left = weights_of(x, peak, temperature, ARE_WEIGHTS=False) >= floor
+        base = tl.load(maxima + chunk, mask=is_listed, other=0.0)
+        weights = weights_of(x, base[:, None], temperature, ARE_WEIGHTS=False)
+        left = tl.sum(tl.where(is_left, weights, 0.0), axis=1)
+        tl.store(sums + chunk, left, mask=is_listed)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _filter_kernel(
+    weights,
+    width,
+    top_k,
+    top_p,
+    min_p,
+    maxima,
+    sums,
+    chunks,
+    num_chunks,
+    BLOCK: tl.constexpr,
+    HAS_MIN_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    weights += row * width
+    maxima += row * num_chunks
+    index = tl.arange(0, BLOCK)
+    tops = tl.load(maxima + index, mask=index < num_chunks, other=0.0)
+    total = tl.sum(tl.load(sums + row * num_chunks + index, mask=index < num_chunks, other=0.0))
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    least = tl.load(min_p + row) if HAS_MIN_P else tl.full([], 0.0, tl.float32)
+    chunks += row * num_chunks
+    floor = find_floor(weights, width, chunks, tops, total, 1.0, 1.0, k, p, least, ARE_WEIGHTS=True)
+    for start in range(0, num_chunks, _CHUNKS_AT_ONCE):
+        chunk = start + tl.arange(0, _CHUNKS_AT_ONCE)
+        columns = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        top = tl.load(maxima + chunk, mask=chunk < num_chunks, other=0.0)
+        mask = columns < width
+        x = tl.load(weights + columns, mask=mask & (top >= floor)[:, None], other=0.0)
+        tl.store(weights + columns, 0.0, mask=mask & (x < floor))
+
+
+def choose_tokens(
+    scores: Tensor,
+    *,
+    temperature: Tensor | None,
+    uniforms: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> Tensor:
+    """`kernels.choice.choose_tokens` for `scores` whose rows are contiguous.
+
+    Without `temperature`, every row's largest; without `top_k`, no filters.
+    """
+    num_rows, width = scores.shape
+    num_chunks = ceil_div(width, CHUNK.value)
+    maxima, sums = torch.empty((2, num_rows, num_chunks), device=scores.device)
+    chosen = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
+    is_filtered = top_k is not None
+    chunks = torch.empty_like(maxima, dtype=torch.int32) if is_filtered else None
+    if not num_rows:
+        return chosen
+    options = launch_options(scores.device)
+    _reduce_kernel[(num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM))](
+        scores,
+        scores.stride(0),
+        width,
+        temperature,
+        maxima,
+        sums,
+        num_chunks,
+        NUM=_CHUNKS_A_PROGRAM,
+        ARE_WEIGHTS=False,
+        IS_GREEDY=temperature is None,
+        num_warps=_NUM_WARPS,
+        **options,
+    )
+    _choose_kernel[(num_rows,)](
+        scores,
+        scores.stride(0),
+        width,
+        temperature,
+        uniforms,
+        top_k,
+        top_p,
+        min_p,
+        maxima,
+        sums,
+        chunks,
+        num_chunks,
+        chosen,
+        BLOCK=next_power_of_2(num_chunks),
+        IS_GREEDY=temperature is None,
+        IS_FILTERED=is_filtered,
+        num_warps=_NUM_WARPS_FILTERING if is_filtered else _NUM_WARPS,
+        **options,
+    )
+    return chosen
+
+
+def filter_weights(
+    weights: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor | None
+) -> Tensor:
+    """`kernels.sampling.filter_weights` in place, for contiguous `weights`."""
+    num_rows, width = weights.shape
+    num_chunks = ceil_div(width, CHUNK.value)
+    if not num_rows:
+        return weights
+    maxima = torch.empty((num_rows, num_chunks), device=weights.device)
+    sums = torch.empty_like(maxima, dtype=torch.float64)
+    options = launch_options(weights.device)
+    _reduce_kernel[(num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM))](
+        weights,
+        width,
+        width,
+        None,
+        maxima,
+        sums,
+        num_chunks,
+        NUM=_CHUNKS_A_PROGRAM,
+        ARE_WEIGHTS=True,
+        IS_GREEDY=False,
+        num_warps=_NUM_WARPS,
+        **options,
+    )
+    _filter_kernel[(num_rows,)](
+        weights,
+        width,
+        top_k,
+        top_p,
+        min_p,
+        maxima,
+        sums,
+        torch.empty_like(maxima, dtype=torch.int32),
+        num_chunks,
+        BLOCK=next_power_of_2(num_chunks),
+        HAS_MIN_P=min_p is not None,
+        num_warps=_NUM_WARPS_FILTERING,
+        **options,
+    )
+    return weights
