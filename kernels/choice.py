@@ -6,6 +6,8 @@ faster than `argmax` or `cumsum` over the row, and sums of float32 stay short en
 to their last bits. Rows never mix, so a row's result doesn't depend on its neighbours.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,48 +17,50 @@ CHUNK = 256
 _BELOW_ONE = 1.0 - 2.0**-53
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Filters:
+    """One of each for a row; `kernels.sampling.filter_weights` says what they mean.
+
+    `top_k` int64, 0 for none; `top_p` float32, 1 for none; `min_p` float32, 0 for none: all [n].
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    def of(self, rows: Tensor) -> "Filters":
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
+
 def choose_tokens(
     scores: Tensor,
     *,
     temperature: Tensor | None = None,
     uniforms: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
+    filters: Filters | None = None,
 ) -> Tensor:
-    """One index a row of `scores` [num_rows, width], float of any kind: int64 [num_rows].
+    """One index a row of `scores` [num_rows, width], floats of any kind: int64 [num_rows].
 
     A row whose `temperature` (float32 [num_rows]) is 0 takes the first of its largest scores, as
-    all do without it. The others choose i with a probability that goes with
-    exp(scores[i] / temperature), by `uniforms` (float64 [num_rows], in [0, 1)), among what the
-    filters leave: `filter_weights` says what they mean. `top_k`, `top_p` and `min_p` are
-    [num_rows], all or none of them. `scores` may be overwritten.
-
-    On a GPU nothing here waits for the device.
+    all do without `temperature`. The others choose i with a probability in proportion to
+    exp(scores[i] / temperature) by `uniforms` (float64 [num_rows], in [0, 1)), among what the
+    filters leave. `scores` may be overwritten. On a GPU nothing here waits for the device.
     """
-    columns = [x for x in (temperature, uniforms, top_k, top_p, min_p) if x is not None]
+    if (temperature is None) != (uniforms is None) or (filters and temperature is None):
+        raise ValueError("rows with a temperature need random numbers, and filters need both")
+    columns = [x for x in (temperature, uniforms) if x is not None]
+    if filters is not None:
+        columns += [filters.top_k, filters.top_p, filters.min_p]
     if any(x.shape != scores.shape[:1] or not x.is_contiguous() for x in columns):
-        raise ValueError("temperatures, random numbers and filters are one for each row")
-    if len(columns) not in (0, 2, 5) or (columns and (temperature is None or uniforms is None)):
-        raise ValueError("rows are all greedy, or have temperatures, random numbers and filters")
+        raise ValueError("temperatures, random numbers and filters are one contiguous value a row")
     if scores.is_cuda and scores.stride(1) == 1:
         from kernels.gpu import sampling as gpu
 
         return gpu.choose_tokens(
-            scores,
-            temperature=temperature,
-            uniforms=uniforms,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+            scores, temperature=temperature, uniforms=uniforms, filters=filters
         )
     return choose_tokens_reference(
-        scores,
-        temperature=temperature,
-        uniforms=uniforms,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        scores, temperature=temperature, uniforms=uniforms, filters=filters
     )
 
 
@@ -65,11 +69,9 @@ def choose_tokens_reference(
     *,
     temperature: Tensor | None = None,
     uniforms: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
+    filters: Filters | None = None,
 ) -> Tensor:
-    """`choose_tokens` in torch; asks the device which rows are which."""
+    """`choose_tokens` in torch, which looks on the host for the rows that need something."""
     missing = -scores.shape[1] % CHUNK
     if missing:
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
@@ -77,59 +79,31 @@ def choose_tokens_reference(
         return _largest(scores)
     is_random = temperature > 0.0
     if bool(is_random.all()):
-        return _choose(scores.float(), temperature, uniforms, top_k, top_p, min_p)
+        return _choose(scores.float(), temperature, uniforms, filters)
     chosen = _largest(scores)
-    random = is_random.nonzero().squeeze(-1)
-    if len(random):
-        chosen[random] = _choose(
-            scores[random].float(),
-            temperature[random],
-            uniforms[random],
-            *(None if x is None else x[random] for x in (top_k, top_p, min_p)),
+    rows = is_random.nonzero().squeeze(-1)
+    if len(rows):
+        chosen[rows] = _choose(
+            scores[rows].float(),
+            temperature[rows],
+            uniforms[rows],
+            None if filters is None else filters.of(rows),
         )
     return chosen
 
 
-def _choose(
-    scores: Tensor,
-    temperature: Tensor,
-    uniforms: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-) -> Tensor:
-    """Overwrites `scores`."""
-    scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature.unsqueeze(-1))
-    weights = scores.exp_()
-    if top_k is not None and top_p is not None and min_p is not None:
-        is_filtered = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
-        if bool(is_filtered.all()):
-            weights = _filtered(weights, top_k, top_p, min_p)
-        elif bool(is_filtered.any()):
-            index = is_filtered.nonzero().squeeze(-1)
-            weights[index] = _filtered(weights[index], top_k[index], top_p[index], min_p[index])
-    return _draw(weights, uniforms)
+def weigh(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Weights in place of float32 `scores`, 1 for a row's largest."""
+    peaks = scores.amax(-1, keepdim=True)
+    return scores.sub_(peaks).div_(temperature.unsqueeze(-1)).exp_()
 
 
-def _filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    return filter_weights(
-        weights,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p if bool(min_p.any()) else None,
-        max_top_k=int(top_k.max()) if bool(top_k.all()) else None,
-    )
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Index i of each row with probability weights[i] / sum(weights), never one of weight 0.
 
-
-def _largest(scores: Tensor) -> Tensor:
-    """Index of each row's largest value, the first of equals; the width is whole chunks."""
-    chunks = scores.view(scores.shape[0], -1, CHUNK)
-    chunk = chunks.amax(-1).argmax(-1)
-    return chunk * CHUNK + _take_chunk(chunks, chunk).argmax(-1)
-
-
-def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Index i of each row with probability weights[i] / sum(weights), never one of weight 0."""
+    `weights` is float32 [num_rows, width], not negative, with a positive sum; the width is whole
+    chunks.
+    """
     chunks = weights.view(weights.shape[0], -1, CHUNK)
     sums = chunks.sum(-1).double()
     ends = sums.cumsum(-1)
@@ -141,6 +115,38 @@ def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     inner_ends = _take_chunk(chunks, chunk.squeeze(-1)).double().cumsum(-1)
     inner = _first_beyond(inner_ends, share.clamp(0.0, _BELOW_ONE) * inner_ends[:, -1:])
     return (chunk * CHUNK + inner).squeeze(-1)
+
+
+def _choose(
+    scores: Tensor, temperature: Tensor, uniforms: Tensor, filters: Filters | None
+) -> Tensor:
+    """Overwrites `scores`."""
+    weights = weigh(scores, temperature)
+    if filters is not None:
+        is_filtered = (filters.top_k > 0) | (filters.top_p < 1.0) | (filters.min_p > 0.0)
+        if bool(is_filtered.all()):
+            weights = _filtered(weights, filters)
+        elif bool(is_filtered.any()):
+            rows = is_filtered.nonzero().squeeze(-1)
+            weights[rows] = _filtered(weights[rows], filters.of(rows))
+    return draw(weights, uniforms)
+
+
+def _filtered(weights: Tensor, filters: Filters) -> Tensor:
+    return filter_weights(
+        weights,
+        top_k=filters.top_k,
+        top_p=filters.top_p,
+        min_p=filters.min_p if bool(filters.min_p.any()) else None,
+        max_top_k=int(filters.top_k.max()) if bool(filters.top_k.all()) else None,
+    )
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Index of each row's largest value, the first of equals; the width is whole chunks."""
+    chunks = scores.view(scores.shape[0], -1, CHUNK)
+    chunk = chunks.amax(-1).argmax(-1)
+    return chunk * CHUNK + _take_chunk(chunks, chunk).argmax(-1)
 
 
 def _first_beyond(ends: Tensor, target: Tensor) -> Tensor:

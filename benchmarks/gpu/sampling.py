@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import choose_tokens, choose_tokens_reference
+from kernels.choice import Filters, choose_tokens, choose_tokens_reference, draw, weigh
 from kernels.sampling import (
     filter_weights,
     filter_weights_reference,
@@ -135,7 +135,7 @@ def bench_choice(batch: int) -> list[dict[str, Any]]:
     for name, top_k, top_p, min_p, is_flat in FILTERS:
         scores = make_scores(batch, is_flat=is_flat)
         columns = columns_of(batch, top_k, top_p, min_p)
-        options = {**draws, **columns}
+        options = {**draws, "filters": Filters(**columns)}
         expected = choose_tokens_reference(scores.clone(), **options)
         agreeing = (choose_tokens(scores, **options) == expected).float().mean().item()
         filtered = functools.partial(choose_tokens, scores, **options)
@@ -153,29 +153,22 @@ def bench_choice(batch: int) -> list[dict[str, Any]]:
 
 
 def _draw_in_torch(scores: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:
-    from kernels import choice
-
-    weights = scores.sub_(scores.amax(-1, keepdim=True)).div_(temperature.unsqueeze(-1)).exp_()
-    return choice._draw(weights, uniforms)  # noqa: SLF001
+    return draw(weigh(scores, temperature), uniforms)
 
 
 def _filter_in_torch(
     scores: Tensor, work: Tensor, draws: dict[str, Tensor], columns: dict[str, Tensor]
 ) -> Call:
-    from kernels import choice
-
     largest = int(columns["top_k"].max())
     options = {
         **columns,
         "min_p": columns["min_p"] if columns["min_p"].any() else None,
         "max_top_k": largest or None,
     }
-    heat = draws["temperature"].unsqueeze(-1)
 
     def call() -> Tensor:
-        weights = work.copy_(scores).sub_(scores.amax(-1, keepdim=True)).div_(heat).exp_()
-        filter_weights_reference(weights, **options)
-        return choice._draw(weights, draws["uniforms"])  # noqa: SLF001
+        weights = weigh(work.copy_(scores), draws["temperature"])
+        return draw(filter_weights_reference(weights, **options), draws["uniforms"])
 
     return call
 

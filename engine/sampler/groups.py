@@ -11,28 +11,19 @@ from torch import Tensor
 from engine.sampler.penalties import PenaltyRows
 from engine.sampler.rows import NO_LOGPROBS, NO_PENALTY_SLOT, SamplingTable
 from engine.upload import to_device
+from kernels.choice import Filters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RandomRows:
-    """Rows with a temperature. `index` int64 [n] are their places in the step, None for all."""
+    """All rows of a step of which some choose randomly.
 
-    index: Tensor | None
-    places: NDArray[np.int64]
+    `keys` are [num_rows], `temperature` float32 [num_rows], 0 for those that don't.
+    """
+
     keys: NDArray[np.uint64]
-    temperature: Tensor  # float32 [n, 1]
-    filtered: "FilteredRows | None"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FilteredRows:
-    """Random rows with top-k, top-p or min-p; `index` int64 [n] counts among the random rows."""
-
-    index: Tensor | None
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor | None
-    max_top_k: int | None  # None if a row has no top-k
+    temperature: Tensor
+    filters: Filters | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,27 +56,23 @@ class RowGroups:
     """A step's rows by need; None where no row needs it."""
 
     random: RandomRows | None
-    greedy: Tensor | None  # places of the rows without temperature, where there are both kinds
     penalized: PenaltyRows | None
     biased: BiasEntries | None
     stops: StopEntries | None
     logprobs: LogprobRows | None
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Every row takes the largest logit as it comes, and nothing else is wanted."""
-        needs = (self.random, self.penalized, self.biased, self.stops, self.logprobs)
+    def are_plain(self) -> bool:
+        """Nothing but a choice among the logits as they come is wanted."""
+        needs = (self.penalized, self.biased, self.stops, self.logprobs)
         return all(need is None for need in needs)
 
 
 def group_rows(table: SamplingTable, rows: NDArray[np.int64], device: torch.device) -> RowGroups:
     """`rows` [num_rows] are the step's sampling rows, in order."""
     records = table.gather(rows)
-    is_random = records["temperature"] > 0.0
-    is_mixed = is_random.any() and not is_random.all()
     return RowGroups(
-        random=_random_rows(records, is_random, device),
-        greedy=_index(~is_random, device) if is_mixed else None,
+        random=_random_rows(records, device),
         penalized=_penalized_rows(records, device),
         biased=_bias_entries(table, rows, records, device),
         stops=_stop_entries(table, rows, records),
@@ -93,35 +80,21 @@ def group_rows(table: SamplingTable, rows: NDArray[np.int64], device: torch.devi
     )
 
 
-def _random_rows(
-    records: NDArray[Any], is_random: NDArray[np.bool_], device: torch.device
-) -> RandomRows | None:
-    if not is_random.any():
+def _random_rows(records: NDArray[Any], device: torch.device) -> RandomRows | None:
+    if not records["temperature"].any():
         return None
-    records = records[is_random]
     return RandomRows(
-        index=_index(is_random, device),
-        places=is_random.nonzero()[0],
         keys=records["key"],
-        temperature=to_device(records["temperature"], device).unsqueeze(-1),
-        filtered=_filtered_rows(records, device),
+        temperature=to_device(records["temperature"], device),
+        filters=_filters(records, device),
     )
 
 
-def _filtered_rows(records: NDArray[Any], device: torch.device) -> FilteredRows | None:
-    is_filtered = (records["top_k"] > 0) | (records["top_p"] < 1.0) | (records["min_p"] > 0.0)
-    if not is_filtered.any():
+def _filters(records: NDArray[Any], device: torch.device) -> Filters | None:
+    top_k, top_p, min_p = (records[name] for name in ("top_k", "top_p", "min_p"))
+    if not (top_k.any() or min_p.any() or (top_p < 1.0).any()):
         return None
-    index = _index(is_filtered, device)
-    records = records[is_filtered]
-    top_k = records["top_k"]
-    return FilteredRows(
-        index=index,
-        top_k=to_device(top_k, device),
-        top_p=to_device(records["top_p"], device),
-        min_p=to_device(records["min_p"], device) if records["min_p"].any() else None,
-        max_top_k=int(top_k.max()) if top_k.all() else None,
-    )
+    return Filters(*(to_device(column, device) for column in (top_k, top_p, min_p)))
 
 
 def _penalized_rows(records: NDArray[Any], device: torch.device) -> PenaltyRows | None:
@@ -176,8 +149,3 @@ def _logprob_rows(records: NDArray[Any], device: torch.device) -> LogprobRows | 
         places=places.tolist(),
         num_top=records["num_logprobs"][places].tolist(),
     )
-
-
-def _index(selected: NDArray[np.bool_], device: torch.device) -> Tensor | None:
-    """Places of the selected rows, None if that's all of them."""
-    return None if selected.all() else to_device(selected.nonzero()[0], device)

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.grammar import GrammarCompiler
-from engine.sampler.choice import CHUNK, argmax_rows, choose_rows
 from engine.sampler.constraints import Constraints
-from engine.sampler.groups import RandomRows, RowGroups, StopEntries, group_rows
+from engine.sampler.groups import RowGroups, StopEntries, group_rows
 from engine.sampler.logprobs import PendingLogprobs
 from engine.sampler.penalties import PenaltyCounts
 from engine.sampler.pending import HeldRows, PendingRows
@@ -24,7 +23,7 @@ from engine.sampler.sampled import OutputFailure
 from engine.sampler.thoughts import ThoughtLimits
 from engine.sequence import Sequence
 from engine.upload import to_device
-from kernels.sampling import filter_weights
+from kernels.choice import CHUNK, choose_tokens
 from protocol.sampling import SamplingParams
 
 
@@ -91,8 +90,8 @@ class Sampler:
         groups = self._groups_of(rows)
         constrained = self._constraints.of(rows)
         limited = self._thoughts.of(rows)
-        if groups.is_plain_greedy and logits.is_cuda and not (constrained or limited):
-            return PendingRows(logits.argmax(-1))
+        if logits.is_cuda and groups.are_plain and not (constrained or limited):
+            return PendingRows(self._choose(logits, groups, positions))
         scores = self._load(logits)
         wanted = groups.logprobs
         unadjusted = None if wanted is None else scores[wanted.index, : self._vocab_size]
@@ -150,40 +149,16 @@ class Sampler:
             scores[places, token_ids] = -torch.inf
 
     def _choose(self, scores: Tensor, groups: RowGroups, positions: NDArray[np.int64]) -> Tensor:
-        if groups.random is None:
-            return argmax_rows(scores)
-        if groups.random.index is None:
-            return self._choose_randomly(scores, groups.random, positions)
-        chosen = torch.empty(len(positions), dtype=torch.int64, device=self._device)
-        chosen[groups.random.index] = self._choose_randomly(
-            scores[groups.random.index], groups.random, positions
+        """May overwrite `scores`."""
+        random = groups.random
+        if random is None:
+            return choose_tokens(scores)
+        return choose_tokens(
+            scores,
+            temperature=random.temperature,
+            uniforms=to_device(uniforms(random.keys, positions), self._device),
+            filters=random.filters,
         )
-        if groups.greedy is not None:
-            chosen[groups.greedy] = argmax_rows(scores[groups.greedy])
-        return chosen
-
-    def _choose_randomly(
-        self, scores: Tensor, random: RandomRows, positions: NDArray[np.int64]
-    ) -> Tensor:
-        """Overwrites `scores`, which hold the random rows alone."""
-        scores.sub_(scores.amax(-1, keepdim=True)).div_(random.temperature)
-        weights = scores.exp_()
-        if random.filtered is not None:
-            filtered = random.filtered
-            selected = weights if filtered.index is None else weights[filtered.index]
-            selected = filter_weights(
-                selected,
-                top_k=filtered.top_k,
-                top_p=filtered.top_p,
-                min_p=filtered.min_p,
-                max_top_k=filtered.max_top_k,
-            )
-            if filtered.index is None:
-                weights = selected
-            else:
-                weights[filtered.index] = selected
-        drawn = uniforms(random.keys, positions[random.places])
-        return choose_rows(weights, to_device(drawn, self._device))
 
 
 def _uses_penalties(sampling: SamplingParams) -> bool:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.choice import Filters
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -213,20 +214,14 @@ def choose_tokens(
     *,
     temperature: Tensor | None,
     uniforms: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
+    filters: Filters | None,
 ) -> Tensor:
-    """`kernels.choice.choose_tokens` for `scores` whose rows are contiguous.
-
-    Without `temperature`, every row's largest; without `top_k`, no filters.
-    """
+    """`kernels.choice.choose_tokens` for `scores` whose rows are contiguous."""
     num_rows, width = scores.shape
     num_chunks = ceil_div(width, CHUNK.value)
     maxima, sums = torch.empty((2, num_rows, num_chunks), device=scores.device)
     chosen = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
-    is_filtered = top_k is not None
-    chunks = torch.empty_like(maxima, dtype=torch.int32) if is_filtered else None
+    chunks = None if filters is None else torch.empty_like(maxima, dtype=torch.int32)
     if not num_rows:
         return chosen
     options = launch_options(scores.device)
@@ -250,9 +245,9 @@ def choose_tokens(
         width,
         temperature,
         uniforms,
-        top_k,
-        top_p,
-        min_p,
+        None if filters is None else filters.top_k,
+        None if filters is None else filters.top_p,
+        None if filters is None else filters.min_p,
         maxima,
         sums,
         chunks,
@@ -260,8 +255,8 @@ def choose_tokens(
         chosen,
         BLOCK=next_power_of_2(num_chunks),
         IS_GREEDY=temperature is None,
-        IS_FILTERED=is_filtered,
-        num_warps=_NUM_WARPS_FILTERING if is_filtered else _NUM_WARPS,
+        IS_FILTERED=filters is not None,
+        num_warps=_NUM_WARPS if filters is None else _NUM_WARPS_FILTERING,
         **options,
     )
     return chosen

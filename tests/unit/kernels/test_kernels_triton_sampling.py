@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.choice import choose_tokens_reference
+from kernels.choice import Filters, choose_tokens_reference
 from kernels.sampling import filter_weights_reference, penalize_reference, rule_out_reference
 
 pytest.importorskip("triton")
@@ -34,8 +34,7 @@ ROWS = [
     (50, 0.95, 0.1),
     (0, 1.0, 1.0),
 ]
-NO_FILTERS = dict.fromkeys(["top_k", "top_p", "min_p"])
-GREEDY = {"temperature": None, "uniforms": None, **NO_FILTERS}
+GREEDY = {"temperature": None, "uniforms": None, "filters": None}
 
 
 def make_scores(width: int, *, spread: float = 3.0, ties: bool = False) -> Tensor:
@@ -95,8 +94,8 @@ class TestChoice:
         expected[0], expected[1] = 0, width // 2
         assert torch.equal(sampling.choose_tokens(drawn.to(DEVICE), **GREEDY).cpu(), expected)
 
-    @pytest.mark.parametrize("options", [NO_FILTERS, filters()], ids=["free", "filtered"])
-    def test_by_random_numbers(self, width: int, dtype: torch.dtype, options: dict) -> None:
+    @pytest.mark.parametrize("is_filtered", [False, True])
+    def test_by_random_numbers(self, width: int, dtype: torch.dtype, *, is_filtered: bool) -> None:
         drawn = make_scores(width).to(dtype)
         drawn[3, width // 2 :] = -torch.inf
         generator = torch.Generator().manual_seed(1)
@@ -104,13 +103,24 @@ class TestChoice:
         temperature[::5] = 0.0
         uniforms = torch.rand(len(ROWS), dtype=torch.float64, generator=generator)
         uniforms[1], uniforms[8] = 0.0, 0.5
-        columns = {"temperature": temperature, "uniforms": uniforms, **options}
-        expected = choose_tokens_reference(drawn.clone(), **columns)
-        columns = {name: None if x is None else x.to(DEVICE) for name, x in columns.items()}
-        actual = sampling.choose_tokens(drawn.to(DEVICE), **columns).cpu()
-        assert torch.equal(actual, expected)
-        alone = {name: None if x is None else x[4:5] for name, x in columns.items()}
-        assert sampling.choose_tokens(drawn[4:5].to(DEVICE), **alone).item() == expected[4]
+        expected = choose_tokens_reference(
+            drawn.clone(),
+            temperature=temperature,
+            uniforms=uniforms,
+            filters=Filters(**filters()) if is_filtered else None,
+        )
+
+        def choose(rows: slice) -> Tensor:
+            kept = Filters(**on_device({name: x[rows] for name, x in filters().items()}))
+            return sampling.choose_tokens(
+                drawn[rows].to(DEVICE),
+                temperature=temperature[rows].to(DEVICE),
+                uniforms=uniforms[rows].to(DEVICE),
+                filters=kept if is_filtered else None,
+            ).cpu()
+
+        assert torch.equal(choose(slice(None)), expected)
+        assert torch.equal(choose(slice(4, 5)), expected[4:5])
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
@@ -122,7 +132,7 @@ def test_what_has_no_weight_is_never_chosen(uniform: float) -> None:
         drawn.to(DEVICE),
         temperature=torch.ones(2, device=DEVICE),
         uniforms=torch.full((2,), uniform, dtype=torch.float64, device=DEVICE),
-        **NO_FILTERS,
+        filters=None,
     )
     assert chosen.tolist() == ([701, 1300] if uniform else [700, 0])
 
@@ -135,7 +145,7 @@ def test_rows_that_are_all_ruled_out_or_nan_get_some_token() -> None:
             drawn.to(DEVICE),
             temperature=torch.full((2,), temperature, device=DEVICE),
             uniforms=torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE),
-            **NO_FILTERS,
+            filters=None,
         )
         assert all(0 <= token < 300 for token in chosen.tolist())
 
