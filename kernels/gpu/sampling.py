@@ -90,44 +90,69 @@ def _choose_kernel(
     row = tl.program_id(0).to(tl.int64)
     scores += row * stride
     maxima += row * num_chunks
-    sums += row * num_chunks
     index = tl.arange(0, BLOCK)
     tops = tl.load(maxima + index, mask=index < num_chunks, other=float("-inf"))
-    peak = tl.max(tops)
-    heat = 0.0 if IS_GREEDY else tl.load(temperature + row)
-    inner = tl.arange(0, CHUNK)
-    if heat <= 0.0:
-        chunk = _first(tops == peak, index, num_chunks - 1)
-        columns = chunk * CHUNK + inner
-        x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-        place = _first(x == peak, inner, CHUNK - 1)
+    if IS_GREEDY:
+        token = _largest(scores, width, tops, num_chunks)
     else:
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        tops = weights_of(tops, peak, heat, ARE_WEIGHTS=False)
-        masses = tl.load(sums + index, mask=index < num_chunks, other=0.0)
-        masses = masses.to(tl.float64) * tops
-        floor = tl.full([], 0.0, tl.float32)
-        if IS_FILTERED:
-            k = tl.load(top_k + row)
-            p = tl.load(top_p + row)
-            least = tl.load(min_p + row)
-            if (k > 0) | (p < 1.0) | (least > 0.0):
-                chunks += row * num_chunks
-                total = tl.sum(masses)
-                floor = find_floor(
-                    scores, width, chunks, tops, total, peak, heat, k, p, least, ARE_WEIGHTS=False
-                )
-                _sum_chunks(scores, width, chunks, tops, maxima, sums, peak, heat, floor)
-                masses = tl.load(sums + index, mask=tops >= floor, other=0.0)
-                masses = masses.to(tl.float64) * tops
-        uniform = tl.load(uniforms + row)
-        chunk, share = _draw(masses, index, uniform)
-        columns = chunk * CHUNK + inner
-        x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-        weights = weights_of(x, peak, heat, ARE_WEIGHTS=False)
-        weights = tl.where(weights >= floor, weights, 0.0).to(tl.float64)
-        place, share = _draw(weights, inner, share)
-    tl.store(chosen + row, tl.minimum(chunk * CHUNK + place, width - 1).to(tl.int64))
+        heat = tl.load(temperature + row)
+        if heat > 0.0:
+            sums += row * num_chunks
+            peak = tl.max(tops)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            tops = weights_of(tops, peak, heat, ARE_WEIGHTS=False)
+            masses = tl.load(sums + index, mask=index < num_chunks, other=0.0)
+            masses = masses.to(tl.float64) * tops
+            floor = tl.full([], 0.0, tl.float32)
+            if IS_FILTERED:
+                k = tl.load(top_k + row)
+                p = tl.load(top_p + row)
+                least = tl.load(min_p + row)
+                if (k > 0) | (p < 1.0) | (least > 0.0):
+                    chunks += row * num_chunks
+                    total = tl.sum(masses)
+                    floor = find_floor(
+                        scores,
+                        width,
+                        chunks,
+                        tops,
+                        total,
+                        peak,
+                        heat,
+                        k,
+                        p,
+                        least,
+                        ARE_WEIGHTS=False,
+                    )
+                    _sum_chunks(scores, width, chunks, tops, maxima, sums, peak, heat, floor)
+                    masses = tl.load(sums + index, mask=tops >= floor, other=0.0)
+                    masses = masses.to(tl.float64) * tops
+            uniform = tl.load(uniforms + row)
+            token = _draw_token(scores, width, masses, uniform, peak, heat, floor)
+        else:
+            token = _largest(scores, width, tops, num_chunks)
+    tl.store(chosen + row, tl.minimum(token, width - 1).to(tl.int64))
+
+
+@triton.jit
+def _largest(scores, width, tops, num_chunks):
+    """The first of the largest scores; `tops` are those of the chunks."""
+    chunk = _first(tops == tl.max(tops), tl.arange(0, tops.shape[0]), num_chunks - 1)
+    inner = tl.arange(0, CHUNK)
+    columns = chunk * CHUNK + inner
+    x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+    return chunk * CHUNK + _first(x == tl.max(x), inner, CHUNK - 1)
+
+
+@triton.jit
+def _draw_token(scores, width, masses, uniform, peak, temperature, floor):
+    """A token chosen by `uniform` among those that reach the floor; `masses` are the chunks'."""
+    chunk, share = _draw(masses, uniform)
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(scores + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+    weights = weights_of(x, peak, temperature, ARE_WEIGHTS=False)
+    place, share = _draw(tl.where(weights >= floor, weights, 0.0).to(tl.float64), share)
+    return chunk * CHUNK + place
 
 
 @triton.jit
@@ -137,11 +162,12 @@ def _first(is_it, index, otherwise):
 
 
 @triton.jit
-def _draw(masses, index, uniform):
+def _draw(masses, uniform):
     """An index chosen by `uniform` in [0, 1), and where inside its mass that fell, in [0, 1).
 
     One without mass is never chosen, whatever the rounding, if any has mass.
     """
+    index = tl.arange(0, masses.shape[0])
     ends = tl.cumsum(masses)
     target = uniform * tl.max(ends)
     last = tl.max(tl.where(masses > 0.0, index, 0))
