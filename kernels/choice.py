@@ -54,7 +54,7 @@ def choose_tokens(
     if any(x.shape != scores.shape[:1] or not x.is_contiguous() for x in columns):
         raise ValueError("temperatures, random numbers and filters are one contiguous value a row")
     if scores.is_cuda and scores.stride(1) == 1:
-        from kernels.gpu import sampling as gpu
+        from kernels.gpu import choice as gpu
 
         return gpu.choose_tokens(
             scores, temperature=temperature, uniforms=uniforms, filters=filters

@@ -35,7 +35,7 @@ def filter_weights(
     """
     _check_rows(weights, top_k, top_p, *(() if min_p is None else (min_p,)))
     if weights.is_cuda and weights.is_contiguous() and weights.dtype is torch.float32:
-        from kernels.gpu import sampling as gpu
+        from kernels.gpu import filters as gpu
 
         return gpu.filter_weights(weights, top_k=top_k, top_p=top_p, min_p=min_p)
     kernel = native_kernel(Operation.FILTER_WEIGHTS, weights)

@@ -7,37 +7,16 @@ passes. The row comes in chunks with known maxima, and a pass reads only chunks 
 interval: of a language model's row, few.
 """
 
-# pyright: reportCallIssue=false
-
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(256)
+from kernels.gpu.chunks import CHUNK, list_chunks, weights_of
+
 _CANDIDATES = tl.constexpr(8)
 # A pass takes 4 x 4 chunks at a time; sums over the first four stay inside threads.
 _ROUNDS = tl.constexpr(4)
 _CHUNKS_A_ROUND = tl.constexpr(4)
 _CHUNKS_AT_ONCE = tl.constexpr(16)
-
-
-@triton.jit
-def weights_of(scores, peak, temperature, ARE_WEIGHTS: tl.constexpr):
-    """Weights of a row's `scores`, 1 for its largest, `peak`; or `scores` if they are weights."""
-    return scores if ARE_WEIGHTS else tl.exp((scores - peak) / temperature)
-
-
-@triton.jit
-def list_chunks(chunks, tops, floor):
-    """Writes to `chunks` which of `tops`, the largest weights of all chunks, are >= floor.
-
-    Returns their number.
-    """
-    is_in = (tops >= floor).to(tl.int32)
-    places = tl.cumsum(is_in) - 1
-    tl.debug_barrier()  # the list before may still be read
-    tl.store(chunks + places, tl.arange(0, tops.shape[0]), mask=is_in > 0)
-    tl.debug_barrier()
-    return tl.sum(is_in)
 
 
 @triton.jit

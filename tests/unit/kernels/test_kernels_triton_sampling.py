@@ -10,7 +10,8 @@ from kernels.choice import Filters, choose_tokens_reference
 from kernels.sampling import filter_weights_reference, penalize_reference, rule_out_reference
 
 pytest.importorskip("triton")
-from kernels.gpu import sampling, scores
+from kernels.gpu import choice, scores
+from kernels.gpu.filters import filter_weights
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and version("triton") < "3.7",
@@ -63,9 +64,9 @@ def on_device(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_filters_keep_what_the_reference_does(width: int, spread: float, *, ties: bool) -> None:
     weights = make_weights(width, spread=spread, ties=ties)
     expected = filter_weights_reference(weights.clone(), **filters())
-    actual = sampling.filter_weights(weights.to(DEVICE, copy=True), **on_device(filters()))
+    actual = filter_weights(weights.to(DEVICE, copy=True), **on_device(filters()))
     assert torch.equal(actual.cpu(), expected)
-    alone = sampling.filter_weights(
+    alone = filter_weights(
         weights[3:4].to(DEVICE, copy=True),
         **on_device({name: column[3:4] for name, column in filters().items()}),
     )
@@ -79,7 +80,7 @@ def test_filters_with_fewer_weights_than_top_k_and_without_min_p(top_k: int) -> 
     columns = {**filters(), "top_k": torch.full((len(ROWS),), top_k), "min_p": None}
     expected = filter_weights_reference(weights.clone(), **columns)
     columns = {name: None if x is None else x.to(DEVICE) for name, x in columns.items()}
-    actual = sampling.filter_weights(weights.to(DEVICE, copy=True), **columns)
+    actual = filter_weights(weights.to(DEVICE, copy=True), **columns)
     assert torch.equal(actual.cpu(), expected)
 
 
@@ -92,7 +93,7 @@ class TestChoice:
         drawn[1, width // 2 :] = drawn.amax() + 1
         expected = drawn.argmax(-1)
         expected[0], expected[1] = 0, width // 2
-        assert torch.equal(sampling.choose_tokens(drawn.to(DEVICE), **GREEDY).cpu(), expected)
+        assert torch.equal(choice.choose_tokens(drawn.to(DEVICE), **GREEDY).cpu(), expected)
 
     @pytest.mark.parametrize("is_filtered", [False, True])
     def test_by_random_numbers(self, width: int, dtype: torch.dtype, *, is_filtered: bool) -> None:
@@ -112,7 +113,7 @@ class TestChoice:
 
         def choose(rows: slice) -> Tensor:
             kept = Filters(**on_device({name: x[rows] for name, x in filters().items()}))
-            return sampling.choose_tokens(
+            return choice.choose_tokens(
                 drawn[rows].to(DEVICE),
                 temperature=temperature[rows].to(DEVICE),
                 uniforms=uniforms[rows].to(DEVICE),
@@ -128,7 +129,7 @@ def test_what_has_no_weight_is_never_chosen(uniform: float) -> None:
     drawn = torch.full((2, 1500), -torch.inf)
     drawn[0, 700:703] = torch.tensor([1.0, 2.0, -200.0])
     drawn[1, :1400:100] = 1.0
-    chosen = sampling.choose_tokens(
+    chosen = choice.choose_tokens(
         drawn.to(DEVICE),
         temperature=torch.ones(2, device=DEVICE),
         uniforms=torch.full((2,), uniform, dtype=torch.float64, device=DEVICE),
@@ -141,7 +142,7 @@ def test_what_has_no_weight_is_never_chosen(uniform: float) -> None:
 def test_rows_that_are_all_ruled_out_or_nan_get_some_token() -> None:
     drawn = torch.stack([torch.full((300,), -torch.inf), torch.full((300,), torch.nan)])
     for temperature in (0.0, 1.0):
-        chosen = sampling.choose_tokens(
+        chosen = choice.choose_tokens(
             drawn.to(DEVICE),
             temperature=torch.full((2,), temperature, device=DEVICE),
             uniforms=torch.full((2,), 0.5, dtype=torch.float64, device=DEVICE),

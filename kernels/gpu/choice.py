@@ -15,54 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.choice import Filters
+from kernels.gpu.chunks import CHUNK, list_chunks, reduce_chunks, weights_of
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.floors import CHUNK, find_floor, list_chunks, weights_of
-from kernels.gpu.sizes import ceil_div, next_power_of_2
+from kernels.gpu.floors import find_floor
+from kernels.gpu.sizes import next_power_of_2
 
-_CHUNKS_A_PROGRAM = 8
 _NUM_WARPS = 4
 _NUM_WARPS_FILTERING = 8
 _CHUNKS_AT_ONCE = tl.constexpr(16)
-
-
-@triton.jit
-def _reduce_kernel(
-    scores,
-    stride,
-    width,
-    temperature,
-    maxima,
-    sums,
-    num_chunks,
-    NUM: tl.constexpr,
-    ARE_WEIGHTS: tl.constexpr,
-    IS_GREEDY: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1) * NUM + tl.arange(0, NUM)
-    columns = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    outside = 0.0 if ARE_WEIGHTS else float("-inf")
-    x = tl.load(scores + row * stride + columns, mask=columns < width, other=outside)
-    x = x.to(tl.float32)
-    top = tl.max(x, axis=1)
-    out = row * num_chunks + chunk
-    is_chunk = chunk < num_chunks
-    tl.store(maxima + out, top, mask=is_chunk)
-    if ARE_WEIGHTS:
-        tl.store(sums + out, tl.sum(x.to(tl.float64), axis=1), mask=is_chunk)
-    elif not IS_GREEDY:
-        heat = tl.load(temperature + row)
-        if heat > 0.0:
-            base = tl.where(top == float("-inf"), 0.0, top)
-            weights = weights_of(x, base[:, None], heat, ARE_WEIGHTS=False)
-            tl.store(sums + out, tl.sum(weights, axis=1), mask=is_chunk)
 
 
 @triton.jit
@@ -198,43 +162,6 @@ def _sum_chunks(scores, width, chunks, tops, maxima, sums, peak, temperature, fl
     tl.debug_barrier()
 
 
-@triton.jit
-def _filter_kernel(
-    weights,
-    width,
-    top_k,
-    top_p,
-    min_p,
-    maxima,
-    sums,
-    chunks,
-    num_chunks,
-    BLOCK: tl.constexpr,
-    HAS_MIN_P: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    weights += row * width
-    maxima += row * num_chunks
-    index = tl.arange(0, BLOCK)
-    tops = tl.load(maxima + index, mask=index < num_chunks, other=0.0)
-    total = tl.sum(tl.load(sums + row * num_chunks + index, mask=index < num_chunks, other=0.0))
-    k = tl.load(top_k + row)
-    p = tl.load(top_p + row)
-    least = tl.load(min_p + row) if HAS_MIN_P else tl.full([], 0.0, tl.float32)
-    chunks += row * num_chunks
-    floor = find_floor(weights, width, chunks, tops, total, 1.0, 1.0, k, p, least, ARE_WEIGHTS=True)
-    for start in range(0, num_chunks, _CHUNKS_AT_ONCE):
-        chunk = start + tl.arange(0, _CHUNKS_AT_ONCE)
-        columns = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        top = tl.load(maxima + chunk, mask=chunk < num_chunks, other=0.0)
-        mask = columns < width
-        x = tl.load(weights + columns, mask=mask & (top >= floor)[:, None], other=0.0)
-        tl.store(weights + columns, 0.0, mask=mask & (x < floor))
-
-
 def choose_tokens(
     scores: Tensor,
     *,
@@ -244,27 +171,11 @@ def choose_tokens(
 ) -> Tensor:
     """`kernels.choice.choose_tokens` for `scores` whose rows are contiguous."""
     num_rows, width = scores.shape
-    num_chunks = ceil_div(width, CHUNK.value)
-    maxima, sums = torch.empty((2, num_rows, num_chunks), device=scores.device)
     chosen = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
-    chunks = None if filters is None else torch.empty_like(maxima, dtype=torch.int32)
     if not num_rows:
         return chosen
-    options = launch_options(scores.device)
-    _reduce_kernel[(num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM))](
-        scores,
-        scores.stride(0),
-        width,
-        temperature,
-        maxima,
-        sums,
-        num_chunks,
-        NUM=_CHUNKS_A_PROGRAM,
-        ARE_WEIGHTS=False,
-        IS_GREEDY=temperature is None,
-        num_warps=_NUM_WARPS,
-        **options,
-    )
+    maxima, sums = reduce_chunks(scores, temperature=temperature, are_weights=False)
+    num_chunks = maxima.shape[1]
     _choose_kernel[(num_rows,)](
         scores,
         scores.stride(0),
@@ -276,56 +187,13 @@ def choose_tokens(
         None if filters is None else filters.min_p,
         maxima,
         sums,
-        chunks,
+        None if filters is None else torch.empty_like(maxima, dtype=torch.int32),
         num_chunks,
         chosen,
         BLOCK=next_power_of_2(num_chunks),
         IS_GREEDY=temperature is None,
         IS_FILTERED=filters is not None,
         num_warps=_NUM_WARPS if filters is None else _NUM_WARPS_FILTERING,
-        **options,
+        **launch_options(scores.device),
     )
     return chosen
-
-
-def filter_weights(
-    weights: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor | None
-) -> Tensor:
-    """`kernels.sampling.filter_weights` in place, for contiguous `weights`."""
-    num_rows, width = weights.shape
-    num_chunks = ceil_div(width, CHUNK.value)
-    if not num_rows:
-        return weights
-    maxima = torch.empty((num_rows, num_chunks), device=weights.device)
-    sums = torch.empty_like(maxima, dtype=torch.float64)
-    options = launch_options(weights.device)
-    _reduce_kernel[(num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM))](
-        weights,
-        width,
-        width,
-        None,
-        maxima,
-        sums,
-        num_chunks,
-        NUM=_CHUNKS_A_PROGRAM,
-        ARE_WEIGHTS=True,
-        IS_GREEDY=False,
-        num_warps=_NUM_WARPS,
-        **options,
-    )
-    _filter_kernel[(num_rows,)](
-        weights,
-        width,
-        top_k,
-        top_p,
-        min_p,
-        maxima,
-        sums,
-        torch.empty_like(maxima, dtype=torch.int32),
-        num_chunks,
-        BLOCK=next_power_of_2(num_chunks),
-        HAS_MIN_P=min_p is not None,
-        num_warps=_NUM_WARPS_FILTERING,
-        **options,
-    )
-    return weights
