@@ -27,11 +27,11 @@ _GRAPH_LAYER_BYTES = 1 << 16
 
 
 def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
-    """A prompt and a decode step, greedy and random, in a pool that holds nothing yet."""
+    """A prompt and a decode step, greedy, random and filtered, in a pool that holds nothing yet."""
     num_blocks, block_size = kv_pool.shape[0], kv_pool.shape[4]
     num_tokens = min(_WARM_UP_TOKENS, num_blocks * block_size - 1)
     block_ids = list(range(-(-(num_tokens + 1) // block_size)))
-    for sampling in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_p=0.9)):
         sequence = _made_up(num_tokens, block_ids, sampling)
         _run(runner, [sequence], [num_tokens])
         sequence.num_computed_tokens = num_tokens

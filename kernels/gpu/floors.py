@@ -2,9 +2,13 @@
 
 Non-negative floats order as their bits do. So the floor is looked for among bits: eight candidates
 at a time split the interval that it's in, and one pass over the row counts the weights above each,
-or sums them up in float64. It ends when one weight is left in the interval, after three to six
-passes. The row comes in chunks with known maxima, and a pass reads only chunks that reach into the
-interval: of a language model's row, few.
+or sums them up in float64. It ends when one weight is left in the interval, after one to four
+passes over a language model's row; where equal weights lie at the floor, as bfloat16 logits make
+them, it takes up to ten. The row comes in chunks with known maxima, and a pass reads only chunks
+that reach into the interval: mostly few.
+
+Sums come in another order than the reference's. So top-p may keep one weight more or less where its
+share of the total falls on a partial sum to within float64's rounding.
 """
 
 import triton
