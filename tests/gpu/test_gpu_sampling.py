@@ -57,6 +57,7 @@ def test_rows_are_independent(scores: torch.Tensor) -> None:
     assert torch.equal(choose_tokens(scores, **options()), together)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device(scores: torch.Tensor) -> None:
     columns = options()
     filters: Filters = columns["filters"]
