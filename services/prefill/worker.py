@@ -170,8 +170,11 @@ class PrefillWorker:
         except (TransferError, LayoutMismatchError, WorkerLostError) as error:
             self._fail(push.key, str(error), retryable=True)
         else:
-            del self._outgoing[push.key]
-            self._engine_thread.post(Release(push.key))
+            outgoing = self._outgoing.get(push.key)
+            # Stopped while this task was on its way to say that it's through: `_end` says the rest.
+            if outgoing is not None and outgoing.push is push:
+                del self._outgoing[push.key]
+                self._engine_thread.post(Release(push.key))
 
     def _cancelled_by_decode(
         self, decode: Peer, key: RequestKey, ticket_id: TicketId | None
