@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from filter_cases import ROWS
 from torch import Tensor
 
 from kernels.sampling import (
@@ -14,22 +15,6 @@ from kernels.sampling import (
 )
 
 WIDTHS = [5, 256, 1000, 49_152]
-# (top_k, top_p, min_p) of each row.
-ROWS = [
-    (0, 1.0, 0.0),
-    (1, 1.0, 0.0),
-    (3, 1.0, 0.0),
-    (40, 0.9, 0.0),
-    (300, 0.5, 0.0),
-    (10**9, 0.99, 0.0),
-    (0, 0.05, 0.0),
-    (0, 0.9, 0.0),
-    (0, 0.9999, 0.0),
-    (0, 1.0, 0.2),
-    (0, 0.8, 0.01),
-    (50, 0.95, 0.1),
-    (0, 1.0, 1.0),
-]
 
 
 def make_weights(width: int, *, spread: float, ties: bool) -> Tensor:

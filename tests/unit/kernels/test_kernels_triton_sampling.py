@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from filter_cases import ROWS
 from torch import Tensor
 
 from kernels.choice import Filters, choose_tokens_reference
@@ -19,22 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [5, 256, 4500] + ([49_152, 128_256] if DEVICE == "cuda" else [])
-# (top_k, top_p, min_p) of each row.
-ROWS = [
-    (0, 1.0, 0.0),
-    (1, 1.0, 0.0),
-    (3, 1.0, 0.0),
-    (40, 0.9, 0.0),
-    (300, 0.5, 0.0),
-    (10**9, 0.99, 0.0),
-    (0, 0.05, 0.0),
-    (0, 0.9, 0.0),
-    (0, 0.9999, 0.0),
-    (0, 1.0, 0.2),
-    (0, 0.8, 0.01),
-    (50, 0.95, 0.1),
-    (0, 1.0, 1.0),
-]
 GREEDY = {"temperature": None, "uniforms": None, "filters": None}
 
 
