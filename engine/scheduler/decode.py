@@ -73,7 +73,7 @@ class DecodeScheduler:
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
         self._ahead = StepAhead(pool, self._stop_rules)
-        self._may_admit = False  # something changed for prompts since the last `schedule`
+        self._may_admit = True  # whether the next `schedule` may let a waiting prompt in
         self.stats = DecodeStats()
 
     @property
@@ -157,6 +157,7 @@ class DecodeScheduler:
         arrived or was cancelled already."""
         self._reservations.cancel(reservation.sequence)
         del self._sequences[reservation.sequence.key]
+        self._may_admit = True
 
     def confirm_stopped(self, reservation: Reservation) -> None:
         """Nothing writes to a cancelled reservation's blocks any more: they are free."""
@@ -174,6 +175,7 @@ class DecodeScheduler:
             return None
         if sequence.phase is Phase.RESERVED:
             self._reservations.cancel(sequence)
+            self._may_admit = True
             return sequence
         self._take_out(sequence)
         sequence.advance(PhaseEvent.ABORT)
@@ -186,7 +188,8 @@ class DecodeScheduler:
         All steps before it are committed.
         """
         preempted: list[Sequence] = []
-        self._may_admit = False
+        # An idle engine gains nothing by keeping a place for a transfer without room.
+        admit_before = self._refused_rank if self.num_running else None
         self._join_arrived()
         scheduled = self._schedule_decoding(preempted)
         num_free_places = self._max_num_seqs - self.num_running
@@ -197,10 +200,12 @@ class DecodeScheduler:
             num_prompt_tokens,
             max_admissions=0 if preempted or self._arrived else num_free_places,
             num_spare_blocks=self._num_spare_blocks,
-            # An idle engine gains nothing by keeping a place for a transfer without room.
-            admit_before=self._refused_rank if self.num_running else None,
+            admit_before=admit_before,
         )
         self._refused_rank = None
+        # Only a want of blocks lasts until some come back; all else may be otherwise next time.
+        is_blocked = self._prompts.waiting_for_blocks is not None
+        self._may_admit = not is_blocked or bool(preempted) or admit_before is not None
         return StepPlan(scheduled, preempted, self._admission.swap.drain())
 
     def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
