@@ -74,11 +74,13 @@ def paged_attention(
         from kernels.gpu.prefill_attention import prefill_attention
 
         if batch.max_query_len > 1 and is_supported(
-            q, kv_pool, sliding_window=sliding_window, softcap=softcap
+            q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap
         ):
             from kernels.gpu.hopper.attention import hopper_attention
 
-            return hopper_attention(q, kv_pool, layer, batch, scale=scale)
+            return hopper_attention(
+                q, kv_pool, layer, batch, scale=scale * scales.k, v_scale=scales.v
+            )
         attend = decode_attention if batch.max_query_len == 1 else prefill_attention
         return attend(
             q,

@@ -54,6 +54,20 @@ def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) ->
     return fp8_linear_reference(x, packed, dtype=dtype)
 
 
+def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
+    """`residual += fp8_linear(x, packed)` where the product adds on its way; elsewhere nothing,
+    False.
+
+    `residual` is [num_tokens, out_features]. The sum is rounded once.
+    """
+    _check(x, packed)
+    if not packed.weight.values.is_cuda or not residual.is_contiguous():
+        return False
+    from kernels.gpu import fp8_linear as gpu
+
+    return gpu.add_fp8_linear(x, packed, residual)
+
+
 def gated_fp8_linear(
     x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype, then: Fp8Linear | None
 ) -> Tensor | Fp8Rows:

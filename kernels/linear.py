@@ -126,6 +126,27 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     return out
 
 
+def add_linear(x: Tensor, packed: PackedLinear, residual: Tensor) -> bool:
+    """`residual += linear(x, packed)` where the product adds on its way; elsewhere nothing, False.
+
+    `residual` is [num_tokens, out_features]. The sum is rounded once.
+    """
+    is_fused = x.is_cuda and x.dtype is residual.dtype is not torch.float32
+    if not is_fused or not residual.is_contiguous() or x.stride(1) != 1:
+        return False
+    if residual.shape != (x.shape[0], packed.out_features):
+        raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
+    from kernels.gpu import linear as gpu
+    from kernels.gpu.linear_tiles import is_fastest
+
+    if len(x) and is_fastest(len(x), *packed.weight.shape):
+        gpu.linear(x, packed.weight, packed.bias, residual=residual)
+        return True
+    if packed.bias is None:
+        residual.addmm_(x, packed.weight.T)
+    return packed.bias is None
+
+
 def linear_reference(x: Tensor, packed: PackedLinear) -> Tensor:
     """`linear` in torch."""
     return torch.nn.functional.linear(x, packed.unpacked(), packed.bias)

@@ -43,11 +43,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Return `(rms_norm(x + residual), x + residual)`; both inputs may be overwritten.
 
-    The caller must use the returned residual and forget `x` and `residual`.
+    The caller must use the returned residual and forget `x` and `residual`. No `x` adds nothing.
     """
+    if x is None:
+        return rms_norm(residual, weight, eps), residual
     _check(x, weight)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
@@ -75,16 +79,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def add_rms_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
 ) -> tuple[Fp8Rows, Tensor]:
     """`add_rms_norm` of [num_tokens, hidden], its first result quantized without rounding before.
 
     `scale` is `quantize_rows`'. The caller must forget `x` and `residual`.
     """
-    _check(x, weight)
-    if x.shape != residual.shape:
+    _check(residual, weight)
+    if x is not None and x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
-    if x.is_cuda and x.is_contiguous() and residual.is_contiguous():
+    is_contiguous = residual.is_contiguous() and (x is None or x.is_contiguous())
+    if residual.is_cuda and is_contiguous:
         from kernels.gpu import norm as gpu
 
         return gpu.add_rms_norm_fp8(x, residual, weight, eps, scale=scale)
@@ -109,10 +114,10 @@ def add_rms_norm_reference(
 
 
 def add_rms_norm_fp8_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None = None
 ) -> tuple[Fp8Rows, Tensor]:
     """`add_rms_norm_fp8` in torch."""
-    residual = x + residual
+    residual = residual if x is None else x + residual
     normed = rms_norm_reference(residual.float(), weight.float(), eps)
     return quantize_rows_reference(normed, scale), residual
 

@@ -177,7 +177,7 @@ def bench_prefill() -> list[dict[str, Any]]:
             str(tile): functools.partial(prefill_attention, q, pool, 0, batch, **options, tile=tile)
             for tile in PREFILL_TILES
         }
-        if is_supported(q, pool, sliding_window=None, softcap=None):
+        if is_supported(q, pool, batch, sliding_window=None, softcap=None):
             from kernels.gpu.hopper.attention import hopper_attention
 
             scale = HEAD_DIM**-0.5

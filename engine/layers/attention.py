@@ -63,10 +63,15 @@ class Attention:
             self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
 
     def forward(
-        self, hidden: ProjectionInput, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
-    ) -> Tensor:
-        """`hidden` [num_tokens, hidden_size], made by `qkv.normed`, to the same shape; the new KV
-        goes to the pool."""
+        self,
+        hidden: ProjectionInput,
+        residual: Tensor,
+        cos_sin: Tensor,
+        batch: AttentionBatch,
+        kv_pool: Tensor,
+    ) -> Tensor | None:
+        """`hidden` [num_tokens, hidden_size], made by `qkv.normed`, to the same shape, or None if
+        that is in the residual stream already; the new KV goes to the pool."""
         heads = self.qkv.forward(hidden).unflatten(-1, (-1, self._head_dim))
         q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if self._q_norm is not None and self._k_norm is not None:
@@ -82,7 +87,7 @@ class Attention:
             sliding_window=self._window,
             kv_scales=self._kv_scales,
         )
-        return self._output.forward(attended.flatten(1))
+        return self._output.onto(attended.flatten(1), residual)
 
 
 def read_kv_scales(weights: WeightSource, prefix: str) -> KVScales:

@@ -31,18 +31,18 @@ class DecoderLayer:
 
     def forward(
         self,
-        hidden: Tensor,
+        output: Tensor | None,
         residual: Tensor,
         cos_sin: Tensor,
         batch: AttentionBatch,
         kv_pool: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Take and return (the last output, not yet added; the residual stream before it).
+    ) -> tuple[Tensor | None, Tensor]:
+        """Take and return (the last output, None once it is added; the residual stream).
 
-        Leaving the addition to the next norm makes it one pass over memory; the inputs are
-        overwritten.
+        What the product that makes an output doesn't add on its way is left to the next norm, so
+        that it is no pass over memory of its own. The inputs are overwritten.
         """
-        normed, residual = self._attention.qkv.normed(hidden, residual, self._input_norm, self._eps)
-        attended = self._attention.forward(normed, cos_sin, batch, kv_pool)
-        normed, residual = self._mlp.gate_up.normed(attended, residual, self._mlp_norm, self._eps)
-        return self._mlp.forward(normed), residual
+        normed, residual = self._attention.qkv.normed(output, residual, self._input_norm, self._eps)
+        output = self._attention.forward(normed, residual, cos_sin, batch, kv_pool)
+        normed, residual = self._mlp.gate_up.normed(output, residual, self._mlp_norm, self._eps)
+        return self._mlp.forward(normed, residual), residual

@@ -26,6 +26,7 @@ class GatedMLP:
             weights, prefix, {"down_proj": hidden}, intermediate, bias=bias
         )
 
-    def forward(self, hidden: ProjectionInput) -> Tensor:
-        """`hidden` [num_tokens, hidden_size], made by `gate_up.normed`, to the same shape."""
-        return self._down.forward(self.gate_up.forward_gated(hidden, then=self._down))
+    def forward(self, hidden: ProjectionInput, residual: Tensor) -> Tensor | None:
+        """`hidden` [num_tokens, hidden_size], made by `gate_up.normed`, to the same shape, or None
+        if that is in the residual stream already."""
+        return self._down.onto(self.gate_up.forward_gated(hidden, then=self._down), residual)

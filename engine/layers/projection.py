@@ -9,8 +9,14 @@ from engine.weights.fp8 import Fp8Weight, dense, take_linear
 from engine.weights.source import WeightSource
 from kernels.activation import silu_and_mul, silu_and_mul_fp8
 from kernels.fp8 import Fp8Rows
-from kernels.fp8_linear import Fp8Linear, fits_fp8, fp8_linear, gated_fp8_linear
-from kernels.linear import linear, pack_linear
+from kernels.fp8_linear import (
+    Fp8Linear,
+    add_fp8_linear,
+    fits_fp8,
+    fp8_linear,
+    gated_fp8_linear,
+)
+from kernels.linear import add_linear, linear, pack_linear
 from kernels.norm import add_rms_norm, add_rms_norm_fp8
 
 ProjectionInput = Tensor | Fp8Rows
@@ -24,8 +30,12 @@ class Projection(Protocol):
         """[num_tokens, in_features] to [num_tokens, out_features]."""
         ...
 
+    def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
+        """`forward`, for the residual stream: None if the result was added to it on the way."""
+        ...
+
     def normed(
-        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+        self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
         """The input that `add_rms_norm` makes, and the new residual; `x` and `residual` are
         overwritten."""
@@ -49,8 +59,12 @@ class DenseProjection:
         assert isinstance(x, Tensor)
         return linear(x, self._packed)
 
+    def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
+        assert isinstance(x, Tensor)
+        return None if add_linear(x, self._packed, residual) else self.forward(x)
+
     def normed(
-        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+        self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
         return add_rms_norm(x, residual, norm, eps)
 
@@ -72,8 +86,11 @@ class Fp8Projection:
     def forward(self, x: ProjectionInput) -> Tensor:
         return fp8_linear(x, self.packed, dtype=self._dtype)
 
+    def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
+        return None if add_fp8_linear(x, self.packed, residual) else self.forward(x)
+
     def normed(
-        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float
+        self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
         return add_rms_norm_fp8(x, residual, norm, eps, scale=self.packed.input_scale)
 

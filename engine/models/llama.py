@@ -1,6 +1,5 @@
 """Llama 2, 3, 3.1 and 3.2, and models of their shape such as SmolLM2."""
 
-import torch
 from torch import Tensor
 
 from engine.layers.attention import AttentionOptions
@@ -37,11 +36,10 @@ class LlamaForCausalLM:
         self._norm = weights.take("model.norm.weight", (config.hidden_size,))
 
     def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
-        hidden = self._vocabulary.embed(token_ids)
-        residual = torch.zeros_like(hidden)
+        output, residual = None, self._vocabulary.embed(token_ids)
         for layer in self._layers:
-            hidden, residual = layer.forward(hidden, residual, self._cos_sin, batch, kv_pool)
-        return add_rms_norm(hidden, residual, self._norm, self.config.rms_norm_eps)[0]
+            output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
+        return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._vocabulary.logits(hidden)

@@ -11,14 +11,20 @@ from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
 
 def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """`kernels.fp8_linear.fp8_linear` for shapes that are multiples of 16."""
-    num_tokens = _num_tokens(x)
-    # For more tokens, quantizing in each program costs more than a kernel of its own.
-    is_quantized_on_the_way = num_tokens <= FEW_TOKENS and packed.input_scale is None
-    if isinstance(x, Tensor) and not is_quantized_on_the_way:
-        x = quantize_rows(x, packed.input_scale)
-    if num_tokens <= MAX_TOKENS or isinstance(x, Tensor):
-        return few_tokens.fp8_linear(x, packed.weight, packed.bias, dtype=dtype)
-    return library_linear(x, packed.weight, packed.bias, dtype=dtype)
+    if _num_tokens(x) <= MAX_TOKENS:
+        return few_tokens.fp8_linear(_input(x, packed), packed.weight, packed.bias, dtype=dtype)
+    rows = x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
+    return library_linear(rows, packed.weight, packed.bias, dtype=dtype)
+
+
+def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
+    """`kernels.fp8_linear.add_fp8_linear`, which our kernel alone can."""
+    if _num_tokens(x) > MAX_TOKENS:
+        return False
+    few_tokens.fp8_linear(
+        _input(x, packed), packed.weight, packed.bias, dtype=residual.dtype, residual=residual
+    )
+    return True
 
 
 def gates_at_once(x: Tensor | Fp8Rows) -> bool:
@@ -46,6 +52,15 @@ def library_linear(
     if bias is not None:
         out += bias
     return out.to(dtype)
+
+
+def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
+    """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
+    of its own."""
+    is_quantized_on_the_way = _num_tokens(x) <= FEW_TOKENS and packed.input_scale is None
+    if isinstance(x, Fp8Rows) or is_quantized_on_the_way:
+        return x
+    return quantize_rows(x, packed.input_scale)
 
 
 def _num_tokens(x: Tensor | Fp8Rows) -> int:

@@ -76,6 +76,7 @@ def _linear_kernel(
     weight,
     weight_scales,
     bias,
+    residual,
     out,
     partial,
     arrivals,
@@ -152,19 +153,26 @@ def _linear_kernel(
     if IS_GATED:
         up_sums = _finished(up_sums, weight_scales, bias, rows + out_features, is_row)
         sums = sums * tl.sigmoid(sums) * up_sums
+    if residual is not None:
+        sums += tl.load(residual + out_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + out_at, sums, mask=mask)
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, tile: LinearTile | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    tile: LinearTile | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` for at most `MAX_TOKENS` rows of `x`, contiguous in the last dimension.
 
-    All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. `tile` is
-    for benchmarks.
+    All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. The result
+    is added to `residual`, in place, if there is one. `tile` is for benchmarks.
     """
     tile = tile or tile_for(x.shape[0], *weight.shape)
-    return _launch(x, None, weight, None, bias, dtype=x.dtype, gated=False, tile=tile)
+    return _launch(x, None, weight, None, bias, residual, dtype=x.dtype, gated=False, tile=tile)
 
 
 def fp8_linear(
@@ -173,6 +181,7 @@ def fp8_linear(
     bias: Tensor | None,
     *,
     dtype: torch.dtype,
+    residual: Tensor | None = None,
     gated: bool = False,
     tile: LinearTile | None = None,
 ) -> Tensor:
@@ -184,7 +193,15 @@ def fp8_linear(
     values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
     tile = tile or fp8_tile_for(values.shape[0], *weight.values.shape, gated=gated)
     return _launch(
-        values, scales, weight.values, weight.scales, bias, dtype=dtype, gated=gated, tile=tile
+        values,
+        scales,
+        weight.values,
+        weight.scales,
+        bias,
+        residual,
+        dtype=dtype,
+        gated=gated,
+        tile=tile,
     )
 
 
@@ -194,6 +211,7 @@ def _launch(
     weight: Tensor,
     weight_scales: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     *,
     dtype: torch.dtype,
     gated: bool,
@@ -201,7 +219,9 @@ def _launch(
 ) -> Tensor:
     num_tokens, in_features = x.shape
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.device)
+    out = residual
+    if out is None:
+        out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.device)
     partial, arrivals = out, out
     num_row_tiles = ceil_div(out_features, tile.rows)
     if tile.splits > 1:
@@ -216,6 +236,7 @@ def _launch(
         weight,
         weight_scales,
         bias,
+        residual,
         out,
         partial,
         arrivals,

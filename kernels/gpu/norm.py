@@ -48,12 +48,13 @@ def _add_and_normalise(x, residual, weight, row, columns, size, eps):
     """Updates a row of the residual stream, and returns it normalised in float32."""
     mask = columns < size
     at = row * size + columns
-    added = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    stream = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    # Rounded before it is normalised, as the residual stream is stored.
-    stream = (stream + added).to(residual.dtype.element_ty)
-    tl.store(residual + at, stream, mask=mask)
-    values = stream.to(tl.float32)
+    values = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if x is not None:
+        values += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        # Rounded before it is normalised, as the residual stream is stored.
+        stream = values.to(residual.dtype.element_ty)
+        tl.store(residual + at, stream, mask=mask)
+        values = stream.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values) / size + eps)
     gain = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     return values * scale * gain
@@ -132,12 +133,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def add_rms_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None
+    x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, *, scale: Tensor | None
 ) -> tuple[Fp8Rows, Tensor]:
     """`kernels.norm.add_rms_norm_fp8`, the residual in place, for contiguous inputs."""
     size = weight.shape[0]
-    num_rows = x.numel() // size
-    out = empty_rows(num_rows, size, x.device)
+    num_rows = residual.numel() // size
+    out = empty_rows(num_rows, size, residual.device)
     block = next_power_of_2(size)
     if num_rows:
         _add_rms_norm_fp8_kernel[(num_rows,)](
@@ -151,6 +152,6 @@ def add_rms_norm_fp8(
             eps,
             BLOCK=block,
             num_warps=row_warps(block),
-            **launch_options(x.device),
+            **launch_options(residual.device),
         )
     return out, residual

@@ -4,12 +4,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from attention_cases import MIXED, check, make_batch, make_pool
+from attention_cases import FP8_DTYPES, MIXED, check, make_batch, make_pool
 from torch import Tensor
 
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, paged_attention
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.prefill_attention import prefill_attention
+from kernels.kv_format import KVScales
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -30,7 +31,7 @@ def attend(q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options
 
     q, pool, batch = q.cuda(), pool.cuda(), moved(batch)
     assert is_supported(
-        q, pool, sliding_window=options["sliding_window"], softcap=options["softcap"]
+        q, pool, batch, sliding_window=options["sliding_window"], softcap=options["softcap"]
     )
     return hopper_attention(q, pool, layer, batch, scale=options["scale"]).cpu()
 
@@ -65,6 +66,30 @@ def test_many_tiles_a_program_agree_with_the_portable_kernel() -> None:
         assert torch.equal(hopper_attention(q, pool, 1, batch, scale=0.1), actual)
 
 
+@pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
+def test_keys_and_values_of_8_bits_are_widened(kv_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch = make_batch([(600, 600), (1, 700), (700, 2100)], 16)
+    pool = (make_pool(batch, 8, 16, 128) * 20).to(kv_dtype).cuda()
+    q = torch.randn(len(batch.slots), 32, 128).bfloat16().cuda()
+    batch = moved(batch)
+    options = {"sliding_window": None, "softcap": None}
+    assert is_supported(q, pool, batch, **options)
+    scales = KVScales(k=0.05, v=0.5)
+    actual = paged_attention(q, pool, 1, batch, scale=0.1, kv_scales=scales)
+    expected = prefill_attention(
+        q, pool, 1, batch, scale=0.1 * scales.k, v_scale=scales.v, **options
+    )
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=1e-2)
+
+
+def test_decode_rows_of_8_bits_are_left_to_the_portable_kernel() -> None:
+    batch = make_batch([(1, 700), (1, 90), (200, 200)], 16)
+    pool = make_pool(batch, 2, 16, 128).to(torch.float8_e4m3fn).cuda()
+    q = torch.randn(len(batch.slots), 8, 128).bfloat16().cuda()
+    assert not is_supported(q, pool, moved(batch), sliding_window=None, softcap=None)
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "block_size", "window", "cap"),
     [
@@ -80,4 +105,5 @@ def test_what_it_leaves_to_the_portable_kernel(
 ) -> None:
     q = torch.zeros(4, 8, head_dim, dtype=dtype, device="cuda")
     pool = torch.zeros(2, 1, 2, 2, block_size, head_dim, dtype=dtype, device="cuda")
-    assert not is_supported(q, pool, sliding_window=window, softcap=cap)
+    batch = moved(make_batch([(4, 4)], block_size))
+    assert not is_supported(q, pool, batch, sliding_window=window, softcap=cap)

@@ -139,6 +139,7 @@ def attend(
     buffers,
     barriers,
     scale,
+    v_scale,
     num_heads,
     GROUP: gl.constexpr,
     PADDED_GROUP: gl.constexpr,
@@ -218,7 +219,7 @@ def attend(
         mbarrier.arrive(v_empty.index(last), count=1)
 
         total = gl.convert_layout(total, gl.SliceLayout(1, sum_layout))
-        result = gl.convert_layout((sums / total[:, None]).to(dtype), store_layout)
+        result = gl.convert_layout((sums * (v_scale / total)[:, None]).to(dtype), store_layout)
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
         query_at = my_first + rows // PADDED_GROUP

@@ -22,6 +22,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.hopper.attending import attend
 from kernels.gpu.hopper.loading import LINE, NUM_SCALARS, ROWS, load
 from kernels.gpu.sizes import next_power_of_2
+from kernels.gpu.widened_blocks import widen_blocks
 
 # The hardware's exponential is to base 2.
 _LOG2_E = 1.4426950408889634
@@ -58,6 +59,7 @@ def _hopper_attention_kernel(
     first_row,
     heads_together,
     scale,
+    v_scale,
     num_heads,
     NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -100,15 +102,15 @@ def _hopper_attention_kernel(
             (
                 attend,
                 (
-                    0, out, buffers, barriers, scale, num_heads, GROUP, PADDED_GROUP, QUERIES,
-                    HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
+                    0, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
+                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
                 attend,
                 (
-                    1, out, buffers, barriers, scale, num_heads, GROUP, PADDED_GROUP, QUERIES,
-                    HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
+                    1, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
+                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
@@ -127,9 +129,18 @@ def _hopper_attention_kernel(
 
 
 def hopper_attention(
-    q: Tensor, kv_pool: Tensor, layer: int, batch: AttentionBatch, *, scale: float
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where `is_supported` (support.py) says so."""
+    if kv_pool.dtype is not q.dtype:
+        kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype)
+        layer = 0
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_layers, _, num_kv_heads, block_size, _ = kv_pool.shape
     group = num_heads // num_kv_heads
@@ -168,6 +179,7 @@ def hopper_attention(
         layer * 2 * num_kv_heads,
         num_kv_heads if batch.max_kv_len <= _LONG_CONTEXT else 1,
         scale * _LOG2_E,
+        v_scale,
         num_heads,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,

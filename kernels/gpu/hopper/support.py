@@ -6,6 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.attention import AttentionBatch
+from kernels.gpu.widened_blocks import pays_off
+
 _HOPPER = 9
 # Gluon still changes between releases; these compile the kernel.
 _TRITON_VERSIONS = ("3.6.", "3.7.")
@@ -15,7 +18,12 @@ _MAX_GROUP = 64
 
 
 def is_supported(
-    q: Tensor, kv_pool: Tensor, *, sliding_window: int | None, softcap: float | None
+    q: Tensor,
+    kv_pool: Tensor,
+    batch: AttentionBatch,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> bool:
     """Whether `hopper_attention` can stand in for `prefill_attention`, and so should: it is
     faster at every shape of benchmarks/gpu/kernels.py."""
@@ -25,13 +33,13 @@ def is_supported(
     return (
         sliding_window is None
         and softcap is None
-        and q.dtype is kv_pool.dtype
         and q.dtype in (torch.bfloat16, torch.float16)
         and head_dim in _HEAD_DIMS
         and block_size >= _MIN_BLOCK_SIZE
         and is_power_of_2
         and num_heads // num_kv_heads <= _MAX_GROUP
         and _is_hopper(q.device)
+        and (q.dtype is kv_pool.dtype or pays_off(q, kv_pool, batch))
     )
 
 

@@ -99,18 +99,19 @@ class TestQuantizing:
         assert_rows_close(actual, quantize_rows_reference(x, scale))
 
     def test_after_rms_norm(self, scale: Tensor | None, dtype: torch.dtype) -> None:
-        x, residual = (torch.randn(5, 96).to(dtype) for _ in range(2))
+        output, residual = (torch.randn(5, 96).to(dtype) for _ in range(2))
         weight = (torch.rand(96) + 0.5).to(dtype)
-        expected, stream = add_rms_norm_fp8_reference(x, residual, weight, 1e-5, scale=scale)
-        actual, actual_stream = norm.add_rms_norm_fp8(
-            x.to(DEVICE),
-            residual.to(DEVICE, copy=True),
-            weight.to(DEVICE),
-            1e-5,
-            scale=moved(scale),
-        )
-        assert_rows_close(actual, expected)
-        assert torch.equal(actual_stream.cpu(), stream)
+        for x in (output, None):
+            expected, stream = add_rms_norm_fp8_reference(x, residual, weight, 1e-5, scale=scale)
+            actual, actual_stream = norm.add_rms_norm_fp8(
+                moved(x),
+                residual.to(DEVICE, copy=True),
+                weight.to(DEVICE),
+                1e-5,
+                scale=moved(scale),
+            )
+            assert_rows_close(actual, expected)
+            assert torch.equal(actual_stream.cpu(), stream)
 
     def test_after_silu(self, scale: Tensor | None, dtype: torch.dtype) -> None:
         gate_up = torch.randn(5, 192).to(dtype)
@@ -139,6 +140,9 @@ class TestLinear:
         expected = exact @ weight.dequantized(torch.float32).T + bias
         actual = self.run(given, weight, bias, tile=tile)
         torch.testing.assert_close(actual, expected, atol=2e-3, rtol=2e-3)
+        residual = torch.randn(expected.shape)
+        actual = self.run(given, weight, bias, tile=tile, residual=residual)
+        torch.testing.assert_close(actual, expected + residual, atol=2e-3, rtol=2e-3)
 
     def test_gated(self, num_tokens: int, shape: tuple[int, int]) -> None:
         x, weight, bias = self.inputs(num_tokens, shape)
@@ -165,13 +169,21 @@ class TestLinear:
         bias: Tensor,
         *,
         tile: LinearTile | None,
+        residual: Tensor | None = None,
         gated: bool = False,
     ) -> Tensor:
         def rows(x: Fp8Rows) -> Fp8Rows:
             return Fp8Rows(x.values.to(DEVICE), x.scales.to(DEVICE))
 
         given = rows(x) if isinstance(x, Fp8Rows) else x.to(DEVICE)
+        stream = None if residual is None else residual.to(DEVICE, copy=True)
         out = linear.fp8_linear(
-            given, rows(weight), bias.to(DEVICE), dtype=torch.float32, gated=gated, tile=tile
+            given,
+            rows(weight),
+            bias.to(DEVICE),
+            dtype=torch.float32,
+            residual=stream,
+            gated=gated,
+            tile=tile,
         )
         return out.cpu()

@@ -18,7 +18,7 @@ from kernels.norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
 
 pytest.importorskip("triton")
-from kernels.gpu import activation, block_copy, linear, norm, rope
+from kernels.gpu import activation, block_copy, linear, norm, rope, widened_blocks
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
@@ -154,6 +154,23 @@ def test_rope_and_store_kv(
         assert (actual_pool.cpu().float() != pool.float()).float().mean() < share
 
 
+@pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2])
+def test_widened_blocks(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    batch = make_batch([(300, 300), (290, 310), (300, 7)], 16)
+    pool = (10 * torch.randn(int(batch.block_tables.max()) + 1, 3, 2, 5, 16, 72)).to(kv_dtype)
+    q = torch.empty(890, 5, 72, dtype=dtype)
+    assert widened_blocks.pays_off(q, pool, batch)
+    assert not widened_blocks.pays_off(q[:700], pool, batch)
+    widened, over = widened_blocks.widen_blocks(pool.to(DEVICE), 1, moved(batch), dtype)
+    for i, kv_len in enumerate(batch.kv_lens.tolist()):
+        num_blocks = -(-kv_len // 16)
+        actual = widened[over.block_tables[i, :num_blocks].long(), 0]
+        expected = pool[batch.block_tables[i, :num_blocks].long(), 1].to(dtype)
+        # The interpreter is wrong about e5m2's smallest numbers.
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 576, 4096])
 def test_norms(dtype: torch.dtype, size: int) -> None:
@@ -196,6 +213,10 @@ def test_linear(
     for _ in range(2):  # the second finds the counters as the first left them
         actual = linear.linear(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), tile=tile)
         close(actual, expected)
+    residual = torch.randn(num_tokens, out_features).to(dtype)
+    stream = residual.to(DEVICE, copy=True)
+    linear.linear(x.to(DEVICE), weight.to(DEVICE), None, residual=stream, tile=tile)
+    close(stream, (x.double() @ weight.double().T + residual.double()).to(dtype))
 
 
 @pytest.mark.parametrize("block_bytes", [16, 48, 1040, 4096 * 4, 4096 * 4 + 16])
