@@ -20,9 +20,9 @@ class EngineConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        choices=("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
-        help="type of keys and values: that of --dtype, or one of 8 bits, which takes half the "
-        "memory of 16 ('fp8' is 'fp8_e4m3')",
+        choices=("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+        help="type of keys and values: that of the model, or one of 8 bits, which takes half the "
+        "memory of 16 ('fp8' is 'fp8_e4m3'); 'auto' is fp8 if the checkpoint was calibrated for it",
     )
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     load_format: str = setting(

@@ -61,7 +61,12 @@ class Engine:
         """Sizes and allocates the pool, warms the model up, and captures CUDA graphs."""
         self._config = config
         self._model_config = model.config
-        kv_dtype = resolve_kv_dtype(config.kv_cache_dtype, model_dtype=model.dtype)
+        quantization = model.config.quantization
+        kv_dtype = resolve_kv_dtype(
+            config.kv_cache_dtype,
+            model_dtype=model.dtype,
+            has_fp8_kv=quantization is not None and quantization.has_fp8_kv,
+        )
         layout = _layout(model, config.block_size, kv_dtype)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":

@@ -20,12 +20,14 @@ class Quantization:
     each token, "static" ones are the checkpoint's, with "none" inputs stay as they are. `is_stored`
     tells fp8 weights in the checkpoint from ones that are made while it's loaded. `block` is the
     part of a weight, in rows and columns, that shares a scale where scales are stored as matrices.
+    `has_fp8_kv` tells that keys and values were calibrated for 8 bits, too.
     """
 
     method: str
     activations: Activations = "dynamic"
     is_stored: bool = True
     block: tuple[int, int] = _BLOCK
+    has_fp8_kv: bool = False
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
@@ -81,7 +83,12 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Quantization:
     if len(schemes) != 1 or config.get("sparsity_config"):
         raise _unserved("(compressed-tensors, of several schemes or none, or sparse)")
     activations, block = schemes.pop()
-    return Quantization("compressed-tensors", activations, block=block)
+    kv_scheme: dict[str, Any] | None = config.get("kv_cache_scheme")
+    if kv_scheme is not None and not _is_fp8(kv_scheme, "tensor"):
+        raise _unserved("(compressed-tensors, with keys and values other than fp8)")
+    return Quantization(
+        "compressed-tensors", activations, block=block, has_fp8_kv=kv_scheme is not None
+    )
 
 
 def _group_scheme(group: Mapping[str, Any]) -> tuple[Activations, tuple[int, int]]:

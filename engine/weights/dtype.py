@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from protocol.errors import StartupError
+
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -32,9 +34,27 @@ def resolve_dtype(name: str, device: torch.device, *, checkpoint_dtype: str) -> 
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
 
 
-def resolve_kv_dtype(name: str, *, model_dtype: torch.dtype) -> torch.dtype:
-    """`--kv-cache-dtype`'s value, where "auto" is the model's type."""
-    return model_dtype if name == "auto" else _KV_DTYPES[name]
+def resolve_kv_dtype(
+    name: str, *, model_dtype: torch.dtype, has_fp8_kv: bool = False
+) -> torch.dtype:
+    """`--kv-cache-dtype`'s value, with "auto" decided.
+
+    That is fp8 for a checkpoint whose keys and values were calibrated for it (`has_fp8_kv`), else
+    the model's type. Raises StartupError for another type of 16 bits than the model's.
+    """
+    if name == "auto":
+        return torch.float8_e4m3fn if has_fp8_kv else model_dtype
+    dtype = (_DTYPES | _KV_DTYPES)[name]
+    if name in _DTYPES and dtype is not model_dtype:
+        raise StartupError(
+            f"--kv-cache-dtype {name} doesn't fit: the model runs in {_name(model_dtype)}, and "
+            "keys and values are of its type or fp8."
+        )
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

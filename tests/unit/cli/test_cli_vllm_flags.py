@@ -57,7 +57,7 @@ REFUSED = {
     "--pipeline-parallel-size 2": "--prefill-workers and --decode-workers",
     "--swap-space -1": "0 or more",
     "--quantization awq": "one of fp8, compressed-tensors",
-    "--kv-cache-dtype nvfp4": "one of auto, fp8, fp8_e4m3, fp8_e5m2",
+    "--kv-cache-dtype nvfp4": "one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
     "--num-scheduler-steps 8": "the next step is prepared while one runs",
     "--speculative-model draft": "leave it out",

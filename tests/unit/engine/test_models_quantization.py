@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+import torch
 
 from engine.models.quantization import (
     Quantization,
     read_quantization,
     requested_quantization,
 )
+from engine.weights.dtype import resolve_kv_dtype
 from protocol.errors import StartupError
 
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -59,6 +61,33 @@ def read(config: dict[str, Any]) -> Quantization | None:
 )
 def test_what_is_served(config: dict[str, Any], expected: Quantization) -> None:
     assert read(config) == expected
+
+
+def test_calibrated_keys_and_values() -> None:
+    config = compressed(FP8 | {"strategy": "channel"}, TOKEN)
+    assert read(config | {"kv_cache_scheme": STATIC}) == Quantization(
+        "compressed-tensors", has_fp8_kv=True
+    )
+    assert read(config | {"kv_cache_scheme": None}) == Quantization("compressed-tensors")
+    with pytest.raises(StartupError, match="keys and values other than fp8"):
+        read(config | {"kv_cache_scheme": STATIC | {"type": "int"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "has_fp8_kv", "expected"),
+    [
+        ("auto", False, torch.bfloat16),
+        ("auto", True, torch.float8_e4m3fn),
+        ("bfloat16", True, torch.bfloat16),
+        ("fp8_e5m2", True, torch.float8_e5m2),
+        ("fp8", False, torch.float8_e4m3fn),
+    ],
+)
+def test_type_of_keys_and_values(name: str, *, has_fp8_kv: bool, expected: torch.dtype) -> None:
+    model_dtype = torch.bfloat16
+    assert resolve_kv_dtype(name, model_dtype=model_dtype, has_fp8_kv=has_fp8_kv) is expected
+    with pytest.raises(StartupError, match="the model runs in bfloat16, and keys and values"):
+        resolve_kv_dtype("float16", model_dtype=model_dtype)
 
 
 def test_an_unquantized_config() -> None:
