@@ -24,6 +24,8 @@ def run_router(argv: Sequence[str]) -> int:
 def run_prefill(argv: Sequence[str]) -> int:
     """Runs a prefill worker until the process is told to stop."""
     engine, worker = _worker_configs(resolve(PREFILL, argv))
+    # Below normal: where NVIDIA's MPS shares a card, prompts leave it to running streams first.
+    os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     from services.prefill.service import run_prefill as serve
 
     return serve(engine, worker)

@@ -207,13 +207,16 @@ def measure_stack(name: str, model_dir: Path, flags: Sequence[str], log: Path) -
         return {"start_to_first_token_s": server.first_token_s} | asyncio.run(run(server))
 
 
-def measure_offline(model_dir: Path) -> dict[str, Any]:
-    """Output tokens a second of one engine; called in a process of its own."""
+def measure_offline(model_dir: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """Output tokens a second of one engine; called in a process of its own. `flags` are pairs of a
+    name and a value."""
     # Only here, since the parent must leave the card alone.
     from engine import LLM, SamplingParams
 
     started_s = time.perf_counter()
-    llm = LLM(str(model_dir), load_format="dummy", max_num_batched_tokens=8192)
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
+    options = dict(zip(names, flags[1::2], strict=True))
+    llm = LLM(str(model_dir), load_format="dummy", max_num_batched_tokens=8192, **options)
     result: dict[str, Any] = {"start_s": time.perf_counter() - started_s}
     rng = random.Random(0)
 
@@ -249,7 +252,7 @@ def main() -> None:
     parser.add_argument("--offline-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.offline_in is not None:
-        print(json.dumps(measure_offline(arguments.offline_in)))
+        print(json.dumps(measure_offline(arguments.offline_in, arguments.flags.split())))
         return
 
     result: dict[str, Any] = {
@@ -268,7 +271,8 @@ def main() -> None:
             result[stack] = measure_stack(stack, model_dir, arguments.flags.split(), log)
             _keep(stack, result, arguments.output)
         if arguments.offline:
-            command = [sys.executable, "-m", "benchmarks.gpu.serve", "--offline-in", name]
+            flags = (f"--flags={arguments.flags}", "--offline-in", name)
+            command = [sys.executable, "-m", "benchmarks.gpu.serve", *flags]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             result["offline"] = json.loads(done.stdout.splitlines()[-1])
             _keep("offline", result, arguments.output)
