@@ -1,7 +1,7 @@
 """A local stack's private directory: Redis' socket and the file that `tandem ps` reads.
 
 A guardian process removes it when the stack ends, also after kill -9: it waits for the end of a
-pipe that only the supervisor holds open.
+pipe that only the supervisor holds open. It also ends the MPS daemon whose sockets lie in it.
 """
 
 import os
@@ -21,7 +21,14 @@ _STACK_FILE = "stack.json"
 _MAX_SOCKET_PATH_BYTES = 107
 _GUARDIAN_EXIT_TIMEOUT_S = 10.0
 # `cat` ends with the pipe. The parent directory goes too unless another stack lives in it.
-_GUARDIAN_SCRIPT = 'trap "" INT TERM HUP; cat >/dev/null; rm -rf "$1"; rmdir "$2" 2>/dev/null; :'
+_GUARDIAN_SCRIPT = """
+trap "" INT TERM HUP
+cat >/dev/null
+[ ! -d "$1/mps" ] || echo quit | CUDA_MPS_PIPE_DIRECTORY="$1/mps" nvidia-cuda-mps-control
+rm -rf "$1"
+rmdir "$2" 2>/dev/null
+:
+"""
 
 
 class StackProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +63,11 @@ class RuntimeDir:
     @property
     def redis_socket(self) -> Path:
         return self.path / "redis.sock"
+
+    @property
+    def mps(self) -> Path:
+        """For NVIDIA's MPS, if the stack uses it."""
+        return self.path / "mps"
 
     def write_record(self, record: StackRecord) -> None:
         """Replaces the stack file at once, so that a reader never sees half of it."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from cli.announce import Announcer
 from cli.declarations import SERVE
 from cli.listen import bind_listeners, bound_port, reachable_host
+from cli.mps import start_mps
 from cli.redis_server import answers, find_redis_server, redis_socket_url
 from cli.registered_workers import RegisteredWorkers
 from cli.resolve import Settings, resolve
@@ -67,7 +68,9 @@ async def _serve(
     workers = RegisteredWorkers(redis)
     names = worker_names(settings.config(StackConfig))
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
-    services += worker_services(settings, endpoints, workers, worker_ids)
+    shares_at_once = settings.config(StackConfig).gpu_sharing == "mps"
+    environ = start_mps(runtime.mps) if shares_at_once else {}
+    services += worker_services(settings, endpoints, workers, worker_ids, environ)
     services += router_services(settings, endpoints, listeners)
     model = router.served_model_name or (model_name(router.model),)
     stack = RunningStack(

@@ -10,6 +10,7 @@ from pathlib import Path
 from cli.child import ChildSpec
 from cli.declarations import DECODE, PREFILL, ROUTER
 from cli.gpu_memory import gpu_memory_share
+from cli.mps import prefill_environ
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
 from cli.redis_server import redis_arguments
@@ -60,8 +61,10 @@ def worker_services(
     endpoints: Endpoints,
     workers: RegisteredWorkers,
     worker_ids: Mapping[str, str],
+    environ: Mapping[str, str],
 ) -> Iterator[Service]:
-    """The workers; `worker_ids` gives their process names' ids in Redis, see `worker_names`."""
+    """The workers, with `environ` beside ours; `worker_ids` gives their process names' ids in
+    Redis, see `worker_names`."""
     engine = settings.config(EngineConfig)
     num_workers = len(worker_ids)
     cores = usable_cores()
@@ -82,7 +85,10 @@ def worker_services(
             "num_threads": num_threads,
             "gpu_memory_utilization": gpu_share,
         }
-        spec = _spec(settings, command, name, fixed, threads_environ)
+        own_environ = threads_environ | dict(environ)
+        if command is PREFILL and environ:
+            own_environ |= prefill_environ(settings.config(StackConfig).mps_prefill_percentage)
+        spec = _spec(settings, command, name, fixed, own_environ)
         probe = worker_probe(workers, worker_id)
         drain_timeout_s = _number(settings.values["drain_timeout_s"])
         yield Service(spec, command.name, _WORKER_TIER, probe, drain_timeout_s + _STOP_MARGIN_S)

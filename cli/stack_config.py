@@ -16,6 +16,19 @@ class StackConfig:
     routers: int = setting(
         1, minimum=1, metavar="N", help="router processes, all behind the same port"
     )
+    gpu_sharing: str = setting(
+        "turns",
+        choices=("turns", "mps"),
+        help="how workers share one GPU: in turns of some milliseconds, or at once, through "
+        "NVIDIA's MPS, which is started for it",
+    )
+    mps_prefill_percentage: int = setting(
+        70,
+        minimum=1,
+        maximum=100,
+        help="with --gpu-sharing mps: of the GPU's multiprocessors, how many a prefill worker may "
+        "use; decode workers may use all",
+    )
     start_timeout_s: float = setting(
         600.0, minimum=1.0, help="seconds within which every process must be ready"
     )

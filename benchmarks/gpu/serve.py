@@ -32,7 +32,6 @@ import httpx
 import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.gpu.mps import shared_by_mps
 from benchmarks.serving.servers import RunningServer, running, tandem
 from loadtest.client import LoadClient
 from loadtest.config import BenchConfig
@@ -243,7 +242,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--stacks", nargs="*", default=list(STACKS), choices=list(STACKS))
     parser.add_argument("--offline", action="store_true", help="also engine.LLM")
-    parser.add_argument("--mps", action="store_true", help="share the card by NVIDIA's MPS")
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--flags", default="", help="more of tandem serve's, in one word")
     parser.add_argument("--commit", help="what was measured, where there is no git")
@@ -261,9 +259,8 @@ def main() -> None:
         "card": _card(),
         "layers": arguments.layers,
         "flags": arguments.flags,
-        "mps": arguments.mps,
     }
-    with TemporaryDirectory() as name, shared_by_mps(is_wanted=arguments.mps):
+    with TemporaryDirectory() as name:
         model_dir = Path(name)
         write_model(model_dir, arguments.layers)
         for stack in arguments.stacks:
