@@ -21,7 +21,7 @@ class StepArrays:
     after which one is sampled, `sample_rows` their rows, and `sample_positions` the sampled
     tokens' indexes among their sequences' outputs. `sources` int64 [num_tokens], if any, says
     which tokens aren't known to the host: their places among the samples of the step before, -1
-    for all others.
+    for all others. The first `num_decodes` sequences have one query each.
     """
 
     token_ids: NDArray[np.int64]
@@ -33,6 +33,7 @@ class StepArrays:
     positions: NDArray[np.int64]
     max_query_len: int
     max_kv_len: int
+    num_decodes: int
     sample_tokens: NDArray[np.int64]
     sample_rows: NDArray[np.int64]
     sample_positions: NDArray[np.int64]
@@ -132,9 +133,11 @@ class PersistentBatch:
         query_ends = counts.cumsum()
         query_starts = np.zeros(len(rows) + 1, dtype=np.int32)
         query_starts[1:] = query_ends
+        num_decodes = len(rows)
         if max_query_len == 1:
             token_rows, positions = rows, starts
         else:
+            num_decodes = int((counts > 1).argmax())
             token_rows = rows.repeat(counts)
             positions = np.arange(len(token_ids)) + (starts - query_starts[:-1]).repeat(counts)
         blocks, offsets = np.divmod(positions, self._block_size)
@@ -151,6 +154,7 @@ class PersistentBatch:
             positions=positions + self._rope_offsets[token_rows],
             max_query_len=max_query_len,
             max_kv_len=max_kv_len,
+            num_decodes=num_decodes,
             sample_tokens=query_ends[samples] - 1,
             sample_rows=sample_rows,
             sample_positions=kv_lens[samples] - self._num_prompt_tokens[sample_rows],

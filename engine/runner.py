@@ -23,6 +23,9 @@ from engine.sequence import Sequence
 from engine.upload import Uploader
 from kernels.attention import AttentionBatch
 
+# As many decode rows beside prompts are worth launches of their own on a GPU.
+_MIN_DECODES = 4
+
 
 class ModelRunner:
     """One model with one KV pool and the sequences that run on them."""
@@ -141,6 +144,10 @@ class ModelRunner:
             max_kv_len=arrays.max_kv_len,
             num_seqs=len(arrays.kv_lens),
         )
+        num_decodes = arrays.num_decodes
+        if token_ids.is_cuda and _MIN_DECODES <= num_decodes < batch.num_seqs:
+            parts = arrays.kv_lens[:num_decodes], arrays.kv_lens[num_decodes:]
+            batch = batch.divided(num_decodes, (int(parts[0].max()), int(parts[1].max())))
         hidden = self._model.forward(token_ids, batch, self._kv_pool)
         if read:
             self._reader.read(read, hidden, arrays.query_starts)

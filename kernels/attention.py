@@ -1,7 +1,7 @@
 """Causal attention over the paged KV pool, for prefill chunks and decode rows in one batch."""
 
 from ctypes import byref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,40 @@ class AttentionBatch:
     max_query_len: int
     max_kv_len: int
     num_seqs: int
+    parts: "tuple[AttentionBatch, AttentionBatch] | None" = None
+    """The same rows in two, if the first sequences have one query each and others more."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.slots)
+
+    def divided(self, num_decodes: int, max_kv_lens: tuple[int, int]) -> "AttentionBatch":
+        """The same batch with its `parts`: the first `num_decodes` sequences have one query each.
+
+        `max_kv_lens` are the two parts' own.
+        """
+        decodes = replace(
+            self,
+            query_starts=self.query_starts[: num_decodes + 1],
+            kv_lens=self.kv_lens[:num_decodes],
+            block_tables=self.block_tables[:num_decodes],
+            slots=self.slots[:num_decodes],
+            positions=self.positions[:num_decodes],
+            max_query_len=1,
+            max_kv_len=max_kv_lens[0],
+            num_seqs=num_decodes,
+        )
+        prompts = replace(
+            self,
+            query_starts=self.query_starts[num_decodes:] - num_decodes,
+            kv_lens=self.kv_lens[num_decodes:],
+            block_tables=self.block_tables[num_decodes:],
+            slots=self.slots[num_decodes:],
+            positions=self.positions[num_decodes:],
+            max_kv_len=max_kv_lens[1],
+            num_seqs=self.num_seqs - num_decodes,
+        )
+        return replace(self, parts=(decodes, prompts))
 
     def __post_init__(self) -> None:
         # Checked here, once a step: native kernels see only addresses.
@@ -69,28 +103,17 @@ def paged_attention(
     scales = scales_of(kv_pool, kv_scales)
     if q.is_cuda:
         _check_layout(q, kv_pool)
-        from kernels.gpu.decode_attention import decode_attention
-        from kernels.gpu.hopper.support import is_supported
-        from kernels.gpu.prefill_attention import prefill_attention
+        from kernels.gpu import attention as gpu
 
-        if batch.max_query_len > 1 and is_supported(
-            q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap
-        ):
-            from kernels.gpu.hopper.attention import hopper_attention
-
-            return hopper_attention(
-                q, kv_pool, layer, batch, scale=scale * scales.k, v_scale=scales.v
-            )
-        attend = decode_attention if batch.max_query_len == 1 else prefill_attention
-        return attend(
+        return gpu.paged_attention(
             q,
             kv_pool,
             layer,
             batch,
             scale=scale * scales.k,
+            v_scale=scales.v,
             sliding_window=sliding_window,
             softcap=softcap,
-            v_scale=scales.v,
         )
     kernel = native_kernel(Operation.PAGED_ATTENTION, q)
     kv_format = native_format(kv_pool, q.dtype)

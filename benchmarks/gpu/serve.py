@@ -129,7 +129,6 @@ class Load:
             "long_prompts_ttft": msgspec.to_builtins(
                 distribution(result.first_token_s for result in long_prompts)
             ),
-            "errors": [r.error for r in (*running_streams, *long_prompts) if r.error is not None],
         }
 
     async def single_long_prompt(self) -> dict[str, float]:
@@ -142,9 +141,13 @@ class Load:
     async def _run(
         self, requests: Sequence[PlannedRequest], concurrency: int | None
     ) -> tuple[list[RequestResult], float]:
-        return await run_load(
+        results, duration_s = await run_load(
             self._client, requests, max_concurrency=concurrency, on_result=lambda _: None
         )
+        errors = [result.error for result in results if result.error is not None]
+        if errors:
+            raise SystemExit(f"{len(errors)} of {len(results)} requests failed: {errors[0]}")
+        return results, duration_s
 
     def _requests(
         self, name: str, count: int, prompt_len: int, output_len: int

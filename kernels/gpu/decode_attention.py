@@ -222,14 +222,15 @@ def decode_attention(
     sliding_window: int | None,
     softcap: float | None,
     v_scale: float = 1.0,
+    out: Tensor | None = None,
     num_splits: int | None = None,
     tile: DecodeTile | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
-    that of keys in an 8-bit pool, the result is multiplied with `v_scale`. `num_splits` and `tile`
-    are for tests and benchmarks.
+    that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
+    it is given. `num_splits` and `tile` are for tests and benchmarks.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
@@ -237,7 +238,8 @@ def decode_attention(
     num_pairs = num_seqs * num_kv_heads
     splits = num_splits or _num_splits(num_pairs, batch.max_kv_len, kv_pool)
     tile = tile or _tile(head_dim, kv_pool.element_size(), num_pairs)
-    out = torch.empty((num_seqs, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial_out, partial_lse = out, out
     if splits > 1:
         shape = (num_seqs, num_heads, splits)

@@ -224,12 +224,13 @@ def prefill_attention(
     sliding_window: int | None,
     softcap: float | None,
     v_scale: float = 1.0,
+    out: Tensor | None = None,
     tile: PrefillTile | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention`; heads of a token lie side by side.
 
-    `scale` includes that of keys in an 8-bit pool, the result is multiplied with `v_scale`. `tile`
-    is for benchmarks.
+    `scale` includes that of keys in an 8-bit pool, the result is multiplied with `v_scale`,
+    and written to `out` if it is given. `tile` is for benchmarks.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
@@ -237,7 +238,8 @@ def prefill_attention(
     tile = tile or _tile(head_dim, q.element_size())
     rows = max(_MIN_ROWS, tile.rows, next_power_of_2(group))
     queries = rows // group
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tiles = num_tokens // queries + batch.num_seqs
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q,

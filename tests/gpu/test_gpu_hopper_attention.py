@@ -107,3 +107,17 @@ def test_what_it_leaves_to_the_portable_kernel(
     pool = torch.zeros(2, 1, 2, 2, block_size, head_dim, dtype=dtype, device="cuda")
     batch = moved(make_batch([(4, 4)], block_size))
     assert not is_supported(q, pool, batch, sliding_window=window, softcap=cap)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_decode_rows_and_prompts_apart(kv_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch = make_batch([(1, 700), (1, 1), (1, 2100), (1, 90), (300, 300), (1100, 1300)], 16)
+    pool = make_pool(batch, 8, 16, 128).nan_to_num().to(kv_dtype).cuda()
+    q = torch.randn(len(batch.slots), 32, 128).bfloat16().cuda()
+    batch = moved(batch)
+    scales = KVScales(k=0.9, v=0.5)
+    whole = paged_attention(q, pool, 1, batch, scale=0.1, kv_scales=scales)
+    divided = batch.divided(4, (2100, 1300))
+    apart = paged_attention(q, pool, 1, divided, scale=0.1, kv_scales=scales)
+    torch.testing.assert_close(apart, whole, atol=2e-2, rtol=2e-2)

@@ -136,8 +136,10 @@ def hopper_attention(
     *,
     scale: float,
     v_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.paged_attention` where `is_supported` (support.py) says so."""
+    """`kernels.attention.paged_attention` where `is_supported` (support.py) says so; arguments as
+    `prefill_attention`'s."""
     if kv_pool.dtype is not q.dtype:
         kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype)
         layer = 0
@@ -149,7 +151,8 @@ def hopper_attention(
     num_tiles = num_tokens // num_queries + batch.num_seqs
     box = min(block_size, _TOKENS)
     block_rows, row_elements = num_layers * 2 * num_kv_heads, block_size * head_dim
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     num_programs = min(_num_multiprocessors(q.device), num_tiles * num_kv_heads)
     _hopper_attention_kernel[(num_programs,)](

@@ -46,6 +46,8 @@ def is_supported(
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     # Neither older nor newer GPUs have this one's matrix instructions.
-    return torch.cuda.get_device_capability(device)[0] == _HOPPER and triton.__version__.startswith(
-        _TRITON_VERSIONS
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == _HOPPER
+        and triton.__version__.startswith(_TRITON_VERSIONS)
     )

@@ -88,7 +88,10 @@ def check(arrays: StepArrays, scheduled: list[ScheduledSequence]) -> None:
     assert arrays.query_starts.tolist() == starts
     assert arrays.kv_lens.tolist() == lens
     assert arrays.max_kv_len == max(lens)
-    assert arrays.max_query_len == max(item.num_new_tokens for item in scheduled)
+    counts = [item.num_new_tokens for item in scheduled]
+    assert arrays.max_query_len == max(counts)
+    chunks = [i for i, count in enumerate(counts) if count > 1]
+    assert arrays.num_decodes == min(chunks, default=len(counts))
     assert arrays.sample_tokens.tolist() == sample_tokens
     assert arrays.sample_rows.tolist() == [i.sequence.row for i in scheduled if i.samples]
     assert arrays.sample_positions.tolist() == sample_positions

@@ -18,7 +18,7 @@ from kernels.norm import add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
 
 pytest.importorskip("triton")
-from kernels.gpu import activation, block_copy, linear, norm, rope, widened_blocks
+from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
@@ -52,12 +52,25 @@ def on_device(attend: Callable[..., Tensor], **extra: Any) -> Callable[..., Tens
     return run
 
 
+def divided_attention(
+    q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options: Any
+) -> Tensor:
+    """Decode rows in front and prompts behind them, each by its own kernel."""
+    lens = batch.kv_lens.tolist()
+    num_decodes = len(DECODE)
+    batch = batch.divided(num_decodes, (max(lens[:num_decodes]), max(lens[num_decodes:])))
+    return attention.paged_attention(q, pool, layer, batch, **options)
+
+
 SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
 KERNELS = [
     pytest.param(on_device(decode_attention), DECODE, id="decode"),
     pytest.param(on_device(decode_attention, num_splits=1), DECODE, id="decode-unsplit"),
     pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
     pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
+    pytest.param(
+        on_device(divided_attention), [*DECODE, (7, 7), (20, 50), (64, 129)], id="divided"
+    ),
 ]
 
 
