@@ -57,8 +57,9 @@ class AttentionBatch:
         prompts = replace(
             self,
             query_starts=self.query_starts[num_decodes:] - num_decodes,
-            kv_lens=self.kv_lens[num_decodes:],
-            block_tables=self.block_tables[num_decodes:],
+            # Copies: kernels are compiled anew for addresses that aren't multiples of 16.
+            kv_lens=self.kv_lens[num_decodes:].clone(),
+            block_tables=self.block_tables[num_decodes:].clone(),
             slots=self.slots[num_decodes:],
             positions=self.positions[num_decodes:],
             max_kv_len=max_kv_lens[1],
