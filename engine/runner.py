@@ -146,8 +146,10 @@ class ModelRunner:
         )
         num_decodes = arrays.num_decodes
         if token_ids.is_cuda and _MIN_DECODES <= num_decodes < batch.num_seqs:
-            parts = arrays.kv_lens[:num_decodes], arrays.kv_lens[num_decodes:]
-            batch = batch.divided(num_decodes, (int(parts[0].max()), int(parts[1].max())))
+            # As in decode graphs, so that their kernels serve here, too.
+            longest = self._model.config.max_model_len
+            max_prompt_kv_len = int(arrays.kv_lens[num_decodes:].max())
+            batch = batch.divided(num_decodes, (longest, max_prompt_kv_len))
         hidden = self._model.forward(token_ids, batch, self._kv_pool)
         if read:
             self._reader.read(read, hidden, arrays.query_starts)
