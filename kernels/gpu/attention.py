@@ -1,5 +1,8 @@
 """Which kernel attends for which rows of a step."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,27 +25,24 @@ def paged_attention(
 ) -> Tensor:
     """`kernels.attention.paged_attention`; `scale` includes that of keys in an 8-bit pool."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    parts: tuple[AttentionBatch, ...] = (batch,)
+    # Hopper's kernel reads decode rows' blocks while it computes prompts; the portable one is
+    # slower at both than kernels of their own.
+    if batch.parts is not None and not is_supported(q, kv_pool, batch, **limits):
+        parts = batch.parts
     first = 0
-    for part in batch.parts or (batch,):
-        end = first + part.num_tokens if batch.parts else len(q)
-        is_decode = part.max_query_len == 1
-        options = {"scale": scale, "v_scale": v_scale, "out": out[first:end]}
-        if not is_decode and is_supported(
-            q[first:end], kv_pool, part, sliding_window=sliding_window, softcap=softcap
-        ):
+    for part in parts:
+        end = first + part.num_tokens
+        rows, target = q[first:end], out[first:end]
+        if part.max_query_len == 1:
+            attend = functools.partial(decode_attention, **limits)
+        elif is_supported(rows, kv_pool, part, **limits):
             from kernels.gpu.hopper.attention import hopper_attention
 
-            hopper_attention(q[first:end], kv_pool, layer, part, **options)
+            attend = hopper_attention
         else:
-            attend = decode_attention if is_decode else prefill_attention
-            attend(
-                q[first:end],
-                kv_pool,
-                layer,
-                part,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                **options,
-            )
+            attend = functools.partial(prefill_attention, **limits)
+        attend(rows, kv_pool, layer, part, scale=scale, v_scale=v_scale, out=target)
         first = end
     return out
