@@ -127,7 +127,6 @@ def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
         "/v1/responses/{response_id}": apis.responses.retrieve,
         "/health": status.health,
         "/version": status.version,
-        "/load": status.load,
         "/load_config": status.load_config,
         "/metrics": status.metrics,
     }

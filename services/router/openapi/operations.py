@@ -161,10 +161,12 @@ OPERATIONS = (
     Operation("GET", "/load_config", "How the server is set up", LoadConfig),
     Operation(
         *("POST", "/load_config", "Change settings", ChangedSettings),
-        *(LiveSettingsBody, (400, 408, 413)),
+        *(LiveSettingsBody, (400, 408, 413, 503)),
     ),
     Operation("POST", "/reset_prefix_cache", "Drop what is cached", DroppedBlocks, errors=(503,)),
-    Operation("POST", "/abort", "Abort requests", AbortedRequests, AbortBody, _READS_BODY),
+    Operation(
+        *("POST", "/abort", "Abort requests", AbortedRequests, AbortBody, (*_READS_BODY, 503)),
+    ),
     Operation("GET", "/metrics", "Metrics for Prometheus", str, answer_type=TEXT),
     Operation("GET", "/openapi.json", "This description", dict[str, Any]),
 )
