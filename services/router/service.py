@@ -51,8 +51,11 @@ from services.router.placement.ledger import PlacementLedger
 from services.router.placement.reservations import SharedReservations
 from services.router.request_log import RequestReports
 from services.router.responses.api import ResponsesApi
+from services.router.responses.background import BackgroundRuns
+from services.router.responses.kept_api import KeptResponsesApi
 from services.router.responses.store import ResponseStore
 from services.router.served_model import ServedModel
+from services.router.stopping import Stopping
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed
@@ -136,6 +139,7 @@ class RouterService:
         self._tasks.start(self._admin.run())
 
     async def close(self) -> None:
+        await self.background.close()
         self.dispatcher.close()
         await self._tasks.close()
         await self._admin.close()
@@ -164,14 +168,21 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
-        responses = ResponsesApi(
-            openai,
-            ResponseStore(
-                self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
-            ),
-            encoder,
-            max_body_bytes=config.max_body_bytes,
+        self._admin = AdminService(
+            self._redis,
+            self._settings,
+            router_id=self._life_id,
+            open_requests=openai.open_requests,
+            workers=lambda: self.cluster.peers,
         )
+        store = ResponseStore(
+            self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
+        )
+        self.background = BackgroundRuns(store, runner_id=self._life_id, on_failure=self._fail)
+        responses = ResponsesApi(
+            openai, store, self.background, encoder, max_body_bytes=config.max_body_bytes
+        )
+        kept_responses = KeptResponsesApi(store, self._admin.abort)
         pooling_type = config.pooling_type
         embeddings = EmbeddingsApi(
             openai,
@@ -179,13 +190,6 @@ class RouterService:
             encoder=encoder,
             pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
             max_body_bytes=config.max_body_bytes,
-        )
-        self._admin = AdminService(
-            self._redis,
-            self._settings,
-            router_id=self._life_id,
-            open_requests=openai.open_requests,
-            workers=lambda: self.cluster.peers,
         )
         status = StatusApi(
             model=model,
@@ -197,7 +201,7 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
         )
         messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
-        apis = Apis(openai, responses, messages, embeddings, status)
+        apis = Apis(openai, responses, kept_responses, messages, embeddings, status)
         app = make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
         app.router.routes.extend(self._admin.routes)
         return app
@@ -248,14 +252,10 @@ async def _serve(
 ) -> int:
     service = RouterService(config, model, api_keys=api_keys)
     server = make_server(service.app, drain_timeout_s=config.drain_timeout_s)
-
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
+    stopping = Stopping(server, drain_timeout_s=config.drain_timeout_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stopping.stop)
     service.start()
     # Modules, vocabulary and routes live for ever: the collector need not walk them again.
     gc.collect()
@@ -263,10 +263,12 @@ async def _serve(
     # A request makes about as many objects as the default threshold, none of them in cycles.
     gc.set_threshold(20_000, 50, 100)
     failing = asyncio.create_task(service.failed.wait())
-    failing.add_done_callback(lambda _: stop())
+    failing.add_done_callback(lambda _: stopping.stop())
     logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])
     await server.serve(sockets=[listener])
     exit_code = EXIT_FAULT if service.failed.is_set() else 0
+    if not exit_code:
+        await stopping.drain(service.background.until_idle())
     failing.cancel()
     await service.close()
     return exit_code

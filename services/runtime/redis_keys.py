@@ -24,6 +24,8 @@
 {ns}:batch:{id}:counts              hash, requests done and tokens used
 {ns}:batch:{id}:results:{bucket}    hash, line number -> result, of 256 lines each
 {ns}:response:{id}                  string, StoredResponse as JSON, expires
+{ns}:response_runner:{id}           string, the router that runs it in the background; expires
+                                    without renewal
 {ns}:responses                      list of their ids and sizes, oldest first
 {ns}:response_bytes                 sum of those sizes
 """
@@ -109,6 +111,9 @@ class RedisKeys:
 
     def response(self, response_id: str) -> str:
         return f"{self.namespace}:response:{response_id}"
+
+    def response_runner(self, response_id: str) -> str:
+        return f"{self.namespace}:response_runner:{response_id}"
 
     def kv_stream(self, ref: WorkerRef) -> str:
         return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"

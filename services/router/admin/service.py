@@ -1,6 +1,7 @@
 """A router's part in what operators do, put together."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from redis.asyncio import Redis
@@ -12,7 +13,9 @@ from services.router.admin.cache_resets import CacheResets
 from services.router.admin.fleet import RouterFleet
 from services.router.admin.live_settings import LiveSettings
 from services.router.admin.local_orders import LocalOrders
+from services.router.admin.orders import AbortRequests
 from services.router.admin.shared_settings import SharedSettings
+from services.router.http.errors import HttpError
 from services.router.http.open_request import OpenRequest
 from services.runtime.peers import Peer
 
@@ -32,7 +35,7 @@ class AdminService:
         """`router_id` must be this process's alone, in this life."""
         self.resets = CacheResets()
         self._settings = SharedSettings(redis, settings)
-        own = LocalOrders(open_requests, self._settings)
+        self._own = own = LocalOrders(open_requests, self._settings)
         self.fleet = RouterFleet(redis, own.take, router_id=router_id)
         self._api = AdminApi(
             self.fleet,
@@ -59,6 +62,12 @@ class AdminService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._settings.run())
             tasks.create_task(self.fleet.run())
+
+    async def abort(self, request_id: RequestId) -> None:
+        """Ends it, whichever router has it; without Redis that can't be done for the others'."""
+        if not self._own.abort(request_id):
+            with contextlib.suppress(HttpError):
+                await self.fleet.order(AbortRequests(request_id))
 
     async def close(self) -> None:
         await self.fleet.withdraw()

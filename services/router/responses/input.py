@@ -29,7 +29,7 @@ from services.router.responses.bodies import (
 
 LOGPROBS = "message.output_text.logprobs"
 # Thoughts come and go in plain text here, which serves those who ask for this.
-_ENCRYPTED_THOUGHTS = "reasoning.encrypted_content"
+ENCRYPTED_THOUGHTS = "reasoning.encrypted_content"
 
 # How errors name the fields that a chat's body has under another name or at another place.
 FIELD_NAMES: Mapping[str, str] = {
@@ -43,7 +43,6 @@ FIELD_NAMES: Mapping[str, str] = {
 }
 
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "background": (False,),
     "context_management": ([],),
     "conversation": (),
     "max_tool_calls": (),
@@ -86,7 +85,7 @@ def refuse_unsupported_response(body: ResponsesBody) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
     refuse_fields(body, _HARMLESS)
     for i, wanted in enumerate(body.include or ()):
-        if wanted not in (LOGPROBS, _ENCRYPTED_THOUGHTS):
+        if wanted not in (LOGPROBS, ENCRYPTED_THOUGHTS):
             raise unsupported(f"include[{i}]", f"To include {wanted[:60]!r}")
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         raise unsupported("text.verbosity")

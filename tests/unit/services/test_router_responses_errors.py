@@ -69,7 +69,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"include": ["message.output_text.logprobs"], "top_logprobs": 99}, "top_logprobs"),
     ({"truncation": "sometimes"}, "truncation"),
     ({"metadata": {"a": 1}}, "metadata[...]"),
-    ({"background": True}, "background"),
+    ({"background": 1}, "background"),
     ({"conversation": "c"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"max_tool_calls": 2}, "max_tool_calls"),
