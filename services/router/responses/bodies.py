@@ -41,9 +41,18 @@ class ResponsesTool(msgspec.Struct, kw_only=True):
     strict: bool | None = None
 
 
-class ResponsesToolChoice(msgspec.Struct, kw_only=True):
+class AllowedResponsesTool(msgspec.Struct, kw_only=True):
     type: str
     name: str | None = None
+
+
+class ResponsesToolChoice(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A function, or some of `tools` with a mode."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[AllowedResponsesTool] | None = None
 
 
 class TextFormat(msgspec.Struct, kw_only=True, omit_defaults=True):
