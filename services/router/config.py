@@ -5,7 +5,7 @@ from typing import Literal
 
 from protocol.settings import setting
 from services.router.openai.reasoning_parsers import REASONING_FORMATS
-from services.router.openai.tool_parsers import TOOL_FORMATS
+from services.router.openai.tool_formats import TOOL_FORMATS
 
 
 @dataclass(frozen=True, slots=True)

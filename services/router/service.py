@@ -25,9 +25,8 @@ from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from protocol.ids import new_incarnation
 from protocol.messages import LoadReport, PrefixCacheReset, RequestFailed, StepOutputs
-from services.router.admin.admin_api import AdminApi
-from services.router.admin.cache_resets import CacheResets
 from services.router.admin.live_settings import LiveSettings, admission_policy
+from services.router.admin.service import AdminService
 from services.router.admin.status_api import StatusApi
 from services.router.batch.service import BatchLimits, BatchService
 from services.router.config import RouterConfig
@@ -52,8 +51,11 @@ from services.router.placement.ledger import PlacementLedger
 from services.router.placement.reservations import SharedReservations
 from services.router.request_log import RequestReports
 from services.router.responses.api import ResponsesApi
+from services.router.responses.background import BackgroundRuns
+from services.router.responses.kept_api import KeptResponsesApi
 from services.router.responses.store import ResponseStore
 from services.router.served_model import ServedModel
+from services.router.stopping import Stopping
 from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed
@@ -98,6 +100,7 @@ class RouterService:
         self._chat_rules = _chat_rules(config, model)
         self.failed = asyncio.Event()
         identity = Identity(f"router-{socket.gethostname()}-{os.getpid()}", new_incarnation())
+        self._life_id = f"{identity.peer_id}-{identity.incarnation}"
         self._channel = ControlChannel(identity, self._on_channel)
         self._metrics = RouterMetrics(model_name=model.names[0])
         self._redis = open_redis(config.redis_url)
@@ -112,7 +115,6 @@ class RouterService:
             self._channel, model, placement, self._feed, on_placed=self._metrics.placed
         )
         self._directory = WorkerDirectory(self._redis, self.cluster.records_came)
-        self._resets = CacheResets()
         retries = RetryPolicy(max_attempts=config.max_attempts)
         self.dispatcher = Dispatcher(self.cluster, self._channel.connect, policy=retries)
         self._admission = AdmissionQueue(self.cluster.capacity, admission_policy(config))
@@ -124,7 +126,7 @@ class RouterService:
             self.app.routes,
             self._redis,
             model,
-            runner_id=f"{identity.peer_id}-{identity.incarnation}",
+            runner_id=self._life_id,
             limits=BatchLimits.of(config),
         )
         self.app.router.routes.extend(self.batches.routes)
@@ -134,10 +136,13 @@ class RouterService:
         self._tasks.start(self._feed.run())
         self._tasks.start(self._reservations.run())
         self._tasks.start(self.batches.run())
+        self._tasks.start(self._admin.run())
 
     async def close(self) -> None:
+        await self.background.close()
         self.dispatcher.close()
         await self._tasks.close()
+        await self._admin.close()
         await self._channel.close()
         await self._redis.aclose()
         self._executor.shutdown(cancel_futures=True)
@@ -163,14 +168,21 @@ class RouterService:
             max_body_bytes=config.max_body_bytes,
             request_timeout_s=config.request_timeout_s,
         )
-        responses = ResponsesApi(
-            openai,
-            ResponseStore(
-                self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
-            ),
-            encoder,
-            max_body_bytes=config.max_body_bytes,
+        self._admin = AdminService(
+            self._redis,
+            self._settings,
+            router_id=self._life_id,
+            open_requests=openai.open_requests,
+            workers=lambda: self.cluster.peers,
         )
+        store = ResponseStore(
+            self._redis, ttl_s=config.response_ttl_s, max_bytes=config.response_store_bytes
+        )
+        self.background = BackgroundRuns(store, runner_id=self._life_id, on_failure=self._fail)
+        responses = ResponsesApi(
+            openai, store, self.background, encoder, max_body_bytes=config.max_body_bytes
+        )
+        kept_responses = KeptResponsesApi(store, self._admin.abort)
         pooling_type = config.pooling_type
         embeddings = EmbeddingsApi(
             openai,
@@ -185,19 +197,13 @@ class RouterService:
             cluster=self.cluster,
             settings=self._settings.public,
             render_metrics=self._render_metrics,
-            num_open=lambda: len(openai.open_requests),
+            unready_reason=lambda: self.cluster.unready_reason() or self._admin.unready_reason,
             max_body_bytes=config.max_body_bytes,
         )
-        admin = AdminApi(
-            self._settings,
-            self._resets,
-            workers=lambda: self.cluster.peers,
-            open_requests=openai.open_requests,
-        )
         messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
-        apis = Apis(openai, responses, messages, embeddings, status)
+        apis = Apis(openai, responses, kept_responses, messages, embeddings, status)
         app = make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
-        app.router.routes.extend(admin.routes)
+        app.router.routes.extend(self._admin.routes)
         return app
 
     def _adopt(self, config: RouterConfig) -> None:
@@ -223,7 +229,7 @@ class RouterService:
                 logger.warning("worker %s is gone: %s %s", peer.peer_id, reason, detail)
                 self.cluster.peer_lost(peer)
                 self.dispatcher.peer_lost(peer)
-                self._resets.peer_lost(peer)
+                self._admin.resets.peer_lost(peer)
             case Received(peer, StepOutputs() as message):
                 self.dispatcher.outputs_came(peer, message)
             case Received(peer, LoadReport(load)):
@@ -232,7 +238,7 @@ class RouterService:
             case Received(peer, RequestFailed() as message):
                 self.dispatcher.request_failed(peer, message)
             case Received(peer, PrefixCacheReset() as message):
-                self._resets.answered(peer, message)
+                self._admin.resets.answered(peer, message)
             case Received(peer, message):
                 logger.warning("%s sent %s, which a router doesn't take", peer, message)
 
@@ -246,14 +252,10 @@ async def _serve(
 ) -> int:
     service = RouterService(config, model, api_keys=api_keys)
     server = make_server(service.app, drain_timeout_s=config.drain_timeout_s)
-
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
+    stopping = Stopping(server, drain_timeout_s=config.drain_timeout_s)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stopping.stop)
     service.start()
     # Modules, vocabulary and routes live for ever: the collector need not walk them again.
     gc.collect()
@@ -261,10 +263,12 @@ async def _serve(
     # A request makes about as many objects as the default threshold, none of them in cycles.
     gc.set_threshold(20_000, 50, 100)
     failing = asyncio.create_task(service.failed.wait())
-    failing.add_done_callback(lambda _: stop())
+    failing.add_done_callback(lambda _: stopping.stop())
     logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])
     await server.serve(sockets=[listener])
     exit_code = EXIT_FAULT if service.failed.is_set() else 0
+    if not exit_code:
+        await stopping.drain(service.background.until_idle())
     failing.cancel()
     await service.close()
     return exit_code

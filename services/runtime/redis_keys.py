@@ -8,6 +8,11 @@
 {ns}:blocks:{id}:{incarnation}      set of the block hashes (16 bytes each) after all of those
 {ns}:announce                       pub/sub channel; a worker's id when it comes or leaves
 {ns}:placed                         pub/sub channel; PlacedWork lists of routers in msgpack
+{ns}:routers                        set of the ids of routers, dead ones until somebody reads them
+{ns}:router:{id}                    string, empty, expires without heartbeat
+{ns}:orders                         pub/sub channel; OrderMessages of routers in msgpack
+{ns}:settings                       hash, live settings as JSON and their `version`; expires when
+                                    no router renews it
 {ns}:files                          sorted set of file ids by time; of expired ones until a listing
 {ns}:file:{id}                      string, FileRecord as JSON; all keys of a file expire with it
 {ns}:file:{id}:{n}                  string, its bytes from n * CHUNK_BYTES on
@@ -19,13 +24,15 @@
 {ns}:batch:{id}:counts              hash, requests done and tokens used
 {ns}:batch:{id}:results:{bucket}    hash, line number -> result, of 256 lines each
 {ns}:response:{id}                  string, StoredResponse as JSON, expires
+{ns}:response_runner:{id}           string, the router that runs it in the background; expires
+                                    without renewal
 {ns}:responses                      list of their ids and sizes, oldest first
 {ns}:response_bytes                 sum of those sizes
 """
 
 from dataclasses import dataclass
 
-from protocol.ids import WorkerId, WorkerRef
+from protocol.ids import RouterId, WorkerId, WorkerRef
 
 BATCH_FIELD = b"b"
 
@@ -47,6 +54,18 @@ class RedisKeys:
     @property
     def placed(self) -> str:
         return f"{self.namespace}:placed"
+
+    @property
+    def routers(self) -> str:
+        return f"{self.namespace}:routers"
+
+    @property
+    def orders(self) -> str:
+        return f"{self.namespace}:orders"
+
+    @property
+    def settings(self) -> str:
+        return f"{self.namespace}:settings"
 
     @property
     def files(self) -> str:
@@ -84,11 +103,17 @@ class RedisKeys:
     def worker(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:worker:{worker_id}"
 
+    def router(self, router_id: RouterId) -> str:
+        return f"{self.namespace}:router:{router_id}"
+
     def load(self, worker_id: WorkerId) -> str:
         return f"{self.namespace}:load:{worker_id}"
 
     def response(self, response_id: str) -> str:
         return f"{self.namespace}:response:{response_id}"
+
+    def response_runner(self, response_id: str) -> str:
+        return f"{self.namespace}:response_runner:{response_id}"
 
     def kv_stream(self, ref: WorkerRef) -> str:
         return f"{self.namespace}:kv:{ref.worker_id}:{ref.incarnation}"

@@ -61,6 +61,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         {"input": ITEMS, "instructions": "b", "max_output_tokens": 20, "truncation": "auto"},
     ),
     (RESPONSES, {"input": "a", "previous_response_id": "resp_x", "metadata": {"a": "b"}}),
+    (RESPONSES, {"input": "a", "background": True, "max_output_tokens": 4}),
     (RESPONSES, {"input": "a", "tools": [FUNCTION], "tool_choice": "required"}),
     (MESSAGES, {"messages": USER, "max_tokens": 5, "system": "b", "stop_sequences": ["zz"]}),
     (

@@ -36,7 +36,7 @@ async def test_any_bytes_are_answered_and_leave_nothing_behind(
         router.wait_idle()
         async with httpx.AsyncClient() as client:
             load = await client.get(f"{router.stack.url}/load")
-        assert load.json() == {"server_load": 0}
+        assert load.json()["server_load"] == 0
         statuses |= {s: statuses.get(s, 0) + n for s, n in result.statuses.items()}
         print(
             f"{start - first + BATCH} requests, answers by status: {dict(sorted(statuses.items()))}"

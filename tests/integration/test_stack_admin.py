@@ -60,6 +60,24 @@ def test_a_reset_empties_both_caches(stack: TandemStack) -> None:
     stack.wait_idle()
 
 
+def test_what_prefill_had_cached_is_what_a_client_is_told(stack: TandemStack) -> None:
+    reset(stack)
+    # Of one token only, decode hears nothing.
+    assert num_cached(complete(stack, max_tokens=1)) == 0
+    first = complete(stack)
+    assert num_cached(first) == NUM_FULL_BLOCKS * 16
+    with httpx.stream(
+        "POST",
+        f"{stack.url}/v1/completions",
+        json={"prompt": PROMPT, "max_tokens": 4, "stream": True}
+        | {"stream_options": {"include_usage": True}},
+        timeout=60.0,
+    ) as response:
+        *_, usage, _ = [line for line in response.iter_lines() if line]
+    assert num_cached(json.loads(usage.removeprefix("data: "))) == NUM_FULL_BLOCKS * 16
+    stack.wait_idle()
+
+
 def test_a_reset_leaves_what_runs_alone(stack: TandemStack) -> None:
     options = {"max_tokens": 200, "ignore_eos": True}
     expected = complete(stack, **options)["choices"][0]["text"]

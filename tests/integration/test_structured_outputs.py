@@ -172,6 +172,28 @@ def test_a_required_call_is_made(stack: TandemStack) -> None:
     jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
 
 
+def test_of_all_tools_only_allowed_ones_are_called(stack: TandemStack) -> None:
+    """The question is about the weather, but that isn't to be asked."""
+    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none")
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    time_tool = {"name": "get_time", "parameters": nothing}
+    allowed = [{"type": "function", "function": {"name": "get_time"}}]
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=QUESTION,
+            tools=[TOOLS[0], {"type": "function", "function": time_tool}],
+            tool_choice={
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": allowed},
+            },
+            parallel_tool_calls=False,
+            seed=seed,
+        )
+        [call] = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_time", {})
+
+
 def test_bad_words_allowed_tokens_and_truncated_prompts(
     stack: TandemStack, model_dir: Path
 ) -> None:

@@ -1,24 +1,41 @@
-"""What operators may do to a running server: change settings, drop caches, abort requests."""
+"""What operators may do to a running server: change settings, drop caches, abort requests.
 
+Whichever router is asked, all of them do it; only caches are the workers' own.
+"""
+
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from protocol.errors import InvalidRequestError, ServiceUnavailableError
 from services.router.admin.cache_resets import CacheResets
+from services.router.admin.fleet import RouterFleet, redis_away
 from services.router.admin.live_settings import LiveSettings, LiveSettingsBody, refusal_of
+from services.router.admin.local_orders import LocalOrders
+from services.router.admin.orders import (
+    AbortedRequests,
+    AbortRequests,
+    CountedRequests,
+    CountRequests,
+    OrderAnswer,
+    ReadSettings,
+    SettingsRead,
+)
+from services.router.admin.shared_settings import SharedSettings
 from services.router.http.body import BodyReader
 from services.router.http.errors import HttpError
-from services.router.http.open_request import OpenRequest
 from services.router.openai.answers import encode_json
-from services.router.openai.api import CLIENT_CLOSED_REQUEST
 from services.runtime.peers import Peer
 
 _MAX_BODY_BYTES = 65_536
+
+Answers = Mapping[str, OrderAnswer | None]
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
@@ -29,38 +46,69 @@ class AbortBody(msgspec.Struct, kw_only=True):
 
 
 class AdminApi:
-    """Settings and requests are this router's own, caches those of all workers."""
+    """Its errors are TandemErrors, which the app puts into words."""
 
     def __init__(
         self,
+        fleet: RouterFleet,
         settings: LiveSettings,
-        resets: CacheResets,
+        shared: SharedSettings,
         *,
+        own: LocalOrders,
+        resets: CacheResets,
         workers: Callable[[], Sequence[Peer]],
-        open_requests: Mapping[str, OpenRequest],
     ) -> None:
+        self._fleet = fleet
         self._settings = settings
+        self._shared = shared
+        self._own = own
         self._resets = resets
         self._workers = workers
-        self._open_requests = open_requests
         self._setting_bodies = BodyReader(LiveSettingsBody, max_bytes=_MAX_BODY_BYTES)
         self._abort_bodies = BodyReader(AbortBody, max_bytes=_MAX_BODY_BYTES)
 
     @property
     def routes(self) -> list[Route]:
         return [
+            Route("/load", self.load, methods=["GET"]),
             Route("/load_config", self.load_config, methods=["POST"]),
             Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]),
             Route("/abort", self.abort, methods=["POST"]),
         ]
+
+    async def load(self, request: Request) -> Response:  # noqa: ARG002
+        """Without Redis it's still worth something to know the load of this router."""
+        answers: Answers = {}
+        if self._fleet.is_reachable:
+            with contextlib.suppress(HttpError):  # the fleet has logged why
+                answers = await self._fleet.order(CountRequests())
+        counts = {
+            router_id: answer.num_open if isinstance(answer, CountedRequests) else None
+            for router_id, answer in answers.items()
+        }
+        is_whole = None not in counts.values() and bool(counts)
+        counts[self._fleet.router_id] = self._own.num_open
+        load = sum(count or 0 for count in counts.values())
+        return _json({"server_load": load, "routers": counts, "is_whole": is_whole})
 
     async def load_config(self, request: Request) -> Response:
         try:
             body = await self._setting_bodies.read(request)
         except InvalidRequestError as error:
             raise refusal_of(error) from error
-        self._settings.change(body)
-        return _json({"settings": self._settings.public()})
+        await self._fleet.until_reachable()
+        try:
+            await self._shared.change(msgspec.to_builtins(body))
+        except (RedisError, OSError) as error:
+            outcome = "the change may have been kept or not, GET /load_config will say"
+            raise redis_away(outcome) from error
+        answers = await self._fleet.order(ReadSettings())
+        _refuse_silence(answers, "The change is kept, and they take it when they are back.")
+        for router_id, answer in answers.items():
+            if isinstance(answer, SettingsRead) and answer.refusal is not None:
+                text = f"{router_id} can't take it: {answer.refusal} The others have."
+                raise HttpError(503, text, code="settings_refused")
+        return _json({"settings": self._settings.public(), "num_routers": len(answers)})
 
     async def reset_prefix_cache(self, request: Request) -> Response:  # noqa: ARG002
         dropped = await self._resets.reset(self._workers())
@@ -82,25 +130,28 @@ class AdminApi:
             raise InvalidRequestError(
                 "Give either `request_id` or `abort_all`.", field="request_id"
             )
-        running = {
-            request_id: opened
-            for request_id, opened in self._open_requests.items()
-            if not opened.generation.is_done and body.request_id in (None, request_id)
-        }
-        if body.request_id is not None and not running:
-            text = f"There is no request `{body.request_id}` under way."
+        if body.request_id is not None and (own := self._own.abort(body.request_id)):
+            # No other router has it, too.
+            return _json({"num_aborted": 1, "request_ids": own, "num_routers": 1})
+        answers = await self._fleet.order(AbortRequests(body.request_id))
+        taken = [answer for answer in answers.values() if isinstance(answer, AbortedRequests)]
+        aborted = [request_id for answer in taken for request_id in answer.request_ids]
+        if body.request_id is None or not aborted:
+            done = f"The others have aborted {len(aborted)} requests."
+            _refuse_silence(answers, done if body.abort_all else "No other has this request.")
+        if body.request_id is not None and not aborted:
+            text = f"There is no request `{body.request_id:.80}` under way."
             raise HttpError(404, text, code="request_not_found")
-        for opened in running.values():
-            opened.fail(_aborted())
-        return _json({"num_aborted": len(running), "request_ids": list(running)})
+        return _json(
+            {"num_aborted": len(aborted), "request_ids": aborted, "num_routers": len(taken)}
+        )
 
 
-def _aborted() -> HttpError:
-    return HttpError(
-        CLIENT_CLOSED_REQUEST,
-        "The operator of this server aborted the request.",
-        code="request_aborted",
-    )
+def _refuse_silence(answers: Answers, outcome: str) -> None:
+    silent = [router_id for router_id, answer in answers.items() if answer is None]
+    if silent:
+        text = f"{', '.join(silent)} didn't answer. {outcome}"
+        raise HttpError(503, text, code="router_silent")
 
 
 def _json(content: dict[str, Any]) -> Response:

@@ -48,17 +48,25 @@ LiveSettingsBody = _body()
 
 
 class LiveSettings:
-    """`config` as it is now; `adopt` gets each new one."""
+    """What this router was started with, but for `changes`; `adopt` gets each new whole."""
 
     def __init__(self, config: RouterConfig, adopt: Callable[[RouterConfig], None]) -> None:
+        self._started_with = config
         self._config = config
         self._adopt = adopt
+        self.changes: dict[str, Any] = {}
 
-    def change(self, body: msgspec.Struct) -> None:
-        """`body` is a LiveSettingsBody."""
-        changes: dict[str, Any] = msgspec.to_builtins(body)
-        if changes:
-            self._config = dataclasses.replace(self._config, **changes)
+    def take(self, changes: dict[str, Any]) -> None:
+        """All of them, in place of those before. Raises InvalidRequestError, and takes none then,
+        if one isn't such a setting or has no such value."""
+        try:
+            body = msgspec.convert(changes, LiveSettingsBody)
+        except msgspec.ValidationError as error:
+            raise InvalidRequestError(str(error), field=None) from error
+        changes = msgspec.to_builtins(body)
+        if changes != self.changes:
+            self.changes = changes
+            self._config = dataclasses.replace(self._started_with, **changes)
             self._adopt(self._config)
 
     def public(self) -> dict[str, Any]:

@@ -28,10 +28,6 @@ VERSION = _version()
 class ClusterStatus(Protocol):
     """What the router knows of its workers."""
 
-    def unready_reason(self) -> str | None:
-        """Why a request would not be served now, None if it would."""
-        ...
-
     def describe(self) -> list[dict[str, Any]]:
         """One entry for each worker."""
         ...
@@ -48,16 +44,17 @@ class StatusApi:
         cluster: ClusterStatus,
         settings: Callable[[], dict[str, Any]],
         render_metrics: Callable[[], tuple[bytes, str]],
-        num_open: Callable[[], int],
+        unready_reason: Callable[[], str | None],
         max_body_bytes: int,
     ) -> None:
-        """`settings` are shown to clients; `render_metrics` gives text and content type."""
+        """`settings` are shown to clients; `render_metrics` gives text and content type;
+        `unready_reason` is why a request would not be served now, None if it would."""
         self._model = model
         self._encoder = encoder
         self._cluster = cluster
         self._settings = settings
         self._render_metrics = render_metrics
-        self._num_open = num_open
+        self._unready_reason = unready_reason
         self._tokenize_bodies = BodyReader(TokenizeBody, max_bytes=max_body_bytes)
         self._detokenize_bodies = BodyReader(DetokenizeBody, max_bytes=max_body_bytes)
 
@@ -100,16 +97,13 @@ class StatusApi:
 
     async def health(self) -> Response:
         """Empty and 200 if a request would be served."""
-        reason = self._cluster.unready_reason()
+        reason = self._unready_reason()
         if reason is not None:
             raise ServiceUnavailableError(reason)
         return Response()
 
     async def version(self) -> Response:
         return _json({"version": VERSION})
-
-    async def load(self) -> Response:
-        return _json({"server_load": self._num_open()})
 
     async def load_config(self) -> Response:
         """How this server is set up, for whoever tunes or monitors it."""

@@ -14,10 +14,11 @@ from protocol.errors import InvalidRequestError
 from services.router.batch.files import FileStore
 from services.router.batch.files_api import MAX_TTL_S, MIN_TTL_S, PURPOSE
 from services.router.batch.records import BatchRecord, batch_view
-from services.router.batch.storage import list_answer, reaching_storage, read_page_query
+from services.router.batch.storage import reaching_storage
 from services.router.batch.store import BatchStore
 from services.router.http.body import BodyReader
 from services.router.http.errors import HttpError
+from services.router.http.pages import list_answer, read_page_query
 from services.router.openai.answers import encode_json
 
 _WINDOW = re.compile(r"(?P<count>[1-9][0-9]{0,4})(?P<unit>[mhd])")

@@ -8,9 +8,10 @@ from starlette.responses import Response, StreamingResponse
 
 from protocol.errors import InvalidRequestError
 from services.router.batch.files import FileGoneError, FileRecord, FileStore
-from services.router.batch.storage import list_answer, reaching_storage, read_page_query
+from services.router.batch.storage import reaching_storage
 from services.router.batch.upload import Form, read_upload
 from services.router.http.errors import HttpError
+from services.router.http.pages import list_answer, read_page_query
 from services.router.openai.answers import encode_json
 
 PURPOSE = "batch"

@@ -21,6 +21,7 @@ class _BodyHead(msgspec.Struct):
 
     model: Any = None
     stream: Any = None
+    background: Any = None
     priority: Any = None
 
 
@@ -91,6 +92,9 @@ class LineValidator:
         head = _heads.decode(parsed.body)
         if head.stream:
             raise InvalidRequestError("A request in a file can't be streamed.", field="body.stream")
+        if head.background:
+            text = "A request in a file runs in the background anyway."
+            raise InvalidRequestError(text, field="body.background")
         if self._check_model is not None and isinstance(head.model, str):
             self._check_model(head.model)
         self._seen.add(parsed.custom_id)

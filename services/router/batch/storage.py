@@ -6,16 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from starlette.datastructures import QueryParams
 
 from protocol.errors import InvalidRequestError
 from services.router.http.errors import StorageUnavailableError
+from services.router.http.pages import PageQuery
 from services.runtime.redis_client import REPLY_DEADLINE_S
 
 Record = TypeVar("Record", bound=msgspec.Struct)
@@ -31,26 +30,6 @@ async def reaching_storage(deadline_s: float = REPLY_DEADLINE_S) -> AsyncGenerat
             yield
     except (RedisError, OSError) as error:
         raise StorageUnavailableError(f"The store of files and batches failed: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class PageQuery:
-    """Which part of a list a client asks for: `limit` records behind the one called `after`."""
-
-    after: str | None
-    limit: int
-    ascending: bool = False
-
-
-def read_page_query(query: QueryParams, *, default_limit: int, max_limit: int) -> PageQuery:
-    """Raises InvalidRequestError that names the parameter."""
-    text = query.get("limit", str(default_limit))
-    if not text.isdecimal() or not 1 <= int(text) <= max_limit:
-        raise InvalidRequestError(f"`limit` must be from 1 to {max_limit}.", field="limit")
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError("`order` must be asc or desc.", field="order")
-    return PageQuery(query.get("after"), int(text), ascending=order == "asc")
 
 
 class RecordIndex(Generic[Record]):
@@ -109,14 +88,3 @@ class RecordIndex(Generic[Record]):
         if rank is None:
             raise InvalidRequestError(f"There is no `{query.after}` in the list.", field="after")
         return rank + 1
-
-
-def list_answer(data: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """OpenAI's envelope of a page."""
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
-    }

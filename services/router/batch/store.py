@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 
 from protocol.errors import TandemError
 from services.router.batch.records import BatchProgress, BatchRecord
-from services.router.batch.storage import PageQuery, RecordIndex
+from services.router.batch.storage import RecordIndex
+from services.router.http.pages import PageQuery
 from services.runtime.redis_client import REPLY_DEADLINE_S
 from services.runtime.redis_keys import RedisKeys
 

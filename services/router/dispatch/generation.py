@@ -116,7 +116,7 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Prompt tokens that needed no computing, of each prompt's first output."""
         firsts = self.outputs[:: self.spec.sampling.n]
-        return sum([output.num_cached_tokens for output in firsts])
+        return sum([output.num_cached_tokens or 0 for output in firsts])
 
     @property
     def num_retries(self) -> int:
@@ -222,7 +222,7 @@ class Output(msgspec.Struct, eq=False):
     choice: Choice
     flight: Flight | None = None
     prompt_hashes: Sequence[BlockHash] = ()
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
     last_s: float | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     pooled: bytes | None = None
@@ -243,7 +243,8 @@ class Output(msgspec.Struct, eq=False):
             self.generation.dispatcher.abort(self.flight)
 
     def deliver(self, output: SequenceOutput) -> None:
-        if output.num_cached_tokens is not None:
+        if self.num_cached_tokens is None:
+            # The first to say it has computed the prompt; decode says later what it had itself.
             self.num_cached_tokens = output.num_cached_tokens
         if output.timings is not None:
             self.generation.note_phases(output.timings)

@@ -23,6 +23,7 @@ from services.router.openai.answers import encode_json
 from services.router.openai.api import CLIENT_CLOSED_REQUEST, OpenAIApi
 from services.router.openapi.document import openapi_document
 from services.router.responses.api import ResponsesApi
+from services.router.responses.kept_api import KeptResponsesApi
 
 
 class _CorsRules(CORSMiddleware):
@@ -61,6 +62,7 @@ class Apis:
 
     openai: OpenAIApi
     responses: ResponsesApi
+    kept_responses: KeptResponsesApi
     messages: MessagesApi
     embeddings: EmbeddingsApi
     status: StatusApi
@@ -124,10 +126,10 @@ def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
     gets = {
         "/v1/models": status.models,
         "/v1/models/{name:path}": status.one_model,
-        "/v1/responses/{response_id}": apis.responses.retrieve,
+        "/v1/responses/{response_id}": apis.kept_responses.retrieve,
+        "/v1/responses/{response_id}/input_items": apis.kept_responses.input_items,
         "/health": status.health,
         "/version": status.version,
-        "/load": status.load,
         "/load_config": status.load_config,
         "/metrics": status.metrics,
     }
@@ -135,8 +137,14 @@ def _add_routes(app: FastAPI, apis: Apis, *, has_keys: bool) -> None:
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
     app.add_api_route(
         "/v1/responses/{response_id}",
-        apis.responses.delete,
+        apis.kept_responses.delete,
         methods=["DELETE"],
+        response_model=None,
+    )
+    app.add_api_route(
+        "/v1/responses/{response_id}/cancel",
+        apis.kept_responses.cancel,
+        methods=["POST"],
         response_model=None,
     )
     app.add_api_route("/ping", status.health, methods=["GET", "POST"], response_model=None)

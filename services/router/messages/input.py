@@ -19,10 +19,10 @@ from services.router.openai.bodies import (
     FunctionName,
     Message,
     NamedSchema,
-    NamedToolChoice,
     ResponseFormat,
     Tool,
     ToolCall,
+    ToolChoice,
 )
 from services.router.openai.chat_fields import required, shared_fields
 from services.router.openai.unsupported import refuse_fields, unsupported
@@ -178,8 +178,8 @@ def _tool(tool: MessagesTool, index: int) -> Tool:
 
 def _tool_choice(
     choice: MessagesToolChoice,
-) -> Literal["none", "auto", "required"] | NamedToolChoice:
+) -> Literal["none", "auto", "required"] | ToolChoice:
     if choice.type == "tool":
         name = required(choice.name, "tool_choice.name")
-        return NamedToolChoice(function=FunctionName(name=name))
+        return ToolChoice(function=FunctionName(name=name))
     return _TOOL_CHOICES[choice.type]

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import msgspec
 from fastapi import Request, Response
@@ -42,6 +43,18 @@ MakeChatAnswers = Callable[[AnswerHead, TokenNames, ReadingRules], AnswerFormat]
 
 # nginx's word for "the client closed the connection"; nobody is there to read it.
 CLIENT_CLOSED_REQUEST = 499
+
+
+class Follower(Protocol):
+    """Hears how far a request is, before it's answered."""
+
+    def entered(self, generation: Generation) -> None:
+        """It's valid, and in the queue."""
+        ...
+
+    def started(self) -> None:
+        """Workers have it."""
+        ...
 
 
 class OpenAIApi:
@@ -93,7 +106,13 @@ class OpenAIApi:
         return await self.answer_chat(request, body, make, id_prefix="chatcmpl-")
 
     async def answer_chat(
-        self, request: Request, body: ChatBody, make_answers: MakeChatAnswers, *, id_prefix: str
+        self,
+        request: Request,
+        body: ChatBody,
+        make_answers: MakeChatAnswers,
+        *,
+        id_prefix: str,
+        follower: Follower | None = None,
     ) -> Response:
         """A chat, answered in the form of whichever API the body comes from."""
         head = self._head(body, id_prefix)
@@ -121,7 +140,8 @@ class OpenAIApi:
             make_watch=reading.watch,
         )
         answers = make_answers(head, self._names(body), reading)
-        return await self.answer(request, spec, head, answers, stream=body.stream is True)
+        stream = body.stream is True
+        return await self.answer(request, spec, head, answers, stream=stream, follower=follower)
 
     async def count_prompt_tokens(self, body: ChatBody) -> int:
         """Of a chat as it would be sent to the model."""
@@ -177,6 +197,7 @@ class OpenAIApi:
         answers: AnswerFormat,
         *,
         stream: bool = False,
+        follower: Follower | None = None,
     ) -> Response:
         """Generates what `spec` says and has `answers` write it, whole or as a stream."""
         key = header(request.scope, b"authorization") or header(request.scope, b"x-api-key") or b""
@@ -196,8 +217,12 @@ class OpenAIApi:
         opened = OpenRequest(generation, admission, Client.of(request.scope), on_end=self._ended)
         self._open[head.id] = opened
         with opened:
+            if follower is not None:
+                follower.entered(generation)
             if await admission.granted():
                 generation.start()
+                if follower is not None:
+                    follower.started()
             if stream:
                 await generation.news()
             else:

@@ -129,9 +129,24 @@ class FunctionName(msgspec.Struct, kw_only=True):
     name: str
 
 
-class NamedToolChoice(msgspec.Struct, kw_only=True):
+class AllowedTool(msgspec.Struct, kw_only=True):
     function: FunctionName
     type: Literal["function"] = "function"
+
+
+class AllowedTools(msgspec.Struct, kw_only=True):
+    """Some of `tools`, with which it is as "auto" or "required" says."""
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class ToolChoice(msgspec.Struct, kw_only=True):
+    """One function, or those among which the model may choose."""
+
+    type: Literal["function", "allowed_tools"] = "function"
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class FunctionCall(msgspec.Struct, kw_only=True):
@@ -174,7 +189,7 @@ class ChatBody(SamplingBody, kw_only=True):
     documents: list[dict[str, Json]] | None = None
     reasoning_effort: str | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -9,20 +10,21 @@ import msgspec
 from protocol.errors import InvalidRequestError
 from protocol.sampling import SamplingParams
 from protocol.structured_outputs import StructuredOutputsParams
-from services.router.openai.bodies import ChatBody, NamedToolChoice, Tool
+from services.router.openai.bodies import ChatBody, Tool, ToolChoice
+from services.router.openai.chat_fields import required
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.first_call import FirstCallParser
 from services.router.openai.reasoning_parsers import ThinkParser
 from services.router.openai.thoughts import ThoughtPolicy
+from services.router.openai.tool_formats import TOOL_FORMATS, ToolFormat
 from services.router.openai.tool_parsers import (
-    TOOL_FORMATS,
     NamedCallParser,
-    ToolFormat,
     ToolParser,
     required_calls_parser,
 )
 
 MAX_TOOLS = 128
+_ALLOWED = "tool_choice.allowed_tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,23 @@ class ToolPolicy:
         _check(body.tools)
         if choice == "none":
             return NO_TOOLS
-        definitions = [msgspec.to_builtins(tool) for tool in body.tools]
-        if isinstance(choice, NamedToolChoice):
-            return _named(choice.function.name, body.tools, definitions)
+        several = body.parallel_tool_calls is not False
+        if isinstance(choice, ToolChoice):
+            if choice.type == "function":
+                function = required(choice.function, "tool_choice.function")
+                return _named(function.name, body.tools)
+            allowed = _allowed(choice, body.tools)
+            if required(choice.allowed_tools, _ALLOWED).mode == "required":
+                # The grammar keeps it from calling others, so it may know of them: the prompt
+                # stays the same, and its blocks cached, whichever are allowed.
+                return _required(allowed, _definitions(body.tools), several=several)
+            return self._auto(allowed, several=several, is_all=False)
         if choice == "required":
-            return ToolUse(
-                definitions,
-                make_parser=required_calls_parser,
-                structure=StructuredOutputsParams(
-                    json=_calls_schema(body.tools, several=body.parallel_tool_calls is not False)
-                ),
-            )
+            return _required(body.tools, _definitions(body.tools), several=several)
+        return self._auto(body.tools, several=several, is_all=True)
+
+    def _auto(self, tools: list[Tool], *, several: bool, is_all: bool) -> ToolUse:
+        """Unless that `is_all`, the model may know of more functions than it's told of here."""
         if self._format is None:
             raise InvalidRequestError(
                 'A `tool_choice` of "auto", the default with `tools`, needs a server that was '
@@ -84,7 +92,14 @@ class ToolPolicy:
                 field="tool_choice",
                 code="unsupported_parameter",
             )
-        return _auto(definitions, self._format, several=body.parallel_tool_calls is not False)
+        make = partial(self._format.parser, None if is_all else {t.function.name for t in tools})
+        closings = self._format.closings
+        return ToolUse(
+            _definitions(tools),
+            make_parser=make if several else lambda: FirstCallParser(make, closings),
+            keeps_special_tokens=self._format.uses_special_tokens,
+            ends_with_call=not several,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +135,42 @@ def _check(tools: list[Tool]) -> None:
             raise InvalidRequestError(f"`{field}` is there twice: {name!r:.80}.", field=field)
 
 
-def _auto(definitions: list[dict[str, Any]], tool_format: ToolFormat, *, several: bool) -> ToolUse:
-    make, closings = tool_format.make, tool_format.closings
+def _definitions(tools: list[Tool]) -> list[dict[str, Any]]:
+    return [msgspec.to_builtins(tool) for tool in tools]
+
+
+def _allowed(choice: ToolChoice, tools: list[Tool]) -> list[Tool]:
+    """Raises InvalidRequestError if that names none, or one that isn't there."""
+    wanted = required(choice.allowed_tools, _ALLOWED).tools
+    if not wanted:
+        text = f"`{_ALLOWED}.tools` must not be empty."
+        raise InvalidRequestError(text, field=f"{_ALLOWED}.tools")
+    names = {tool.function.name for tool in tools}
+    for i, tool in enumerate(wanted):
+        if tool.function.name not in names:
+            field = f"{_ALLOWED}.tools[{i}].function.name"
+            text = f"`{field}` is {tool.function.name!r:.80}, which isn't in `tools`."
+            raise InvalidRequestError(text, field=field)
+    allowed = {tool.function.name for tool in wanted}
+    return [tool for tool in tools if tool.function.name in allowed]
+
+
+def _required(tools: list[Tool], definitions: list[dict[str, Any]], *, several: bool) -> ToolUse:
     return ToolUse(
         definitions,
-        make_parser=make if several else lambda: FirstCallParser(make, closings),
-        keeps_special_tokens=tool_format.uses_special_tokens,
-        ends_with_call=not several,
+        make_parser=required_calls_parser,
+        structure=StructuredOutputsParams(json=_calls_schema(tools, several=several)),
     )
 
 
-def _named(name: str, tools: list[Tool], definitions: list[dict[str, Any]]) -> ToolUse:
+def _named(name: str, tools: list[Tool]) -> ToolUse:
     found = next((tool for tool in tools if tool.function.name == name), None)
     if found is None:
         raise InvalidRequestError(
             f"`tool_choice` names {name!r:.80}, which isn't in `tools`.", field="tool_choice"
         )
     return ToolUse(
-        definitions,
+        _definitions(tools),
         make_parser=lambda: NamedCallParser(name),
         structure=StructuredOutputsParams(json=_parameters(found)),
         says_tool_calls=False,

@@ -249,50 +249,6 @@ class WholeCallsParser:
         return Parsed(content=held)
 
 
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """How a family of models writes calls. `uses_special_tokens`: its marks are among them. Where
-    calls reach to the output's end, `closings` are what may follow the last."""
-
-    make: Callable[[], ToolParser]
-    uses_special_tokens: bool = False
-    closings: tuple[str, ...] = ()
-
-
-def _marked(read: ReadCalls, opening: str, closing: str = "") -> Callable[[], ToolParser]:
-    return lambda: MarkedCallsParser(read, opening=opening, closing=closing)
-
-
-def _llama3() -> ToolParser:
-    return WholeCallsParser(_read_llama3, openings=("{", "<|python_tag|>"))
-
-
-def _read_llama3(text: str) -> list[Call] | None:
-    return read_json_calls(text.strip().removeprefix("<|python_tag|>"))
-
-
-def _pythonic() -> ToolParser:
-    return WholeCallsParser(read_pythonic_calls, openings=("[",))
-
-
-TOOL_FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": ToolFormat(
-        _marked(read_json_call, "<tool_call>", "</tool_call>"), uses_special_tokens=True
-    ),
-    "qwen": ToolFormat(
-        _marked(read_json_call, "<tool_call>", "</tool_call>"), uses_special_tokens=True
-    ),
-    "llama3_json": ToolFormat(_llama3, uses_special_tokens=True, closings=("", "]")),
-    "mistral": ToolFormat(
-        _marked(read_json_calls, "[TOOL_CALLS]"), uses_special_tokens=True, closings=("", "]")
-    ),
-    "granite": ToolFormat(
-        _marked(read_json_calls, "<|tool_call|>"), uses_special_tokens=True, closings=("", "]")
-    ),
-    "pythonic": ToolFormat(_pythonic, closings=("]",)),
-}
-
-
 def required_calls_parser() -> ToolParser:
     """For an output that a grammar has made a list of calls."""
     return MarkedCallsParser(read_json_calls, opening="", closing="")

@@ -252,7 +252,11 @@ class ServerVersion(msgspec.Struct):
 
 
 class ServerLoad(msgspec.Struct):
+    """`is_whole` if it's of all routers; one that didn't answer has no number."""
+
     server_load: int
+    routers: dict[str, int | None]
+    is_whole: bool
 
 
 class LoadConfig(msgspec.Struct):
@@ -264,6 +268,7 @@ class LoadConfig(msgspec.Struct):
 
 class ChangedSettings(msgspec.Struct):
     settings: dict[str, Any]
+    num_routers: int
 
 
 class DroppedBlocks(msgspec.Struct):
@@ -274,3 +279,4 @@ class DroppedBlocks(msgspec.Struct):
 class AbortedRequests(msgspec.Struct):
     num_aborted: int
     request_ids: list[str]
+    num_routers: int

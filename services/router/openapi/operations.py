@@ -45,12 +45,14 @@ from services.router.openapi.answer_shapes import (
 from services.router.openapi.translated_answer_shapes import (
     CountedTokens,
     DeletedResponse,
+    InputItemList,
     MessageAnswer,
     MessageEvent,
     ResponseAnswer,
     ResponseEvent,
 )
 from services.router.responses.bodies import ResponsesBody
+from services.router.responses.items import INCLUDABLE
 
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
@@ -84,6 +86,9 @@ _FILE, _BATCH, _FINDS = "/v1/files/{file_id}", "/v1/batches/{batch_id}", (404, 5
 _BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 
 
+_INCLUDED = {"type": "array", "items": {"type": "string", "enum": list(INCLUDABLE)}}
+
+
 def _pages(max_limit: int) -> dict[str, Any]:
     return {
         "after": {"type": "string"},
@@ -107,6 +112,15 @@ OPERATIONS = (
     ),
     Operation("GET", _RESPONSE, "A response kept", ResponseAnswer, errors=_FINDS_RESPONSE),
     Operation("DELETE", _RESPONSE, "Forget it", DeletedResponse, errors=_FINDS_RESPONSE),
+    Operation(
+        *("GET", f"{_RESPONSE}/input_items", "What it was made from", InputItemList),
+        errors=_FINDS_RESPONSE,
+        query=_pages(100) | {"include": _INCLUDED},
+    ),
+    Operation(
+        *("POST", f"{_RESPONSE}/cancel", "End it in the background", ResponseAnswer),
+        errors=_FINDS_RESPONSE,
+    ),
     Operation(
         *("POST", "/v1/messages", "Go on with messages, as Anthropic's API does", MessageAnswer),
         *(MessagesBody, _GENERATES, MessageEvent),
@@ -161,10 +175,12 @@ OPERATIONS = (
     Operation("GET", "/load_config", "How the server is set up", LoadConfig),
     Operation(
         *("POST", "/load_config", "Change settings", ChangedSettings),
-        *(LiveSettingsBody, (400, 408, 413)),
+        *(LiveSettingsBody, (400, 408, 413, 503)),
     ),
     Operation("POST", "/reset_prefix_cache", "Drop what is cached", DroppedBlocks, errors=(503,)),
-    Operation("POST", "/abort", "Abort requests", AbortedRequests, AbortBody, _READS_BODY),
+    Operation(
+        *("POST", "/abort", "Abort requests", AbortedRequests, AbortBody, (*_READS_BODY, 503)),
+    ),
     Operation("GET", "/metrics", "Metrics for Prometheus", str, answer_type=TEXT),
     Operation("GET", "/openapi.json", "This description", dict[str, Any]),
 )

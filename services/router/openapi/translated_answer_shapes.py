@@ -24,7 +24,8 @@ class ResponseAnswer(msgspec.Struct):
     object: Literal["response"]
     created_at: int
     completed_at: int | None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+    background: bool
     error: dict[str, Any] | None
     incomplete_details: dict[str, Any] | None
     model: str
@@ -46,6 +47,14 @@ class DeletedResponse(msgspec.Struct):
     id: str
     object: Literal["response"]
     deleted: bool
+
+
+class InputItemList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class MessagesUsage(msgspec.Struct):

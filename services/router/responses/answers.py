@@ -21,7 +21,6 @@ from services.router.openai.answer_parts import (
     PartReader,
 )
 from services.router.openai.answers import AnswerHead, encode_json, named_event
-from services.router.openai.bodies import Message
 from services.router.openai.chat_fields import renamed
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.logprobs import TokenNames, chat_logprobs
@@ -32,10 +31,13 @@ from services.router.responses.bodies import (
     TextFormat,
     TextOptions,
 )
-from services.router.responses.input import FIELD_NAMES, input_messages
-from services.router.responses.store import ResponseStore, StoredResponse
+from services.router.responses.input import FIELD_NAMES
+from services.router.responses.store import StoredResponse
 
-Status: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed"]
+Status: TypeAlias = Literal[
+    "queued", "in_progress", "completed", "incomplete", "failed", "cancelled"
+]
+Keep: TypeAlias = Callable[[str, StoredResponse], Awaitable[bool]]
 CountTokens: TypeAlias = Callable[[str], Awaitable[int]]
 
 _STATUS: dict[str | None, Status] = {"stop": "completed", "length": "incomplete"}
@@ -43,10 +45,10 @@ _STATUS: dict[str | None, Status] = {"stop": "completed", "length": "incomplete"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is answered. `conversation` is all before the answer, the body's input included."""
+    """What is answered. `items` are all before the answer, the body's input included."""
 
     body: ResponsesBody
-    conversation: list[Message]
+    items: list[InputItem]
     head: AnswerHead
 
 
@@ -62,14 +64,14 @@ class ResponsesAnswers:
         names: TokenNames,
         reading: ReadingRules,
         *,
-        store: ResponseStore | None,
+        keep: Keep | None,
         count_tokens: CountTokens,
     ) -> None:
-        """Without `store` the answer isn't kept."""
+        """Without `keep` the answer isn't kept."""
         self._body = question.body
-        self._conversation = question.conversation
+        self._items = question.items
         self._head = question.head
-        self._store = store
+        self._keep = keep
         self._count_tokens = count_tokens
         self._names = names
         self._reader = PartReader(reading)
@@ -91,7 +93,7 @@ class ResponsesAnswers:
             return b""
         opening = b"" if self._num_events else self._opening(generation)
         if generation.error is not None:
-            answer = self._answer(generation, "failed") | {"error": _failure(generation.error)}
+            answer = self._answer(generation, "failed") | {"error": failure(generation.error)}
         else:
             answer = await self._finished(generation)
         return opening + self._event(f"response.{answer['status']}", {"response": answer})
@@ -160,23 +162,20 @@ class ResponsesAnswers:
             answer["incomplete_details"] = {"reason": "max_output_tokens"}
         answer["completed_at"] = int(time.time())
         answer["usage"] = await self._usage(generation)
-        if self._store is not None:
+        if self._keep is not None:
             # The answer is worth more than the chance to go on from it; it says so itself.
-            answer["store"] = await self._keep(answer, self._store)
+            try:
+                answer["store"] = await self._keep(self._head.id, self._record(answer))
+            except HttpError:
+                answer["store"] = False
         return answer
 
-    async def _keep(self, answer: dict[str, Any], store: ResponseStore) -> bool:
-        # A call that was cut off has no arguments to go on with.
-        said = [
-            item for item in answer["output"] if item["type"] != "function_call" or _is_whole(item)
-        ]
-        items = msgspec.convert(said, list[InputItem])
-        conversation = self._conversation + (input_messages(items) if items else [])
-        record = StoredResponse(msgspec.Raw(encode_json(answer)), conversation)
-        try:
-            return await store.put(self._head.id, record)
-        except HttpError:
-            return False
+    def unfinished(self, generation: Generation) -> StoredResponse:
+        """What is kept of it until it's over."""
+        return self._record(self._answer(generation, "queued"))
+
+    def _record(self, answer: dict[str, Any]) -> StoredResponse:
+        return StoredResponse(msgspec.Raw(encode_json(answer)), self._items)
 
     def _answer(self, generation: Generation, status: Status) -> dict[str, Any]:
         body, sampling = self._body, generation.spec.sampling
@@ -187,7 +186,7 @@ class ResponsesAnswers:
             "created_at": self._head.created,
             "completed_at": None,
             "status": status,
-            "background": False,
+            "background": self._body.background is True,
             "error": None,
             "incomplete_details": None,
             "instructions": body.instructions,
@@ -200,7 +199,7 @@ class ResponsesAnswers:
             "previous_response_id": body.previous_response_id,
             "reasoning": reasoning,
             "service_tier": "default",
-            "store": self._store is not None,
+            "store": self._keep is not None,
             "temperature": sampling.temperature,
             "text": {"format": text.format or TextFormat(type="text"), "verbosity": "medium"},
             "tool_choice": body.tool_choice or "auto",
@@ -271,17 +270,13 @@ def _item(part: Part, status: str, content: list[dict[str, Any]]) -> dict[str, A
             return head | {"type": "function_call"} | call
 
 
-def _is_whole(item: dict[str, Any]) -> bool:
-    return item["status"] == "completed"
-
-
 def _content(part: Part, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     if part.kind == "thoughts":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _failure(error: TandemError) -> dict[str, Any]:
+def failure(error: TandemError) -> dict[str, Any]:
     """The codes that OpenAI's API has for a failed response."""
     reply = error_reply(renamed(error, FIELD_NAMES))
     code = "rate_limit_exceeded" if reply.status == 429 else "server_error"

@@ -11,7 +11,7 @@ import msgspec
 from services.router.openai.bodies import Json, SharedFields
 
 
-class InputPart(msgspec.Struct, kw_only=True):
+class InputPart(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A piece of text; `type` says whose."""
 
     type: str
@@ -19,10 +19,11 @@ class InputPart(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
-class InputItem(msgspec.Struct, kw_only=True):
+class InputItem(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A message, a function's call or its output, or thoughts."""
 
     type: str = "message"
+    id: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | list[InputPart] | None = None
     call_id: str | None = None
@@ -40,9 +41,18 @@ class ResponsesTool(msgspec.Struct, kw_only=True):
     strict: bool | None = None
 
 
-class ResponsesToolChoice(msgspec.Struct, kw_only=True):
+class AllowedResponsesTool(msgspec.Struct, kw_only=True):
     type: str
     name: str | None = None
+
+
+class ResponsesToolChoice(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A function, or some of `tools` with a mode."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[AllowedResponsesTool] | None = None
 
 
 class TextFormat(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -73,6 +83,7 @@ class ResponsesBody(SharedFields, kw_only=True):
     instructions: str | None = None
     max_output_tokens: int | None = None
     previous_response_id: str | None = None
+    background: bool | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
     tools: list[ResponsesTool] | None = None
@@ -88,7 +99,6 @@ class ResponsesBody(SharedFields, kw_only=True):
     thinking_token_budget: int | None = None
     chat_template_kwargs: dict[str, Json] | None = None
 
-    background: Json = None
     context_management: Json = None
     conversation: Json = None
     max_tool_calls: Json = None

@@ -6,20 +6,23 @@ from typing import Any, Literal
 from protocol.errors import InvalidRequestError
 from protocol.sampling import MAX_LOGPROBS
 from services.router.openai.bodies import (
+    AllowedTool,
+    AllowedTools,
     ChatBody,
     FunctionCall,
     FunctionDefinition,
     FunctionName,
     Message,
     NamedSchema,
-    NamedToolChoice,
     ResponseFormat,
     Tool,
     ToolCall,
+    ToolChoice,
 )
 from services.router.openai.chat_fields import required, shared_fields
 from services.router.openai.unsupported import refuse_fields, unsupported
 from services.router.responses.bodies import (
+    AllowedResponsesTool,
     InputItem,
     InputPart,
     ResponsesBody,
@@ -29,7 +32,7 @@ from services.router.responses.bodies import (
 
 LOGPROBS = "message.output_text.logprobs"
 # Thoughts come and go in plain text here, which serves those who ask for this.
-_ENCRYPTED_THOUGHTS = "reasoning.encrypted_content"
+ENCRYPTED_THOUGHTS = "reasoning.encrypted_content"
 
 # How errors name the fields that a chat's body has under another name or at another place.
 FIELD_NAMES: Mapping[str, str] = {
@@ -38,12 +41,13 @@ FIELD_NAMES: Mapping[str, str] = {
     r"response_format\.json_schema": "text.format.schema",
     "response_format": "text.format",
     r"tools\[(\d+)\]\.function": r"tools[\1]",
+    r"tool_choice\.allowed_tools\.tools\[(\d+)\]\.function": r"tool_choice.tools[\1]",
+    r"tool_choice\.allowed_tools": "tool_choice",
     "reasoning_effort": "reasoning.effort",
     "logprobs": "include",
 }
 
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "background": (False,),
     "context_management": ([],),
     "conversation": (),
     "max_tool_calls": (),
@@ -86,7 +90,7 @@ def refuse_unsupported_response(body: ResponsesBody) -> None:
     """Raises InvalidRequestError that names the first field that asks for something missing."""
     refuse_fields(body, _HARMLESS)
     for i, wanted in enumerate(body.include or ()):
-        if wanted not in (LOGPROBS, _ENCRYPTED_THOUGHTS):
+        if wanted not in (LOGPROBS, ENCRYPTED_THOUGHTS):
             raise unsupported(f"include[{i}]", f"To include {wanted[:60]!r}")
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         raise unsupported("text.verbosity")
@@ -205,15 +209,30 @@ def _tool(tool: ResponsesTool, index: int) -> Tool:
     )
 
 
-def _tool_choice(
-    body: ResponsesBody,
-) -> Literal["none", "auto", "required"] | NamedToolChoice | None:
+def _tool_choice(body: ResponsesBody) -> Literal["none", "auto", "required"] | ToolChoice | None:
     choice = body.tool_choice
     if choice is None or isinstance(choice, str):
         return choice
-    if choice.type != "function":
-        raise unsupported("tool_choice.type", f"A choice of type {choice.type[:40]!r}")
-    return NamedToolChoice(function=FunctionName(name=required(choice.name, "tool_choice.name")))
+    match choice.type:
+        case "function":
+            name = required(choice.name, "tool_choice.name")
+            return ToolChoice(function=FunctionName(name=name))
+        case "allowed_tools":
+            tools = required(choice.tools, "tool_choice.tools")
+            allowed = AllowedTools(
+                mode=required(choice.mode, "tool_choice.mode"),
+                tools=[_allowed_tool(tool, i) for i, tool in enumerate(tools)],
+            )
+            return ToolChoice(type="allowed_tools", allowed_tools=allowed)
+        case _:
+            raise unsupported("tool_choice.type", f"A choice of type {choice.type[:40]!r}")
+
+
+def _allowed_tool(tool: AllowedResponsesTool, index: int) -> AllowedTool:
+    path = f"tool_choice.tools[{index}]"
+    if tool.type != "function":
+        raise unsupported(f"{path}.type", f"The built-in tool {tool.type[:40]!r}")
+    return AllowedTool(function=FunctionName(name=required(tool.name, f"{path}.name")))
 
 
 def _format(wanted: TextFormat) -> ResponseFormat:

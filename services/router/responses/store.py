@@ -1,19 +1,25 @@
-"""Keeps answers of /v1/responses in Redis, so that a conversation can go on by an answer's id."""
+"""Keeps answers of /v1/responses in Redis, so that a conversation can go on by an answer's id.
+
+A background response is kept from its start. Whoever runs it holds a lease, and with the lease the
+right to write what becomes of it; who cancels it takes the lease away. A response that isn't over
+and has no lease stays unfinished: its router is gone.
+"""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # redis-py leaves many arguments and results untyped.
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable
-from typing import TypeVar, cast
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from services.router.http.errors import HttpError
-from services.router.openai.bodies import Message
+from services.router.responses.bodies import InputItem
 from services.runtime.redis_client import REPLY_DEADLINE_S
 from services.runtime.redis_keys import RedisKeys
 
@@ -21,10 +27,19 @@ logger = logging.getLogger(__name__)
 
 ReplyT = TypeVar("ReplyT")
 
-# KEYS: the record, the ids and sizes of all records, their sum. ARGV: the record, its id, its
-# milliseconds, the most bytes of all records, what the records' keys begin with. What has expired
-# is counted until it is the oldest, so it never drives out what lives. Returns whether it's kept.
+# KEYS: the record, the ids and sizes of all records, their sum, the lease. ARGV: the record, its
+# id, its milliseconds, the most bytes of all records, what the records' keys begin with, who must
+# have the lease ('' for nobody), and who gets it (or '') for how many milliseconds.
+# What has expired is counted until it is the oldest, so it never drives out what lives. Returns
+# whether it's kept, -1 if somebody else has the lease.
 _PUT = """
+if ARGV[6] ~= '' and redis.call('GET', KEYS[4]) ~= ARGV[6] then
+    return -1
+end
+local before = redis.call('STRLEN', KEYS[1])
+if before > 0 and redis.call('LREM', KEYS[2], -1, ARGV[2] .. ' ' .. before) > 0 then
+    redis.call('DECRBY', KEYS[3], before)
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 redis.call('RPUSH', KEYS[2], ARGV[2] .. ' ' .. #ARGV[1])
 local total = redis.call('INCRBY', KEYS[3], #ARGV[1])
@@ -38,20 +53,44 @@ while total > tonumber(ARGV[4]) do
     redis.call('DEL', ARGV[5] .. id)
     total = redis.call('DECRBY', KEYS[3], size)
 end
+if ARGV[7] ~= '' then
+    redis.call('SET', KEYS[4], ARGV[7], 'PX', ARGV[8])
+elseif ARGV[6] ~= '' then
+    redis.call('DEL', KEYS[4])
+end
 return redis.call('EXISTS', KEYS[1])
 """
+# KEYS: the lease. ARGV: who should have it, for how many milliseconds from now. Returns whether.
+_RENEW = """
+return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0
+"""
+
+_RUNNER_MS = 15_000
 
 
 class StoredResponse(msgspec.Struct, frozen=True):
-    """`answer` as the client got it; `conversation` is all up to and with it, each time anew, so
-    that it depends on no older record."""
+    """`answer` as the client got it; `input` is all before it, each time anew, so that it depends
+    on no older record."""
 
     answer: msgspec.Raw
-    conversation: list[Message]
+    input: list[InputItem]
+
+    def with_answer(self, **fields: object) -> "StoredResponse":
+        """With other values of some of the answer's fields."""
+        answer = msgspec.json.decode(self.answer) | fields
+        return StoredResponse(msgspec.Raw(msgspec.json.encode(answer)), self.input)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A record, and who runs it, if anybody does."""
+
+    record: StoredResponse
+    runner: str | None
 
 
 class ResponseStore:
-    """Any router of the stack finds what another one kept.
+    """Any router of the stack finds what another one kept. All raise HttpError if Redis is away.
 
     Keeps `max_bytes` at most, the newest, since workers announce themselves in the same Redis.
     """
@@ -70,23 +109,52 @@ class ResponseStore:
     def keeps(self) -> bool:
         return self._ttl_ms > 0
 
-    async def put(self, response_id: str, record: StoredResponse) -> bool:
-        """False if it's too large. Raises HttpError if Redis is away."""
-        keys = (self._keys.response(response_id), self._keys.responses, self._keys.response_bytes)
+    async def put(
+        self,
+        response_id: str,
+        record: StoredResponse,
+        *,
+        runner: str | None = None,
+        next_runner: str | None = None,
+    ) -> bool:
+        """False if it's too large, or if `runner`, where there's one, doesn't run it any more.
+
+        `next_runner` does from now on.
+        """
+        keys = (
+            *(self._keys.response(response_id), self._keys.responses, self._keys.response_bytes),
+            self._keys.response_runner(response_id),
+        )
         value = msgspec.json.encode(record)
         limits = (self._ttl_ms, self._max_bytes, self._keys.response(""))
-        kept = self._redis.eval(_PUT, len(keys), *keys, value, response_id, *limits)
-        return bool(await self._reply(cast("Awaitable[int]", kept)))
+        runners = (runner or "", next_runner or "", _RUNNER_MS)
+        kept = self._redis.eval(_PUT, len(keys), *keys, value, response_id, *limits, *runners)
+        return await self._reply(cast("Awaitable[int]", kept)) > 0
 
-    async def get(self, response_id: str) -> StoredResponse | None:
-        """None if it's unknown or forgotten. Raises HttpError if Redis is away."""
-        value = await self._reply(self._redis.get(self._keys.response(response_id)))
-        return None if value is None else self._decoder.decode(cast("bytes", value))
+    async def renew(self, response_id: str, runner: str) -> bool:
+        """False if `runner` doesn't run it any more."""
+        key = self._keys.response_runner(response_id)
+        renewed = self._redis.eval(_RENEW, 1, key, runner, cast("Any", _RUNNER_MS))
+        return bool(await self._reply(cast("Awaitable[int]", renewed)))
+
+    async def get(self, response_id: str) -> Kept | None:
+        """None if it's unknown or forgotten."""
+        keys = self._keys.response(response_id), self._keys.response_runner(response_id)
+        value, runner = cast("list[bytes | None]", await self._reply(self._redis.mget(keys)))
+        if value is None:
+            return None
+        return Kept(self._decoder.decode(value), None if runner is None else runner.decode())
 
     async def delete(self, response_id: str) -> bool:
-        """False if there was none. Raises HttpError if Redis is away."""
-        deleted = self._redis.delete(self._keys.response(response_id))
-        return bool(await self._reply(deleted))
+        """False if there was none."""
+        keys = self._keys.response(response_id), self._keys.response_runner(response_id)
+        return bool(await self._reply(self._redis.delete(*keys)))
+
+    async def abandon(self, response_ids: Iterable[str]) -> None:
+        """Nobody runs these any more."""
+        keys = [self._keys.response_runner(response_id) for response_id in response_ids]
+        if keys:
+            await self._reply(self._redis.delete(*keys))
 
     async def _reply(self, asked: Awaitable[ReplyT]) -> ReplyT:
         try:

@@ -102,7 +102,11 @@ async def test_a_request_is_aborted_by_its_id(stack: RouterStack) -> None:
     ) as response:
         request_id = response.headers["x-request-id"]
         answer = await stack.post("/abort", {"request_id": request_id})
-        assert answer.json() == {"num_aborted": 1, "request_ids": [request_id]}
+        assert answer.json() == {
+            "num_aborted": 1,
+            "request_ids": [request_id],
+            "num_routers": 1,
+        }
         *_, error, end, _ = (await response.aread()).decode().split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "request_aborted"
     assert end == "data: [DONE]"
@@ -120,7 +124,7 @@ async def test_all_requests_are_aborted(stack: RouterStack) -> None:
         assert error_of(response) == (499, None, "request_aborted")
     await until(lambda: worker.num_running == 0)
     assert (await stack.post("/abort", {"abort_all": True})).json()["num_aborted"] == 0
-    assert (await stack.client.get("/load")).json() == {"server_load": 0}
+    assert (await stack.client.get("/load")).json()["server_load"] == 0
 
 
 @pytest.mark.parametrize(

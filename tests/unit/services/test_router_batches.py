@@ -136,6 +136,7 @@ async def test_bad_lines_are_all_named(client: AsyncOpenAI) -> None:
         line("b", CHAT),
         line("c", model="gpt-9"),
         line("d", stream=True),
+        line("h", background=True),
         {"custom_id": "e", "url": COMPLETIONS},
         {"custom_id": 1, "url": COMPLETIONS, "body": {}},
         {"custom_id": "f", "url": COMPLETIONS, "body": []},
@@ -153,11 +154,12 @@ async def test_bad_lines_are_all_named(client: AsyncOpenAI) -> None:
         (5, "invalid_url", "url"),
         (6, "model_not_found", "body.model"),
         (7, "invalid_value", "body.stream"),
-        (8, "missing_required_parameter", "body"),
-        (9, "invalid_type", "custom_id"),
-        (10, "invalid_type", "body"),
-        (11, "invalid_value", "method"),
-        (12, "invalid_type", None),
+        (8, "invalid_value", "body.background"),
+        (9, "missing_required_parameter", "body"),
+        (10, "invalid_type", "custom_id"),
+        (11, "invalid_type", "body"),
+        (12, "invalid_value", "method"),
+        (13, "invalid_type", None),
     ]
 
 

@@ -214,6 +214,28 @@ async def test_a_forced_call_is_held_to_its_schema(stack: RouterStack, choice: A
     assert answer["tool_choice"] == choice | {} if isinstance(choice, dict) else choice
 
 
+async def test_the_openai_client_allows_some_tools(client: AsyncOpenAI) -> None:
+    other = {"type": "function", "name": "get_time", "parameters": None, "strict": None}
+    for mode, name in (("auto", "get_weather"), ("auto", "get_time"), ("required", "get_time")):
+        tools = [{"type": "function", "name": name}]
+        answer = await client.responses.create(
+            model=MODEL,
+            input=f"{CALL}END",
+            tools=[WEATHER, other],
+            tool_choice={"type": "allowed_tools", "mode": mode, "tools": tools},
+            max_output_tokens=300,
+            extra_body={"stop": "END"},
+        )
+        assert answer.tool_choice.to_dict() == {
+            "type": "allowed_tools",
+            "mode": mode,
+            "tools": tools,
+        }
+        calls = [item.name for item in answer.output if item.type == "function_call"]
+        if mode == "auto":
+            assert calls == (["get_weather"] if name == "get_weather" else [])
+
+
 async def test_text_formats_hold_the_output(stack: RouterStack) -> None:
     stack.workers[0].requests.clear()
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}

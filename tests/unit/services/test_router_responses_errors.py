@@ -58,6 +58,40 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools"),
+    (
+        {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "tools": []}},
+        "tool_choice.mode",
+    ),
+    (
+        {
+            "tools": [WEATHER],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []},
+        },
+        "tool_choice.tools",
+    ),
+    (
+        {
+            "tools": [WEATHER],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "function", "name": "f"}],
+            },
+        },
+        "tool_choice.tools[0].name",
+    ),
+    (
+        {
+            "tools": [WEATHER],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "mcp", "server_label": "x"}],
+            },
+        },
+        "tool_choice.tools[0].type",
+    ),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
     (
@@ -69,7 +103,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"include": ["message.output_text.logprobs"], "top_logprobs": 99}, "top_logprobs"),
     ({"truncation": "sometimes"}, "truncation"),
     ({"metadata": {"a": 1}}, "metadata[...]"),
-    ({"background": True}, "background"),
+    ({"background": 1}, "background"),
     ({"conversation": "c"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"),
     ({"max_tool_calls": 2}, "max_tool_calls"),

@@ -136,6 +136,47 @@ async def test_without_a_call_one_at_most_changes_nothing(stack: RouterStack) ->
     assert await ask(stack, **words) == await ask(stack, **words, parallel_tool_calls=False)
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def called(choice: dict[str, Any]) -> list[str]:
+    return [call["function"]["name"] for call in choice["message"].get("tool_calls") or ()]
+
+
+async def test_only_allowed_tools_are_called(stack: RouterStack) -> None:
+    body = says(CALL + SECOND, tools=[WEATHER, TIME])
+    both = await ask(stack, **body, tool_choice=allowed("auto", "get_time", "get_weather"))
+    assert called(both) == ["get_weather", "get_time"]
+    one = await ask(stack, **body, tool_choice=allowed("auto", "get_time"))
+    assert called(one) == ["get_time"]
+    assert one["message"]["content"] == BEFORE + CALL, "another tool's call is no call"
+    none = await ask(
+        stack, **says(CALL, tools=[WEATHER, TIME], tool_choice=allowed("auto", "get_time"))
+    )
+    assert (called(none), none["finish_reason"]) == ([], "stop")
+    first = await ask(
+        stack, **body, tool_choice=allowed("auto", "get_time"), parallel_tool_calls=False
+    )
+    assert called(first) == ["get_time"]
+
+
+@pytest.mark.parametrize("several", [True, False])
+async def test_a_required_call_is_held_to_the_allowed_tools(
+    stack: RouterStack, *, several: bool
+) -> None:
+    body = says("x", tools=[WEATHER, TIME], max_tokens=2, parallel_tool_calls=several)
+    worker = stack.workers[0]
+    worker.requests.clear()
+    await ask(stack, **body, tool_choice=allowed("required", "get_time"))
+    await ask(stack, **body | {"tools": [TIME]}, tool_choice="required")
+    await ask(stack, **body, tool_choice="required")
+    held, alone, free = [request.sampling.structured_outputs for request in worker.requests]
+    assert held is not None
+    assert held == alone != free
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice"),
@@ -144,6 +185,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
         "tool_choice",
     ),
+    ({"tool_choice": allowed("auto", "get_time")}, "tool_choice"),
+    (
+        {"tools": [WEATHER], "tool_choice": allowed("auto")},
+        "tool_choice.allowed_tools.tools",
+    ),
+    (
+        {"tools": [WEATHER], "tool_choice": allowed("auto", "get_weather", "get_time")},
+        "tool_choice.allowed_tools.tools[1].function.name",
+    ),
+    (
+        {"tools": [WEATHER], "tool_choice": allowed("maybe", "get_weather")},
+        "tool_choice.allowed_tools.mode",
+    ),
+    ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name"),
     ({"tools": [{"function": {"name": ""}}]}, "tools[0].function.name"),
@@ -174,10 +231,13 @@ async def test_what_makes_no_sense_is_a_400_that_names_the_field(
 async def test_auto_choice_has_to_be_enabled(tmp_path: Any) -> None:
     async with open_router_stack(tmp_path) as plain:
         await plain.add_worker()
-        answer = await plain.post(CHAT, says("hi", tools=[WEATHER]))
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == "tool_choice"
-        assert "--enable-auto-tool-choice" in answer.json()["error"]["message"]
+        for choice in (None, allowed("auto", "get_weather")):
+            answer = await plain.post(CHAT, says("hi", tools=[WEATHER], tool_choice=choice))
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "tool_choice"
+            assert "--enable-auto-tool-choice" in answer.json()["error"]["message"]
+        choice = allowed("required", "get_weather")
+        await ask(plain, **says("hi", tools=[WEATHER], tool_choice=choice))
 
 
 async def test_auto_choice_needs_a_parser(tmp_path: Any) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.first_call import FirstCallParser
 from services.router.openai.reasoning_parsers import REASONING_FORMATS, Thought
+from services.router.openai.tool_formats import TOOL_FORMATS
 from services.router.openai.tool_parsers import (
-    TOOL_FORMATS,
     NamedCallParser,
     Parsed,
     ToolParser,
@@ -22,7 +22,7 @@ from services.router.openai.tool_parsers import (
 WEATHER = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 TIME = '{"name": "get_time", "parameters": {}}'
 PARSERS: dict[str, Callable[[], ToolParser]] = {
-    **{name: tool_format.make for name, tool_format in TOOL_FORMATS.items()},
+    **{name: tool_format.parser for name, tool_format in TOOL_FORMATS.items()},
     "named": lambda: NamedCallParser("f"),
     "required": required_calls_parser,
 }
@@ -84,7 +84,7 @@ def test_a_named_calls_arguments_come_as_they_are_written() -> None:
 
 
 def test_words_before_a_call_are_not_held_back() -> None:
-    parser = TOOL_FORMATS["hermes"].make()
+    parser = TOOL_FORMATS["hermes"].parser()
     assert parser.push("Let me <").content == "Let me "
     assert parser.push("b> see").content == "<b> see"
 
@@ -118,7 +118,7 @@ def test_cuts_make_no_difference_and_arguments_are_json(
 
 def first_parser(name: str) -> FirstCallParser:
     tool_format = TOOL_FORMATS[name]
-    return FirstCallParser(tool_format.make, tool_format.closings)
+    return FirstCallParser(tool_format.parser, tool_format.closings)
 
 
 ODD = '{"name": "f", "arguments": {"x": "}\\"}{("}}'
