@@ -98,7 +98,10 @@ class PromptEncoder:
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         max_model_len = self._model.limits.max_model_len
-        if len(text) > max_model_len * self._model.tokenizer.max_token_chars:
+        max_chars = max_model_len * self._model.tokenizer.max_token_chars
+        # An encoder's tokens don't cover its text: spaces and unknown words may be as long as
+        # they like. And what is too long for it is often to be cut.
+        if len(text) > max_chars and not self._model.only_embeds:
             # Not worth encoding: it takes longer the more hopeless it is.
             raise ContextLengthError(
                 f"This model's maximum context length is {max_model_len} tokens; "
