@@ -63,7 +63,7 @@ class EmbeddingsApi:
         self._encoder = encoder
         self._pooling_type: PoolingType = pooling_type
         self._lengths: TextLengths = (
-            EncoderLengths(model) if model.only_embeds else DecoderLengths(model)
+            EncoderLengths(model, encoder) if model.only_embeds else DecoderLengths(model)
         )
         self._embedding_bodies = BodyReader(EmbeddingBody, max_bytes=max_body_bytes)
         self._score_bodies = BodyReader(ScoreBody, max_bytes=max_body_bytes)
@@ -168,7 +168,7 @@ class EmbeddingsApi:
         prompts: list[Prompt] = []
         for group in texts:
             encoded = await self._encoder.prompts(
-                group.texts,
+                self._lengths.shortened(group.texts, body.truncate_prompt_tokens),
                 field=group.field,
                 add_special_tokens=add_special_tokens,
             )

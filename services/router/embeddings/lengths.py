@@ -4,7 +4,8 @@ from typing import Protocol
 
 from protocol.errors import ContextLengthError, InvalidRequestError
 from protocol.sampling import SamplingParams
-from services.router.openai.prompts import Prompt, truncated
+from services.router.embeddings.bodies import Texts
+from services.router.openai.prompts import Prompt, PromptEncoder, truncated
 from services.router.openai.sampling import bounded_max_tokens
 from services.router.served_model import ServedModel
 
@@ -14,6 +15,10 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 class TextLengths(Protocol):
     """One kind of model's rules."""
+
+    def shortened(self, texts: Texts, num_tokens: int | None) -> Texts:
+        """`texts` without what is cut anyway, `num_tokens` meaning what it does to `fit`."""
+        ...
 
     def fit(self, prompt: Prompt, num_tokens: int | None, *, field: str) -> Prompt:
         """`prompt`, or `num_tokens` of it (-1: as many as the model takes) where it has more.
@@ -30,6 +35,9 @@ class DecoderLengths:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
+    def shortened(self, texts: Texts, num_tokens: int | None) -> Texts:  # noqa: ARG002
+        return texts
+
     def fit(self, prompt: Prompt, num_tokens: int | None, *, field: str) -> Prompt:
         limits = self._model.limits
         cut = truncated(prompt, num_tokens, ONE_TOKEN, limits)
@@ -41,9 +49,18 @@ class EncoderLengths:
     """A text keeps its beginning, and the special token behind it: what the tokenizers of encoders
     do where they cut."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, encoder: PromptEncoder) -> None:
         self._model = model
+        self._encoder = encoder
         self._last = model.tokenizer.encode("")[-1:]
+
+    def shortened(self, texts: Texts, num_tokens: int | None) -> Texts:
+        if num_tokens is None:
+            return texts
+        max_chars = self._encoder.max_chars
+        if isinstance(texts, str):
+            return texts[:max_chars]
+        return [text[:max_chars] if isinstance(text, str) else text for text in texts]
 
     def fit(self, prompt: Prompt, num_tokens: int | None, *, field: str) -> Prompt:
         max_len = self._model.limits.max_model_len

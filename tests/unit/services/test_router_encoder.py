@@ -69,7 +69,16 @@ async def test_cutting_keeps_a_texts_beginning_and_its_end_mark(stack: RouterSta
 
 
 async def test_much_space_is_no_long_text(stack: RouterStack) -> None:
-    assert await sent(stack, input="the" + " " * 100_000 + "cat") == [[2, 4, 5, 3]]
+    assert await sent(stack, input="the" + " " * 50_000 + "cat") == [[2, 4, 5, 3]]
+
+
+async def test_a_hopeless_text_isnt_encoded(stack: RouterStack) -> None:
+    text = "the" + " " * 100_000 + "cat"
+    response = await stack.post(EMBEDDINGS, {"input": text})
+    assert response.status_code == 400
+    assert "100006 characters" in response.json()["error"]["message"]
+    (cut,) = await sent(stack, input=[text], truncate_prompt_tokens=-1)
+    assert cut == [2, 4, 3]
 
 
 @pytest.mark.parametrize(
