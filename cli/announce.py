@@ -78,6 +78,8 @@ def _describe(rows: Sequence[Row]) -> Iterator[str]:
 
 def _describe_blocks(record: WorkerRecord) -> str:
     layout = record.layout
+    if not record.num_blocks:
+        return f"texts of up to {record.max_model_len:,} tokens ({layout.dtype})"
     kv_gib = record.num_blocks * layout.block_bytes / 2**30
     return (
         f"{record.num_blocks:,} blocks of {layout.block_size} tokens "

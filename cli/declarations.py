@@ -32,6 +32,7 @@ ROUTER = Command("router", "Run one router.", (Group(RouterConfig, "Router"),), 
 _OF_A_WORKER = (_ENGINE, _WORKER, _VLLM)
 PREFILL = Command("prefill", "Run one prefill worker.", _OF_A_WORKER, positional="model")
 DECODE = Command("decode", "Run one decode worker.", _OF_A_WORKER, positional="model")
+ENCODE = Command("encode", "Run one encode worker.", _OF_A_WORKER, positional="model")
 
 BENCH = Command("bench", "Load an OpenAI-compatible server.", (Group(BenchConfig, "Load test"),))
 
@@ -58,4 +59,4 @@ RUN_BATCH = Command(
     positional="model",
 )
 
-WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, FETCH, BENCH, RUN_BATCH)
+WITH_SETTINGS = (SERVE, ROUTER, PREFILL, DECODE, ENCODE, FETCH, BENCH, RUN_BATCH)

@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "router": Subcommand("cli.services", "run_router", "run one router"),
     "prefill": Subcommand("cli.services", "run_prefill", "run one prefill worker"),
     "decode": Subcommand("cli.services", "run_decode", "run one decode worker"),
+    "encode": Subcommand("cli.services", "run_encode", "run one encode worker"),
     "fetch": Subcommand("cli.fetch", "run", "find, import or download a model"),
     "ps": Subcommand("cli.ps", "run", "list the processes of local stacks"),
     "run-batch": Subcommand("cli.run_batch", "run", "answer a file of requests"),

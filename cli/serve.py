@@ -26,6 +26,7 @@ from cli.stack import Endpoints, redis_service, router_services, worker_names, w
 from cli.stack_config import StackConfig
 from cli.supervisor import Service
 from engine.config import EngineConfig
+from engine.models.encoder_config import is_encoder
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from services.router.config import RouterConfig
@@ -45,15 +46,17 @@ def run_stack(settings: Settings, router: RouterConfig, *, work: StackWork | Non
     Raises StartupError, and what `work` raises.
     """
     listeners = bind_listeners(router.host, router.port, count=settings.config(StackConfig).routers)
-    resolve_model(settings.config(EngineConfig).model)
+    model_dir = resolve_model(settings.config(EngineConfig).model)
+    names = worker_names(settings.config(StackConfig), only_embeds=is_encoder(model_dir))
     with runtime_dir() as directory:
-        asyncio.run(_serve(settings, router, listeners, directory, work))
+        asyncio.run(_serve(settings, router, listeners, names, directory, work))
 
 
 async def _serve(
     settings: Settings,
     router: RouterConfig,
     listeners: Sequence[socket.socket],
+    names: Sequence[str],
     runtime: RuntimeDir,
     work: StackWork | None,
 ) -> None:
@@ -66,7 +69,6 @@ async def _serve(
         raise StartupError(f"There is no Redis at {router.redis_url}.")
     redis = open_redis(redis_url)
     workers = RegisteredWorkers(redis)
-    names = worker_names(settings.config(StackConfig))
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
     shares_at_once = settings.config(StackConfig).gpu_sharing == "mps"
     environ = start_mps(runtime.mps) if shares_at_once else {}

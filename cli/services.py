@@ -1,9 +1,9 @@
-"""`tandem router`, `tandem prefill` and `tandem decode`: one service in this process."""
+"""`tandem router`, `prefill`, `decode` and `encode`: one service in this process."""
 
 import os
 from collections.abc import Sequence
 
-from cli.declarations import DECODE, PREFILL, ROUTER
+from cli.declarations import DECODE, ENCODE, PREFILL, ROUTER
 from cli.resolve import Settings, resolve
 from cli.threads import openmp_environment, usable_cores
 from engine.config import EngineConfig
@@ -35,6 +35,14 @@ def run_decode(argv: Sequence[str]) -> int:
     """Runs a decode worker until the process is told to stop."""
     engine, worker = _worker_configs(resolve(DECODE, argv))
     from services.decode.service import run_decode as serve
+
+    return serve(engine, worker)
+
+
+def run_encode(argv: Sequence[str]) -> int:
+    """Runs an encode worker until the process is told to stop."""
+    engine, worker = _worker_configs(resolve(ENCODE, argv))
+    from services.encode.service import run_encode as serve
 
     return serve(engine, worker)
 

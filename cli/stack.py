@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli.child import ChildSpec
-from cli.declarations import DECODE, PREFILL, ROUTER
+from cli.declarations import DECODE, ENCODE, PREFILL, ROUTER
 from cli.gpu_memory import gpu_memory_share
 from cli.mps import prefill_environ
 from cli.options import VARIABLE_PREFIX, OptionValue
@@ -26,6 +26,7 @@ _REDIS_TIER, _WORKER_TIER, _ROUTER_TIER = range(3)
 # Longer than a service's own drain timeout, which should be what ends it.
 _STOP_MARGIN_S = 5.0
 _LABEL_WIDTH = 10
+_WORKERS = {command.name: command for command in (PREFILL, DECODE, ENCODE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def worker_services(
     if "gpu_memory_utilization" not in settings.explicit:
         gpu_share = gpu_memory_share(gpu_share, num_workers)
     for name, worker_id in worker_ids.items():
-        command = PREFILL if name.startswith("prefill") else DECODE
+        command = _WORKERS[name.partition("-")[0]]
         fixed = {
             "worker_id": worker_id,
             "redis_url": endpoints.redis_url,
@@ -94,8 +95,10 @@ def worker_services(
         yield Service(spec, command.name, _WORKER_TIER, probe, drain_timeout_s + _STOP_MARGIN_S)
 
 
-def worker_names(config: StackConfig) -> list[str]:
-    """Process names of the stack's workers."""
+def worker_names(config: StackConfig, *, only_embeds: bool) -> list[str]:
+    """Process names of the workers of a stack whose model generates, or `only_embeds`."""
+    if only_embeds:
+        return [f"encode-{index}" for index in range(config.encode_workers)]
     return [f"prefill-{index}" for index in range(config.prefill_workers)] + [
         f"decode-{index}" for index in range(config.decode_workers)
     ]

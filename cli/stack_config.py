@@ -13,6 +13,12 @@ class StackConfig:
         1, minimum=0, metavar="N", help="prefill workers; with 0 decode workers do everything"
     )
     decode_workers: int = setting(1, minimum=1, metavar="N", help="decode workers")
+    encode_workers: int = setting(
+        1,
+        minimum=1,
+        metavar="N",
+        help="encode workers: a model that only embeds has these, and no others",
+    )
     routers: int = setting(
         1, minimum=1, metavar="N", help="router processes, all behind the same port"
     )

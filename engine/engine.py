@@ -9,12 +9,14 @@ from torch import Tensor
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
+from engine.device import resolve_device
 from engine.device_blocks import DeviceBlocks
 from engine.grammar import GrammarCompiler
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig, read_model_config
+from engine.models.encoder_config import is_encoder
 from engine.models.registry import load_model
 from engine.profiling import measure_gpu_memory, warm_up
 from engine.runner import ModelRunner
@@ -104,10 +106,15 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool) -> "Engine":
         """Finds and loads the model. Raises StartupError that says what is wrong or too small."""
-        device = _resolve_device(config.device)
+        device = resolve_device(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         model_dir = resolve_model(config.model, progress=progress)
+        if is_encoder(model_dir):
+            raise StartupError(
+                f"{model_dir} holds an encoder, which only embeds: `tandem serve` gives it encode "
+                "workers, and `tandem encode` is one."
+            )
         model_config = (
             read_model_config(model_dir)
             .quantized(config.quantization)
@@ -194,14 +201,6 @@ class Engine:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;
         nothing happens if it never ran or was released."""
         self._runner.release(sequence)
-
-
-def _resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch finds no CUDA device here.")
-    return torch.device(name)
 
 
 def _layout(model: CausalLM, block_size: int, kv_dtype: torch.dtype) -> KVLayout:

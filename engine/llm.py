@@ -8,32 +8,32 @@ import itertools
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import msgspec
-import numpy as np
 from tqdm import tqdm
 
 from engine.beam_search import BeamSearchParams, beam_search
-from engine.completion import Completion, named_logprobs
+from engine.completion import Completion
 from engine.config import EngineConfig
+from engine.encoder import EncoderEngine
 from engine.engine import Engine
+from engine.job import Job
+from engine.models.encoder_config import is_encoder
 from engine.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
     Embedding,
     EmbeddingRequestOutput,
-    Logprob,
     RequestOutput,
     TokensPrompt,
 )
-from engine.sampler.sampled import NO_REPORT, PromptReport
+from engine.sampler.sampled import NO_REPORT
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
 from engine.tokenizer import Tokenizer
 from engine.weights.model_dir import resolve_model
-from engine.weights.pooling_config import read_pooling_type
+from engine.weights.pooling_config import read_encoder_pooling_type, read_pooling_type
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
 from protocol.pooling import PoolingParams, PoolingType
@@ -43,34 +43,8 @@ from protocol.sampling import SamplingParams
 Prompt: TypeAlias = str | TokensPrompt
 Message: TypeAlias = Mapping[str, Any]
 
-
-@dataclass(slots=True)
-class _Job:
-    """One prompt with its `n` outputs and their sequences; the first has the prompt reported."""
-
-    request_id: str
-    prompt: str | None
-    token_ids: list[int]
-    sequences: list[Sequence]
-    completions: list[Completion]
-    report: PromptReport = NO_REPORT
-
-    def output(self) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.token_ids,
-            outputs=[completion.output() for completion in self.completions],
-            num_cached_tokens=self.sequences[0].num_cached_tokens,
-            prompt_logprobs=self._prompt_logprobs(),
-        )
-
-    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        if self.report.logprobs is None:
-            return None
-        tokenizer = self.completions[0].tokenizer
-        pairs = zip(self.token_ids[1:], self.report.logprobs, strict=True)
-        return [None, *(named_logprobs(tokenizer, *pair) for pair in pairs)]
+# Prefill samples a token whether anybody wants it or not.
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 class LLM:
@@ -85,12 +59,27 @@ class LLM:
         """`model` is a local directory, a hub id, or None for the built-in one; `config` are
         `EngineConfig`'s fields. Raises StartupError if the model can't be loaded."""
         engine_config = EngineConfig(model=model, **config)
-        self.engine = Engine.load(engine_config, progress=True)
-        model_dir = resolve_model(model, progress=False)
+        model_dir = resolve_model(model)
         self.tokenizer = Tokenizer.from_dir(model_dir)
-        self._loop = StepLoop(self.engine)
         self._job_numbers = itertools.count()
-        self._pooling_type: PoolingType = read_pooling_type(model_dir)
+        self._pooling_type: PoolingType
+        self._engine: Engine | EncoderEngine
+        if is_encoder(model_dir):
+            self._pooling_type = read_encoder_pooling_type(model_dir)
+            self._engine = EncoderEngine.load(engine_config, progress=True)
+        else:
+            self._pooling_type = read_pooling_type(model_dir)
+            self._engine = Engine.load(engine_config, progress=True)
+            self._loop = StepLoop(self._engine)
+
+    @property
+    def engine(self) -> Engine:
+        """What generates. Raises InvalidRequestError if the model only embeds."""
+        if isinstance(self._engine, EncoderEngine):
+            raise InvalidRequestError(
+                "This model only embeds texts: `embed` is all it does.", field="model"
+            )
+        return self._engine
 
     def generate(
         self,
@@ -151,16 +140,24 @@ class LLM:
         if isinstance(prompts, str | dict):
             prompts = [prompts]
         pooling = pooling_params or PoolingParams(type=self._pooling_type)
-        pooling.validate(self.engine.model.hidden_size)
-        sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        jobs = [self._job(prompt, sampling, pooling) for prompt in prompts]
+        engine = self._engine
+        pooling.validate(engine.model.hidden_size, is_encoder=isinstance(engine, EncoderEngine))
+        if isinstance(engine, EncoderEngine):
+            texts = [self._encoded(prompt) for prompt in prompts]
+            vectors = engine.embed_all(
+                [token_ids for _, token_ids in texts], pooling, progress=use_tqdm
+            )
+            return [
+                EmbeddingRequestOutput(
+                    str(next(self._job_numbers)), text, token_ids, Embedding.of(vector)
+                )
+                for (text, token_ids), vector in zip(texts, vectors, strict=True)
+            ]
+        jobs = [self._job(prompt, _ONE_TOKEN, pooling) for prompt in prompts]
         self._run(jobs, use_tqdm=use_tqdm)
         return [
             EmbeddingRequestOutput(
-                job.request_id,
-                job.prompt,
-                job.token_ids,
-                Embedding(np.frombuffer(job.report.pooled or b"", "<f4").tolist()),
+                job.request_id, job.prompt, job.token_ids, Embedding.of(job.report.pooled or b"")
             )
             for job in jobs
         ]
@@ -200,25 +197,27 @@ class LLM:
         return [job.completions[0].last_logprobs for job in jobs]
 
     def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and tokens."""
+        """Text, if there is one, and tokens. Raises InvalidRequestError for ids the model lacks."""
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        return None, list(prompt["prompt_token_ids"])
-
-    def _job(
-        self, prompt: Prompt, sampling: SamplingParams, pooling: PoolingParams | None = None
-    ) -> _Job:
-        sampling.validate()
-        if sampling.structured_outputs is not None and self.engine.grammars is not None:
-            self.engine.grammars.check(sampling.structured_outputs, "structured_outputs")
-        text, token_ids = self._encoded(prompt)
-        vocab_size = self.engine.model.vocab_size
+        token_ids = list(prompt["prompt_token_ids"])
+        vocab_size = self._engine.model.vocab_size
         if any(not 0 <= token_id < vocab_size for token_id in token_ids):
             raise InvalidRequestError(
                 f"Token ids must be between 0 and {vocab_size - 1}.", field="prompt"
             )
+        return None, token_ids
+
+    def _job(
+        self, prompt: Prompt, sampling: SamplingParams, pooling: PoolingParams | None = None
+    ) -> Job:
+        sampling.validate()
+        grammars = self.engine.grammars
+        if sampling.structured_outputs is not None and grammars is not None:
+            grammars.check(sampling.structured_outputs, "structured_outputs")
+        text, token_ids = self._encoded(prompt)
         request_id = str(next(self._job_numbers))
-        return _Job(
+        return Job(
             request_id,
             text,
             token_ids,
@@ -254,7 +253,7 @@ class LLM:
         root = self.engine.root_hash(None, max_seq_len=len(token_ids) + max_tokens)
         return Sequence(request=request, root=root, arrival_s=time.monotonic())
 
-    def _run(self, jobs: list[_Job], *, use_tqdm: bool) -> None:
+    def _run(self, jobs: list[Job], *, use_tqdm: bool) -> None:
         completions = {
             sequence.key: (job, completion)
             for job in jobs
@@ -274,7 +273,7 @@ class LLM:
             self._loop.settle()
 
     def _run_steps(
-        self, completions: dict[RequestKey, tuple[_Job, Completion]], bar: "tqdm[Any]"
+        self, completions: dict[RequestKey, tuple[Job, Completion]], bar: "tqdm[Any]"
     ) -> None:
         num_tokens = 0
         start_s = time.perf_counter()

@@ -8,7 +8,7 @@ from protocol.layout import KVLayout
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """`max_model_len` bounds prompt and output together, in tokens. `fingerprint` is equal for
-    equal models on any machine."""
+    equal models on any machine; `layout` has no layers if the model only embeds."""
 
     name: str
     architecture: str

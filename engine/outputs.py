@@ -1,7 +1,9 @@
 """What `LLM` takes and returns; vLLM's names."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Self, TypedDict
+
+import numpy as np
 
 from protocol.request import FinishReason
 
@@ -60,6 +62,11 @@ class Embedding:
     """One prompt's vector."""
 
     embedding: list[float]
+
+    @classmethod
+    def of(cls, vector: bytes) -> Self:
+        """From float32 in little-endian order."""
+        return cls(np.frombuffer(vector, "<f4").tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,11 @@ def new_incarnation() -> Incarnation:
 
 
 class WorkerRole(StrEnum):
+    """A model that only embeds has encode workers, and no others."""
+
     PREFILL = "prefill"
     DECODE = "decode"
+    ENCODE = "encode"
 
 
 class RequestKey(msgspec.Struct, frozen=True, array_like=True):

@@ -5,6 +5,7 @@ Who sends what:
 
     router  -> prefill   RunPrefill, AbortRequest, ResetPrefixCache
     router  -> decode    ExpectRequest, RunLocal, AbortRequest, ResetPrefixCache
+    router  -> encode    RunLocal, AbortRequest, ResetPrefixCache
     worker  -> router    StepOutputs, RequestFailed, LoadReport, PrefixCacheReset
     prefill -> decode    ConnectKV, ReserveBlocks, PrefillDone, PrefillFailed, TransferStopped,
                          RenewTickets
@@ -59,7 +60,7 @@ class ExpectRequest(msgspec.Struct, frozen=True, tag="expect_request"):
 
 
 class RunLocal(msgspec.Struct, frozen=True, tag="run_local"):
-    """Prefill and decode on this worker alone."""
+    """Prefill and decode on this worker alone, or encode."""
 
     request: Request
 

@@ -10,7 +10,7 @@ from protocol.layout import KVLayout
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Redis `worker:{id}`; fixed for one incarnation."""
+    """Redis `worker:{id}`; fixed for one incarnation. An encode worker has no blocks."""
 
     protocol_version: int
     ref: WorkerRef

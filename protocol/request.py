@@ -19,7 +19,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     those included; it's never None here, because the router bounds it by the context length.
 
     `pooling` asks for one vector of the prompt. It comes with the first token, which is then of no
-    interest.
+    interest, or from an encode worker without any.
     """
 
     key: RequestKey

@@ -1,13 +1,16 @@
 """From a model directory to a model that runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from engine.gpu_memory import gib
+from engine.models.bert import BertModel
 from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig
+from engine.models.encoder_config import ENCODER_ARCHITECTURES, EncoderConfig
 from engine.models.llama import LlamaForCausalLM
 from engine.models.mistral import MistralForCausalLM
 from engine.models.qwen2 import Qwen2ForCausalLM
@@ -30,7 +33,8 @@ def build_model(config: ModelConfig, weights: WeightSource) -> CausalLM:
     if architecture is None:
         raise StartupError(
             f"config.json names architecture {config.architecture!r}; "
-            f"served are {', '.join(ARCHITECTURES)}."
+            f"served are {', '.join(ARCHITECTURES)}, and as encoders "
+            f"{', '.join(ENCODER_ARCHITECTURES)}."
         )
     return architecture(config, weights)
 
@@ -54,13 +58,37 @@ def load_model(
         config.quantization,
         multiplies_fp8(device, dtype) if fp8_products is None else fp8_products,
     )
-    try:
+    with _fitting(device):
         if load_format == "dummy":
             return build_model(config, DummyWeights(dtype, device, linear_format=format_))
         with SafetensorsWeights(
             model_dir, dtype, device, linear_format=format_, progress=progress
         ) as weights:
             return build_model(config, weights)
+
+
+def load_encoder(
+    config: EncoderConfig,
+    model_dir: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    progress: bool = False,
+) -> BertModel:
+    """As `load_model`, for a model that only embeds."""
+    with _fitting(device):
+        if load_format == "dummy":
+            return BertModel(config, DummyWeights(dtype, device))
+        with SafetensorsWeights(model_dir, dtype, device, progress=progress) as weights:
+            return BertModel(config, weights)
+
+
+@contextmanager
+def _fitting(device: torch.device) -> Iterator[None]:
+    """Raises StartupError if what is loaded inside doesn't fit on the GPU."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         loaded_bytes = torch.cuda.memory_allocated(device)

@@ -1,8 +1,9 @@
 """What bytes each token stands for, read off the decoder that `tokenizer.json` declares.
 
-All supported models write text as a stream of UTF-8 bytes in one of two ways: byte-level BPE
-(GPT-2's alphabet of 256 printable characters) or SentencePiece (`▁` for a space, `<0xE9>` for a
-byte without a token). With bytes per token, decoding is concatenation and costs O(new tokens).
+All supported models write text as a stream of UTF-8 bytes in one of three ways: byte-level BPE
+(GPT-2's alphabet of 256 printable characters), SentencePiece (`▁` for a space, `<0xE9>` for a
+byte without a token) or WordPiece (a space before each token but one that begins with `##`). With
+bytes per token, decoding is concatenation and costs O(new tokens).
 """
 
 import re
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from protocol.errors import StartupError
 
+# What WordPiece's "cleanup" amounts to for tokens, among which punctuation stands alone.
+_NO_SPACE_BEFORE = [(f" {mark}", mark) for mark in ".?!,"]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -22,19 +25,22 @@ class DecoderRules:
     """How a token's text becomes bytes.
 
     `strips_first_space`: one space at the very start of a text isn't part of it (SentencePiece
-    puts it there when it encodes).
+    puts it there when it encodes, WordPiece when it decodes). `word_part`, if any, begins a token
+    that goes on with a word.
     """
 
     byte_level: bool = False
     byte_fallback: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     strips_first_space: bool = False
+    word_part: str | None = None
 
 
 def decoder_rules(decoder: Mapping[str, Any] | None) -> DecoderRules:
     """The rules in `tokenizer.json`'s "decoder"; StartupError if there's one we don't know."""
     byte_level = byte_fallback = strips_first_space = False
     replacements: list[tuple[str, str]] = []
+    word_part: str | None = None
     for part in _flatten(decoder):
         match part:
             case {"type": "ByteLevel"}:
@@ -47,9 +53,18 @@ def decoder_rules(decoder: Mapping[str, Any] | None) -> DecoderRules:
                 replacements.append((old, new))
             case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
                 strips_first_space = True
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                replacements.append((mark, " "))
+                strips_first_space = True
+            case {"type": "WordPiece", "prefix": str(prefix)}:
+                word_part, strips_first_space = prefix, True
+                if part.get("cleanup"):
+                    replacements += _NO_SPACE_BEFORE
             case _:
                 raise StartupError(f"tokenizer.json declares an unsupported decoder: {part}.")
-    return DecoderRules(byte_level, byte_fallback, tuple(replacements), strips_first_space)
+    return DecoderRules(
+        byte_level, byte_fallback, tuple(replacements), strips_first_space, word_part
+    )
 
 
 def _flatten(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -105,6 +120,9 @@ class TokenPieces:
         if token is None:
             return b""
         rules = self._rules
+        if rules.word_part is not None:
+            begins_word = not token.startswith(rules.word_part)
+            token = f" {token}" if begins_word else token.removeprefix(rules.word_part)
         for old, new in rules.replacements:
             token = token.replace(old, new)
         if rules.byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):

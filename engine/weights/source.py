@@ -27,8 +27,15 @@ from protocol.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# Old checkpoints carry rope's frequencies; some with tied embeddings carry the table twice.
-_NOT_WEIGHTS = ("rotary_emb.inv_freq", "lm_head.weight")
+# Old checkpoints carry the frequencies of rope or positions as numbers; some with tied embeddings
+# carry the table twice, and BERT a pooler that was trained for something else.
+_NOT_WEIGHTS = (
+    "rotary_emb.inv_freq",
+    "lm_head.weight",
+    "embeddings.position_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +237,7 @@ class DummyWeights:
         for name, values in zip(shapes, parts, strict=True):
             # Seeded by name: prefill and decode workers must agree, whatever order they load in.
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-            if name.endswith("norm.weight"):
+            if name.lower().endswith("norm.weight"):
                 values.fill_(1.0)
             else:
                 values.normal_(std=0.02, generator=generator)

@@ -65,11 +65,12 @@ class RouterConfig:
         choices=tuple(REASONING_FORMATS),
         help="how the model marks its thoughts, which are answered as `reasoning_content`",
     )
-    pooling_type: Literal["auto", "last", "mean"] = setting(
+    pooling_type: Literal["auto", "last", "mean", "cls"] = setting(
         "auto",
-        choices=("auto", "last", "mean"),
-        help="what /v1/embeddings makes a vector of: the last token's state or the mean of all; "
-        "auto: as the model's 1_Pooling/config.json says, else the last",
+        choices=("auto", "last", "mean", "cls"),
+        help="what /v1/embeddings makes a vector of: the last token's state, the mean of all or, "
+        "of an encoder, the first's; auto: as the model's 1_Pooling/config.json says, else a "
+        "decoder's last and an encoder's mean",
     )
     local_prefill: Literal["auto", "never", "always"] = setting(
         "auto",

@@ -3,12 +3,14 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from engine.grammar import GrammarCompiler
 from engine.models.config import ModelConfig, read_model_config
+from engine.models.encoder_config import EncoderConfig, is_encoder, read_encoder_config
 from engine.tokenizer import Tokenizer
-from engine.weights.pooling_config import read_pooling_type
-from protocol.errors import ModelNotFoundError
+from engine.weights.pooling_config import read_encoder_pooling_type, read_pooling_type
+from protocol.errors import ModelNotFoundError, StartupError
 from protocol.pooling import PoolingType
 from services.router.generation_defaults import read_generation_defaults
 from services.router.openai.sampling import SamplingLimits
@@ -21,7 +23,7 @@ class ServedModel:
         self,
         names: tuple[str, ...],
         tokenizer: Tokenizer,
-        config: ModelConfig,
+        config: ModelConfig | EncoderConfig,
         limits: SamplingLimits,
         grammars: GrammarCompiler,
         pooling_type: PoolingType,
@@ -40,7 +42,12 @@ class ServedModel:
         cls, path: Path, *, names: tuple[str, ...], chat_template: Path | None = None
     ) -> "ServedModel":
         """Raises StartupError if the directory lacks or garbles something."""
-        config = read_model_config(path)
+        if is_encoder(path):
+            config, pooling_type = read_encoder_config(path), read_encoder_pooling_type(path)
+            eos_token_ids = ()
+        else:
+            config, pooling_type = read_model_config(path), read_pooling_type(path)
+            eos_token_ids = config.eos_token_ids
         tokenizer = Tokenizer.from_dir(path, chat_template=chat_template)
         limits = SamplingLimits(
             max_model_len=config.max_model_len,
@@ -51,9 +58,22 @@ class ServedModel:
         grammars = GrammarCompiler(
             path / "tokenizer.json",
             vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
+            eos_token_ids=eos_token_ids,
         )
-        return cls(names, tokenizer, config, limits, grammars, read_pooling_type(path))
+        return cls(names, tokenizer, config, limits, grammars, pooling_type)
+
+    @property
+    def only_embeds(self) -> bool:
+        """Whether it's an encoder, which generates nothing."""
+        return isinstance(self.config, EncoderConfig)
+
+    def pooling_for(self, setting: PoolingType | Literal["auto"]) -> PoolingType:
+        """What `--pooling-type` comes to. Raises StartupError for one that makes no sense."""
+        if setting == "cls" and not self.only_embeds:
+            raise StartupError(
+                "--pooling-type cls is for encoders: a decoder's first token has seen nothing else."
+            )
+        return self.pooling_type if setting == "auto" else setting
 
     def adopt_worker(self, *, fingerprint: str, max_model_len: int) -> None:
         """The workers were started with these, whatever our copy of the directory says."""

@@ -183,12 +183,11 @@ class RouterService:
             openai, store, self.background, encoder, max_body_bytes=config.max_body_bytes
         )
         kept_responses = KeptResponsesApi(store, self._admin.abort)
-        pooling_type = config.pooling_type
         embeddings = EmbeddingsApi(
             openai,
             model=model,
             encoder=encoder,
-            pooling_type=model.pooling_type if pooling_type == "auto" else pooling_type,
+            pooling_type=model.pooling_for(config.pooling_type),
             max_body_bytes=config.max_body_bytes,
         )
         status = StatusApi(
@@ -202,7 +201,12 @@ class RouterService:
         )
         messages = MessagesApi(openai, max_body_bytes=config.max_body_bytes)
         apis = Apis(openai, responses, kept_responses, messages, embeddings, status)
-        app = make_app(apis, api_keys=api_keys, allowed_origins=config.allowed_origins)
+        app = make_app(
+            apis,
+            only_embeds=model.only_embeds,
+            api_keys=api_keys,
+            allowed_origins=config.allowed_origins,
+        )
         app.router.routes.extend(self._admin.routes)
         return app
 

@@ -88,7 +88,7 @@ class TandemStack:
         return {
             name: process
             for name, process in self.processes().items()
-            if process["role"] in ("prefill", "decode")
+            if process["role"] in ("prefill", "decode", "encode")
         }
 
     def kill(self, name: str) -> int:

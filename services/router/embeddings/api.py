@@ -17,7 +17,6 @@ from fastapi import Request, Response
 
 from protocol.errors import InvalidRequestError
 from protocol.pooling import PoolingParams, PoolingType
-from protocol.sampling import SamplingParams
 from services.router.dispatch.choice import Delta
 from services.router.dispatch.generation import Generation, GenerationSpec, Output
 from services.router.embeddings.bodies import (
@@ -28,15 +27,18 @@ from services.router.embeddings.bodies import (
     ScoreBody,
     Texts,
 )
+from services.router.embeddings.lengths import (
+    ONE_TOKEN,
+    DecoderLengths,
+    EncoderLengths,
+    TextLengths,
+)
 from services.router.http.body import BodyReader
 from services.router.openai.answers import AnswerHead, encode_json
 from services.router.openai.api import OpenAIApi
-from services.router.openai.prompts import MAX_PROMPTS, Prompt, PromptEncoder, truncated
-from services.router.openai.sampling import bounded_max_tokens, check_priority
+from services.router.openai.prompts import MAX_PROMPTS, Prompt, PromptEncoder
+from services.router.openai.sampling import check_priority
 from services.router.served_model import ServedModel
-
-# Prefill samples a token whether anybody wants it or not.
-_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 # In quotes: Python 3.11 has no array[float] at run time.
 Vectors: TypeAlias = "list[array[float]]"
@@ -60,6 +62,9 @@ class EmbeddingsApi:
         self._model = model
         self._encoder = encoder
         self._pooling_type: PoolingType = pooling_type
+        self._lengths: TextLengths = (
+            EncoderLengths(model, encoder) if model.only_embeds else DecoderLengths(model)
+        )
         self._embedding_bodies = BodyReader(EmbeddingBody, max_bytes=max_body_bytes)
         self._score_bodies = BodyReader(ScoreBody, max_bytes=max_body_bytes)
         self._rerank_bodies = BodyReader(RerankBody, max_bytes=max_body_bytes)
@@ -72,7 +77,7 @@ class EmbeddingsApi:
             normalize=body.normalize is not False,
             dimensions=body.dimensions,
         )
-        params.validate(self._model.config.hidden_size)
+        params.validate(self._model.config.hidden_size, is_encoder=self._model.only_embeds)
 
         def answer(vectors: Vectors, usage: dict[str, int]) -> dict[str, Any]:
             written = [_written(vector, body.encoding_format) for vector in vectors]
@@ -159,24 +164,18 @@ class EmbeddingsApi:
     ) -> Response:
         """`make_answer` gets all texts' vectors, in order."""
         check_priority(body.priority)
-        limits = self._model.limits
         add_special_tokens = body.add_special_tokens is not False
         prompts: list[Prompt] = []
-        max_tokens: list[int] = []
         for group in texts:
             encoded = await self._encoder.prompts(
-                group.texts,
+                self._lengths.shortened(group.texts, body.truncate_prompt_tokens),
                 field=group.field,
                 add_special_tokens=add_special_tokens,
             )
-            for prompt in encoded:
-                cut = truncated(prompt, body.truncate_prompt_tokens, _ONE_TOKEN, limits)
-                prompts.append(cut)
-                max_tokens.append(
-                    bounded_max_tokens(
-                        _ONE_TOKEN, len(cut.token_ids), limits, prompt_field=group.field
-                    )
-                )
+            prompts += [
+                self._lengths.fit(prompt, body.truncate_prompt_tokens, field=group.field)
+                for prompt in encoded
+            ]
         if len(prompts) > MAX_PROMPTS:
             raise InvalidRequestError(
                 f"A request may have at most {MAX_PROMPTS} texts, got {len(prompts)}.",
@@ -184,8 +183,8 @@ class EmbeddingsApi:
             )
         spec = GenerationSpec(
             prompts,
-            max_tokens,
-            _ONE_TOKEN,
+            [1] * len(prompts),
+            ONE_TOKEN,
             priority=body.priority or 0,
             pooling=params,
             is_prompt_only=True,

@@ -1,6 +1,5 @@
 """The HTTP surface: which path goes where, and how errors leave."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request, Response
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from protocol.errors import TandemError
 from services.router.admin.status_api import VERSION, StatusApi
 from services.router.embeddings.api import EmbeddingsApi
+from services.router.embeddings.refusal import refuse_generation
 from services.router.http.auth import ApiKeyGuard
 from services.router.http.direct import EXPECTED_ERRORS, DirectRoutes, Endpoint
 from services.router.http.errors import INTERNAL_ERROR, ErrorReply, HttpError, error_reply
@@ -71,10 +71,12 @@ class Apis:
 def make_app(
     apis: Apis,
     *,
+    only_embeds: bool = False,
     api_keys: tuple[str, ...] = (),
     allowed_origins: tuple[str, ...] = (),
 ) -> FastAPI:
-    """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages."""
+    """Without `api_keys` everybody is let in; without `allowed_origins` no other site's pages.
+    If the model `only_embeds`, whoever wants text of it is told so."""
     app = FastAPI(
         openapi_url=None,
         docs_url=None,
@@ -84,7 +86,10 @@ def make_app(
         # Where OpenTelemetry happens to be installed, each request would ask whether it's wanted.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    endpoints = _post_endpoints(apis)
+    generating = _generating_endpoints(apis)
+    if only_embeds:
+        generating = dict.fromkeys(generating, refuse_generation)
+    endpoints = generating | _other_endpoints(apis)
     for path, endpoint in endpoints.items():
         app.router.routes.append(Route(path, endpoint, methods=["POST"]))
     _add_routes(app, apis, has_keys=bool(api_keys))
@@ -102,14 +107,20 @@ def make_app(
     return app
 
 
-def _post_endpoints(apis: Apis) -> Mapping[str, Endpoint]:
-    openai, embeddings, status = apis.openai, apis.embeddings, apis.status
+def _generating_endpoints(apis: Apis) -> dict[str, Endpoint]:
+    openai = apis.openai
     return {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.completions,
         "/v1/responses": apis.responses.create,
         "/v1/messages": apis.messages.create,
         "/v1/messages/count_tokens": apis.messages.count_tokens,
+    }
+
+
+def _other_endpoints(apis: Apis) -> dict[str, Endpoint]:
+    embeddings, status = apis.embeddings, apis.status
+    return {
         "/v1/embeddings": embeddings.embeddings,
         "/v1/score": embeddings.score,
         "/score": embeddings.score,

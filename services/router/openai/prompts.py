@@ -18,6 +18,8 @@ from services.router.served_model import ServedModel
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+# An encoder's tokens don't cover its text: any number of spaces is none, an unknown word is one.
+_SPARSE = 16
 _MAX_TEMPLATE_CHARS = 64 * 1024
 _MAX_TEMPLATES = 64
 
@@ -40,6 +42,12 @@ class PromptEncoder:
         self._executor = executor
         self._trusts_templates = trusts_templates
         self._compiled = functools.lru_cache(maxsize=_MAX_TEMPLATES)(self._compile)
+
+    @property
+    def max_chars(self) -> int:
+        """Of a text that is worth encoding: a longer one has too many tokens."""
+        num_chars = self._model.limits.max_model_len * self._model.tokenizer.max_token_chars
+        return num_chars * (_SPARSE if self._model.only_embeds else 1)
 
     async def prompts(
         self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
@@ -98,7 +106,7 @@ class PromptEncoder:
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         max_model_len = self._model.limits.max_model_len
-        if len(text) > max_model_len * self._model.tokenizer.max_token_chars:
+        if len(text) > self.max_chars:
             # Not worth encoding: it takes longer the more hopeless it is.
             raise ContextLengthError(
                 f"This model's maximum context length is {max_model_len} tokens; "

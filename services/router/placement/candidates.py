@@ -66,7 +66,8 @@ class PrefillCandidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodeCandidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A decode worker that takes work. `num_free_blocks` counts evictable ones too."""
+    """A decode worker that takes work. `num_free_blocks` counts evictable ones too; an encode
+    worker is one that has no blocks and needs none."""
 
     worker_id: WorkerId
     num_blocks: int

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from engine.models.encoder_config import EncoderConfig
 from protocol.block_hash import BlockHash, hash_blocks
 from protocol.ids import RequestKey, WorkerId, WorkerRole
 from protocol.records import WorkerLoad
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_BLOCK_SIZE = 16
 # What a request is taken to generate, unless it asks for less.
 EXPECTED_OUTPUT_TOKENS = 256
-# So many sequences for each of decode's batch slots may be under way: enough that a slot which
+# So many sequences for each batch slot may be under way: enough that a slot which
 # becomes free is filled at once, few enough that later requests are placed by later facts.
 ADMITTED_PER_SLOT = 2
 
@@ -70,6 +71,8 @@ class Cluster:
         self._on_placed = on_placed
         self._workers: dict[WorkerId, WorkerMirror] = {}
         self._num_chosen = 0
+        # Of workers that can do all of a request, and have the last word on each.
+        self._last_role = WorkerRole.ENCODE if model.only_embeds else WorkerRole.DECODE
 
     def records_came(self, records: Records) -> None:
         """What Redis says now. A worker that is missing there but connected here is kept."""
@@ -99,13 +102,16 @@ class Cluster:
 
     def capacity(self) -> int | None:
         """How many sequences should be under way at most; None while there is no worker."""
-        num_slots = sum(worker.record.max_num_seqs for worker in self._ready(WorkerRole.DECODE))
+        num_slots = sum(worker.record.max_num_seqs for worker in self._ready(self._last_role))
         return ADMITTED_PER_SLOT * num_slots or None
 
     # RouteChooser:
 
     def block_hashes(self, request: Request, known: Sequence[BlockHash]) -> list[BlockHash]:
-        root = self._model.config.root_hash(
+        config = self._model.config
+        if isinstance(config, EncoderConfig):
+            return []  # nothing is cached of texts
+        root = config.root_hash(
             request.max_num_tokens, cache_salt=request.cache_salt, kv_dtype=self._kv_dtype
         )
         return hash_blocks(request.token_ids, self._block_size, root=root, known=known)
@@ -141,8 +147,8 @@ class Cluster:
     # ClusterStatus:
 
     def unready_reason(self) -> str | None:
-        if not self._ready(WorkerRole.DECODE):
-            return "No decode worker is available."
+        if not self._ready(self._last_role):
+            return f"No {self._last_role} worker is available."
         return None
 
     def describe(self) -> list[dict[str, Any]]:
@@ -215,7 +221,7 @@ class Cluster:
                 num_cached_blocks=matched.get(worker.worker_id, 0),
                 pending=self._ledger.pending(worker.worker_id),
             )
-            for worker in _preferred(self._ready(WorkerRole.DECODE), avoid)
+            for worker in _preferred(self._ready(self._last_role), avoid)
         ]
         return place(facts, prefill, decode, self._policy)
 

@@ -152,7 +152,7 @@ class _Pricing:
         self.decode = [
             self._price_decode(d)
             for d in _rotated(decode, request.tie_breaker // max(len(prefill), 1))
-            if _num_blocks(request.num_tokens + 1, d.block_size) <= d.num_blocks
+            if not d.num_blocks or _num_blocks(request.num_tokens + 1, d.block_size) <= d.num_blocks
         ]
 
     def cheapest_local(self) -> Option | None:
@@ -257,6 +257,8 @@ class _Pricing:
 def _num_ends_awaited(request: RequestFacts, worker: DecodeCandidate) -> float:
     """How many of the worker's sequences have to end before there is room for this one."""
     num_slots_short = worker.num_running + worker.num_waiting + 1 - worker.max_num_seqs
+    if not worker.num_blocks:
+        return max(0.0, num_slots_short)
     num_needed = _num_blocks(request.num_tokens + 1, worker.block_size)
     num_needed -= worker.num_cached_tokens // worker.block_size
     num_blocks_short = num_needed - worker.num_free_blocks

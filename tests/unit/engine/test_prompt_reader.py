@@ -163,3 +163,9 @@ def test_beam_search(llm: LLM, reference: LlamaForCausalLM, width: int) -> None:
         assert [beam.tokens for beam in output.sequences] == expected.tolist()
     with pytest.raises(InvalidRequestError, match="`beam_width`"):
         llm.beam_search([tokens(PROMPT)], BeamSearchParams(beam_width=11, max_tokens=1))
+
+
+def test_a_decoders_first_token_makes_no_vector(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="is for encoders") as refused:
+        llm.embed([tokens(PROMPT)], PoolingParams(type="cls"), use_tqdm=False)
+    assert refused.value.field == "type"

@@ -164,12 +164,19 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def open_router_stack(
-    path: Path, *, api_keys: tuple[str, ...] = (), marks: tuple[str, ...] = (), **settings: Any
+    path: Path,
+    *,
+    api_keys: tuple[str, ...] = (),
+    marks: tuple[str, ...] = (),
+    model_dir: Path | None = None,
+    **settings: Any,
 ) -> AsyncIterator[RouterStack]:
-    """A router without workers. `marks` are the toy model's; `settings` are RouterConfig's."""
+    """A router without workers, for the toy model, which has these `marks`, or that of `model_dir`;
+    `settings` are RouterConfig's."""
     async with AsyncExitStack() as stack:
         redis_url, redis_process = await _start_redis(path, stack)
-        model = ServedModel.from_dir(write_toy_model(path, marks=marks), names=(MODEL, "alias"))
+        model_dir = model_dir or write_toy_model(path, marks=marks)
+        model = ServedModel.from_dir(model_dir, names=(MODEL, "alias"))
         config = RouterConfig(redis_url=redis_url, **settings)
         service = RouterService(config, model, api_keys=api_keys)
         listener = socket.create_server(("127.0.0.1", 0))

@@ -153,7 +153,7 @@ def test_a_missing_tokenizer_stops_the_start(tmp_path: Path) -> None:
 def test_an_unknown_decoder_stops_the_start(model_dir: Path) -> None:
     file = model_dir / "tokenizer.json"
     raw = json.loads(file.read_text())
-    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    raw["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
     file.write_text(json.dumps(raw))
-    with pytest.raises(StartupError, match="WordPiece"):
+    with pytest.raises(StartupError, match="BPEDecoder"):
         Tokenizer.from_dir(model_dir)
