@@ -41,6 +41,6 @@ def start_mps(directory: Path) -> dict[str, str]:
     return own
 
 
-def prefill_environ(percentage: int) -> dict[str, str]:
-    """What keeps a prefill worker to its share of the card's multiprocessors."""
+def mps_share(percentage: int) -> dict[str, str]:
+    """What keeps a process to its share of the card's multiprocessors."""
     return {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percentage)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from cli.child import ChildSpec
 from cli.declarations import DECODE, ENCODE, PREFILL, ROUTER
 from cli.gpu_memory import gpu_memory_share
-from cli.mps import prefill_environ
+from cli.mps import mps_share
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
 from cli.redis_server import redis_arguments
@@ -88,7 +88,7 @@ def worker_services(
         }
         own_environ = threads_environ | dict(environ)
         if command is PREFILL and environ:
-            own_environ |= prefill_environ(settings.config(StackConfig).mps_prefill_percentage)
+            own_environ |= mps_share(settings.config(StackConfig).mps_prefill_percentage)
         spec = _spec(settings, command, name, fixed, own_environ)
         probe = worker_probe(workers, worker_id)
         drain_timeout_s = _number(settings.values["drain_timeout_s"])

@@ -29,7 +29,7 @@ class StackConfig:
         "NVIDIA's MPS, which is started for it",
     )
     mps_prefill_percentage: int = setting(
-        70,
+        100,
         minimum=1,
         maximum=100,
         help="with --gpu-sharing mps: of the GPU's multiprocessors, how many a prefill worker may "

@@ -18,6 +18,7 @@ from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.encoder_config import is_encoder
 from engine.models.registry import load_model
+from engine.product_check import check_products_under_mps
 from engine.profiling import measure_gpu_memory, warm_up
 from engine.runner import ModelRunner
 from engine.running_step import RunningStep
@@ -72,6 +73,7 @@ class Engine:
         layout = _layout(model, config.block_size, kv_dtype)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
+            check_products_under_mps(model.config, model.dtype, model.device)
             memory = measure_gpu_memory(model, layout, config)
             logger.info("GPU memory: %s", memory)
             free_bytes, origin = memory.kv_bytes(), f"what is left ({memory})"

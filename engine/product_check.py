@@ -1,0 +1,90 @@
+"""Whether matrix products are right on the share of a GPU that MPS leaves a process.
+
+NVIDIA's products of 8-bit numbers were seen to return wrong sums, and no error, where a process may
+use some of an H100's multiprocessors only (docs/performance.md). A worker that runs so compares a
+few products of its model's sizes with sums in float32 before it serves.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from kernels.fp8 import FP8, Fp8Rows
+from kernels.fp8_linear import Fp8Linear, fits_fp8, fp8_linear, multiplies_fp8
+from protocol.errors import StartupError
+
+_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+_NUM_TOKENS = (100, 300, 512, 1000, 1024, 2048, 4096, 8192)
+# Rounding to bfloat16 is 0.003 of a result's norm, a wrong tile of a hundred 0.1.
+_MAX_ERROR = 0.02
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""[num_tokens, in_features] and [out_features, in_features] to [num_tokens, out_features]."""
+
+
+def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Does nothing for a process that may use the whole of its GPU. Raises StartupError."""
+    percentage = os.environ.get(_VARIABLE)
+    if device.type != "cuda" or percentage in (None, "100"):
+        return
+    products: dict[str, Product] = {
+        "": torch.nn.functional.linear,
+        "adding ": _added_product,
+    }
+    if config.quantization is not None and multiplies_fp8(device, dtype):
+        products["fp8 "] = _fp8_product
+    for kind, product in products.items():
+        wrong = wrong_product(config, product, dtype, device)
+        if wrong is not None:
+            raise StartupError(
+                f"With {percentage} % of the GPU's multiprocessors the library's {kind}products "
+                f"are wrong ({wrong}); use all of them: --mps-prefill-percentage 100."
+            )
+
+
+def wrong_product(
+    config: ModelConfig, product: Product, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """The sizes of the first of a layer's products that comes out wrong; None if all are right."""
+    generator = torch.Generator(device).manual_seed(0)
+    for out_features, in_features in _layer_shapes(config):
+        weight = _random((out_features, in_features), dtype, generator)
+        for num_tokens in _NUM_TOKENS:
+            x = _random((num_tokens, in_features), dtype, generator)
+            actual, expected = product(x, weight).float(), x.float() @ weight.float().T
+            # Not a number is wrong, too.
+            if not (actual - expected).norm() <= _MAX_ERROR * expected.norm():
+                return f"{num_tokens} x {in_features} by {out_features}"
+    return None
+
+
+def _layer_shapes(config: ModelConfig) -> set[tuple[int, int]]:
+    """(out_features, in_features) of a layer's linears."""
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    return {(heads + 2 * kv_heads, hidden), (hidden, heads), (2 * mlp, hidden), (hidden, mlp)}
+
+
+def _added_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_zeros((len(x), len(weight))).addmm_(x, weight.T)
+
+
+def _fp8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Of numbers that 8 bits hold exactly, so that the result is as exact as any."""
+    if not fits_fp8(*weight.shape):
+        return torch.nn.functional.linear(x, weight)
+    rows, columns = (
+        Fp8Rows(values.to(FP8), torch.ones(len(values), device=values.device))
+        for values in (x, weight)
+    )
+    return fp8_linear(rows, Fp8Linear(columns, None, None), dtype=x.dtype)
+
+
+def _random(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Whole numbers from -8 to 8, which every type holds."""
+    integers = torch.randint(-8, 9, shape, generator=generator, device=generator.device)
+    return integers.to(dtype)
