@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.grammar import BACKEND_NAMES
 from protocol.settings import setting
 
 
@@ -80,6 +81,11 @@ class EngineConfig:
         minimum=0.0,
         help="GiB of host memory for that, of each worker that decodes; what finds no room in it "
         "is computed anew",
+    )
+    guided_decoding_backend: str = setting(
+        "auto",
+        choices=BACKEND_NAMES,
+        help="library that holds outputs to grammars; auto and guidance: llguidance",
     )
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"

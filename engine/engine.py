@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
 from engine.device import resolve_device
 from engine.device_blocks import DeviceBlocks
-from engine.grammar import GrammarCompiler
+from engine.grammar import GrammarCompiler, make_compiler
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
@@ -130,7 +130,8 @@ class Engine:
             load_format=config.load_format,
             progress=progress,
         )
-        grammars = GrammarCompiler(
+        grammars = make_compiler(
+            config.guided_decoding_backend,
             model_dir / "tokenizer.json",
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,

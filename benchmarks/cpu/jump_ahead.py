@@ -115,7 +115,7 @@ def run(llm: LLM, batch: int, params: StructuredOutputsParams, *, jumps: bool) -
 def jump(engine: Any, sequence: Sequence, matcher: GrammarMatcher) -> int:  # noqa: ANN401
     """Appends the tokens that must follow the one just sampled; returns their number."""
     matcher.accept(sequence.token_ids[-1])
-    forced = forced_tokens(matcher)
+    forced = matcher.forced_tokens()
     if not forced:
         return 0
     for token_id in forced:
@@ -178,17 +178,11 @@ def share_jumps_would_change(
 
 def _is_as_forced(matcher: GrammarMatcher, token_ids: list[int]) -> bool:
     for i, token_id in enumerate(token_ids):
-        forced = forced_tokens(matcher)
+        forced = matcher.forced_tokens()
         if forced != token_ids[i : i + len(forced)]:
             return False
         matcher.accept(token_id)
     return True
-
-
-def forced_tokens(matcher: GrammarMatcher) -> list[int]:
-    if matcher.is_over:
-        return []
-    return matcher._matcher.compute_ff_tokens()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
 def main() -> None:

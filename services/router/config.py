@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.grammar import BACKEND_NAMES
 from protocol.settings import setting
 from services.router.openai.reasoning_parsers import REASONING_FORMATS
 from services.router.openai.tool_formats import TOOL_FORMATS
@@ -51,8 +52,8 @@ class RouterConfig:
     )
     guided_decoding_backend: str = setting(
         "auto",
-        choices=("auto", "guidance", "llguidance"),
-        help="library that holds outputs to grammars; there is one, llguidance",
+        choices=BACKEND_NAMES,
+        help="library that holds outputs to grammars; auto and guidance: llguidance",
     )
     enable_auto_tool_choice: bool = setting(
         False, help="let the model decide whether to call a tool; needs --tool-call-parser"

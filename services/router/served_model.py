@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from engine.grammar import GrammarCompiler
+from engine.grammar import GrammarCompiler, make_compiler
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.encoder_config import EncoderConfig, is_encoder, read_encoder_config
 from engine.tokenizer import Tokenizer
@@ -39,7 +39,12 @@ class ServedModel:
 
     @classmethod
     def from_dir(
-        cls, path: Path, *, names: tuple[str, ...], chat_template: Path | None = None
+        cls,
+        path: Path,
+        *,
+        names: tuple[str, ...],
+        chat_template: Path | None = None,
+        guided_decoding_backend: str = "auto",
     ) -> "ServedModel":
         """Raises StartupError if the directory lacks or garbles something."""
         if is_encoder(path):
@@ -55,7 +60,8 @@ class ServedModel:
             vocab_size=config.vocab_size,
             defaults=read_generation_defaults(path),
         )
-        grammars = GrammarCompiler(
+        grammars = make_compiler(
+            guided_decoding_backend,
             path / "tokenizer.json",
             vocab_size=config.vocab_size,
             eos_token_ids=eos_token_ids,

@@ -84,6 +84,7 @@ def run_router(config: RouterConfig) -> int:
         path,
         names=config.served_model_name or (model_name(config.model),),
         chat_template=None if config.chat_template is None else Path(config.chat_template),
+        guided_decoding_backend=config.guided_decoding_backend,
     )
     api_keys = config.api_key + keys_in_file(config.api_key_file)
     listener = open_listener(config)

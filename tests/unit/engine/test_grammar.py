@@ -1,12 +1,13 @@
 """Grammars over the built-in model's vocabulary, and the sampler that follows them."""
 
 import ctypes
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from engine.grammar import GrammarCompiler, GrammarMatcher
+from engine.grammar import GrammarCompiler, GrammarMatcher, make_compiler
 from engine.sampler.sampler import Sampler
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     file = resolve_model(None, progress=False) / "tokenizer.json"
-    return GrammarCompiler(file, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+    return make_compiler("llguidance", file, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
 
 
 def allowed(matcher: GrammarMatcher, compiler: GrammarCompiler) -> set[int]:
@@ -214,3 +215,34 @@ def test_a_row_is_free_again_when_its_sequence_is_gone(sampler: Sampler) -> None
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 4242] = 1.0
     assert sampler.choose(logits, np.array([0]), np.array([0])).read().token_ids == [4242]
+
+
+def test_forced_tokens_are_what_masks_hold_alone(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    fields = {"customer_number": {"type": "boolean"}, "is_new": {"enum": [1, 2]}}
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+    matcher = compiler.matcher(StructuredOutputsParams(json=schema))
+    token_ids: list[int] = []
+    num_forced = 0
+    while not matcher.is_over:
+        forced = matcher.forced_tokens()
+        num_forced += len(forced)
+        for token_id in forced:
+            assert allowed(matcher, compiler) == {token_id}
+            assert matcher.accept(token_id)
+        token_ids += forced
+        choices = allowed(matcher, compiler) - {EOS}
+        if not choices:
+            break
+        assert len(choices) > 1 or not forced, "none is left out"
+        token_ids.append(min(choices))
+        matcher.accept(token_ids[-1])
+    assert EOS not in token_ids
+    assert json.loads(tokenizer.decode(token_ids)).keys() == fields.keys()
+    assert num_forced > len(token_ids) // 2
