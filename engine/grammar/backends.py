@@ -1,21 +1,73 @@
 """The libraries that follow grammars, by name."""
 
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.grammar.compiler import GrammarCompiler
-from engine.grammar.interface import GrammarBackend
+from engine.grammar.interface import GrammarBackend, GrammarChecker
 from engine.grammar.llguidance import LlguidanceBackend
+from engine.grammar.outlines import OutlinesBackend
+from engine.grammar.trial import TrialProcess, TrialSettings
+from engine.grammar.xgrammar import XgrammarBackend
+from protocol.errors import StartupError
 
-_BACKENDS: dict[str, type[GrammarBackend]] = {"llguidance": LlguidanceBackend}
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    module: str
+    backend: type[GrammarBackend]
+    bounds_its_work: bool
+    """Whether it may read strangers' grammars in a process that has other things to do."""
+
+
+_LIBRARIES = {
+    "llguidance": _Library("llguidance", LlguidanceBackend, bounds_its_work=True),
+    "xgrammar": _Library("xgrammar", XgrammarBackend, bounds_its_work=False),
+    "outlines": _Library("outlines_core", OutlinesBackend, bounds_its_work=False),
+}
 _ALIASES = {"auto": "llguidance", "guidance": "llguidance"}
-BACKEND_NAMES = (*_ALIASES, *_BACKENDS)
+BACKEND_NAMES = (*_ALIASES, *_LIBRARIES)
+
+
+def backend_name(name: str) -> str:
+    """The library's own name."""
+    return _ALIASES.get(name, name)
 
 
 def make_compiler(
     name: str, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
 ) -> GrammarCompiler:
-    """`name` is one of `BACKEND_NAMES`."""
-    backend = _BACKENDS[_ALIASES.get(name, name)](
+    """`name` is one of `BACKEND_NAMES`. Raises StartupError if its library isn't installed."""
+    backend = _library(name).backend(
         tokenizer_file, vocab_size=vocab_size, eos_token_ids=eos_token_ids
     )
     return GrammarCompiler(backend, vocab_size=vocab_size)
+
+
+def make_checker(
+    name: str, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
+) -> GrammarChecker:
+    """For grammars of strangers; otherwise as `make_compiler`."""
+    if _library(name).bounds_its_work:
+        return make_compiler(
+            name, tokenizer_file, vocab_size=vocab_size, eos_token_ids=eos_token_ids
+        )
+    return TrialProcess(
+        TrialSettings(
+            backend=name,
+            tokenizer_file=str(tokenizer_file),
+            vocab_size=vocab_size,
+            eos_token_ids=eos_token_ids,
+        )
+    )
+
+
+def _library(name: str) -> _Library:
+    library = _LIBRARIES[backend_name(name)]
+    if importlib.util.find_spec(library.module) is None:
+        raise StartupError(
+            f"--guided-decoding-backend {name} needs the package of that name: "
+            f"pip install 'tandem[{name}]'."
+        )
+    return library

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from protocol.errors import InvalidRequestError
 from protocol.structured_outputs import StructuredOutputsParams
 
 
@@ -12,7 +13,7 @@ class GrammarMatcher(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Nothing may follow but the end."""
+        """Nothing may follow but the end, as far as is known without a mask."""
         ...
 
     @property
@@ -51,6 +52,23 @@ class GrammarMatcher(Protocol):
 
 MatcherFactory: TypeAlias = Callable[[], GrammarMatcher]
 """Makes a new matcher of one grammar, at the output's start."""
+
+
+class GrammarChecker(Protocol):
+    """Says of grammars whether they can be followed; threads may share it."""
+
+    def error_of(self, params: StructuredOutputsParams) -> str:
+        """Why this can't be followed, in one line; empty if it can."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_grammar(checker: GrammarChecker, params: StructuredOutputsParams, field: str) -> None:
+    """Raises InvalidRequestError, under the name `field`, for what can't be followed."""
+    error = checker.error_of(params)
+    if error:
+        raise InvalidRequestError(f"`{field}` can't be followed: {error}", field=field)
 
 
 class GrammarBackend(Protocol):

@@ -196,6 +196,7 @@ class DecodeLoop:
         self._idle_check.run()
 
     def _sequence(self, request: Request) -> Sequence:
+        self._engine.prepare(request)
         root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)
         return Sequence(request, root, arrival_s=time.monotonic())
 

@@ -157,6 +157,7 @@ class PrefillLoop:
         self._idle_check.run()
 
     def _start(self, request: Request) -> None:
+        self._engine.prepare(request)
         root = self._engine.root_hash(request.cache_salt, max_seq_len=request.max_num_tokens)
         try:
             self._scheduler.add(Sequence(request, root, arrival_s=time.monotonic()))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from engine.grammar import GrammarCompiler, make_compiler
+from engine.grammar import GrammarChecker, make_checker
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.encoder_config import EncoderConfig, is_encoder, read_encoder_config
 from engine.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class ServedModel:
         tokenizer: Tokenizer,
         config: ModelConfig | EncoderConfig,
         limits: SamplingLimits,
-        grammars: GrammarCompiler,
+        grammars: GrammarChecker,
         pooling_type: PoolingType,
     ) -> None:
         assert names, "a model has a name"
@@ -60,7 +60,7 @@ class ServedModel:
             vocab_size=config.vocab_size,
             defaults=read_generation_defaults(path),
         )
-        grammars = make_compiler(
+        grammars = make_checker(
             guided_decoding_backend,
             path / "tokenizer.json",
             vocab_size=config.vocab_size,

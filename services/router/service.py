@@ -21,6 +21,7 @@ import uvloop
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from engine.grammar import backend_name
 from engine.weights.model_dir import model_name, resolve_model
 from protocol.errors import StartupError
 from protocol.ids import new_incarnation
@@ -122,6 +123,9 @@ class RouterService:
         self._settings = LiveSettings(config, self._adopt)
         self._tasks = TaskOwner(on_failure=self._fail)
         self._executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="encode")
+        # Of their own, so that no prompt waits for a grammar that takes its time.
+        self._grammar_executor = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="grammar")
+        self._grammars = model.grammars
         self.app = self._make_app(config, model, api_keys)
         self.batches = BatchService(
             self.app.routes,
@@ -147,6 +151,8 @@ class RouterService:
         await self._channel.close()
         await self._redis.aclose()
         self._executor.shutdown(cancel_futures=True)
+        self._grammars.close()
+        self._grammar_executor.shutdown(cancel_futures=True)
 
     def _make_app(
         self, config: RouterConfig, model: ServedModel, api_keys: tuple[str, ...]
@@ -156,7 +162,9 @@ class RouterService:
         encoder = PromptEncoder(
             model, self._executor, trusts_templates=config.trust_request_chat_template
         )
-        self.structured_outputs = StructuredOutputs(model.grammars, self._executor)
+        self.structured_outputs = StructuredOutputs(
+            model.grammars, self._grammar_executor, backend=config.guided_decoding_backend
+        )
         self._openai = openai = OpenAIApi(
             model=model,
             encoder=encoder,
@@ -269,7 +277,12 @@ async def _serve(
     gc.set_threshold(20_000, 50, 100)
     failing = asyncio.create_task(service.failed.wait())
     failing.add_done_callback(lambda _: stopping.stop())
-    logger.info("serving %s on port %s", model.names[0], listener.getsockname()[1])
+    logger.info(
+        "serving %s on port %s, structured outputs by %s",
+        model.names[0],
+        listener.getsockname()[1],
+        backend_name(config.guided_decoding_backend),
+    )
     await server.serve(sockets=[listener])
     exit_code = EXIT_FAULT if service.failed.is_set() else 0
     if not exit_code:

@@ -31,13 +31,14 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 
 
 class StructuredOutputsBody(msgspec.Struct, kw_only=True):
-    """vLLM's `structured_outputs`: exactly one of the first five, and how to write JSON."""
+    """vLLM's `structured_outputs`: exactly one of the first five, who follows it, how to write JSON."""
 
     json: str | dict[str, Json] | None = None
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    backend: str | None = None
     structural_tag: Json = None
     disable_any_whitespace: bool | None = None
 
@@ -86,6 +87,7 @@ class SamplingBody(SharedFields, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
     truncate_prompt_tokens: int | None = None
     thinking_token_budget: int | None = None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from engine.grammar import GrammarCompiler
+from engine.grammar import GrammarChecker, backend_name, check_grammar
 from protocol.errors import InvalidRequestError
 from protocol.structured_outputs import StructuredOutputsParams
 from services.router.openai.bodies import (
@@ -22,8 +22,10 @@ _NUM_REMEMBERED = 1024
 class StructuredOutputs:
     """Reads and compiles what an output has to look like, off the event loop."""
 
-    def __init__(self, compiler: GrammarCompiler, executor: Executor) -> None:
-        self._compiler = compiler
+    def __init__(self, checker: GrammarChecker, executor: Executor, *, backend: str) -> None:
+        """`backend` is the name that the server was started with."""
+        self._backend = backend_name(backend)
+        self._checker = checker
         self._executor = executor
         self._known: dict[bytes, None] = {}  # in the order of their last use
 
@@ -35,6 +37,9 @@ class StructuredOutputs:
         `for_tools` is what a forced tool call asks for. Raises InvalidRequestError that names the
         client's field.
         """
+        self._check_backend(body.guided_decoding_backend, "guided_decoding_backend")
+        if body.structured_outputs is not None:
+            self._check_backend(body.structured_outputs.backend, "structured_outputs.backend")
         found = _requested(body, for_tools)
         if found is None:
             return None
@@ -50,14 +55,24 @@ class StructuredOutputs:
             del self._known[next(iter(self._known))]
         return found
 
+    def _check_backend(self, wanted: str | None, field: str) -> None:
+        """A server has one, for all requests, as vLLM does; options behind a colon are dropped."""
+        if wanted is None or wanted == "auto":
+            return
+        if backend_name(wanted.split(":", 1)[0]) != self._backend:
+            raise InvalidRequestError(
+                f"`{field}` can't differ from this server's, {self._backend} "
+                "(--guided-decoding-backend).",
+                field=field,
+            )
+
     async def _check(self, params: StructuredOutputsParams, field: str) -> None:
         compiling = asyncio.get_running_loop().run_in_executor(
-            self._executor, self._compiler.check, params, field
+            self._executor, check_grammar, self._checker, params, field
         )
         try:
-            await asyncio.wait_for(asyncio.shield(compiling), COMPILE_TIMEOUT_S)
+            await asyncio.wait_for(compiling, COMPILE_TIMEOUT_S)
         except TimeoutError as error:
-            compiling.add_done_callback(lambda future: future.exception())
             raise InvalidRequestError(
                 f"`{field}` took longer to compile than the {COMPILE_TIMEOUT_S:.0f} s allowed.",
                 field=field,
