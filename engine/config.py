@@ -85,7 +85,8 @@ class EngineConfig:
     guided_decoding_backend: str = setting(
         "auto",
         choices=BACKEND_NAMES,
-        help="library that holds outputs to grammars; auto and guidance: llguidance",
+        help="library that holds outputs to grammars, the same in routers and workers; xgrammar and "
+        "outlines are extras to install; auto and guidance: llguidance",
     )
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"

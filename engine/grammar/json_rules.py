@@ -5,6 +5,7 @@ the one form that all of them read alike: formats become patterns, and every nod
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from engine.grammar.json_formats import FORMATS
 
 MAX_DEPTH = 64
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')
 
 Json = Any
 Node = dict[str, Json]
@@ -39,17 +41,31 @@ _NEVER = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef")
 _NODES_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _NODES_IN_ORDER = ("prefixItems", "anyOf", "oneOf", "allOf")
 _ONE_NODE = ("items", "additionalProperties", "propertyNames")
-_TYPE_OF = {str: "string", bool: "boolean", list: "array", dict: "object", type(None): "null"}
+_TYPE_OF: dict[type, str] = {
+    str: "string",
+    int: "integer",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+_SHAPES: dict[type, tuple[str, ...]] = {
+    str: ("$ref", "pattern", "format"),
+    list: ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required"),
+    dict: ("properties", "patternProperties", "$defs", "definitions"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class JsonRules:
     """`followed` are keywords by type; `check_pattern` raises ValueError for a pattern that the
-    library would misread inside a JSON string."""
+    library would misread inside a JSON string; `escapes_names` says whether it writes any name of
+    a property as JSON does."""
 
     library: str
     followed: Mapping[str, frozenset[str]]
     check_pattern: Callable[[str], None]
+    escapes_names: bool = True
 
     def exact(self, schema: str | Node) -> str:
         """The schema, as JSON text, in the form that the library follows to the letter.
@@ -78,6 +94,10 @@ class _Reader:
         for keyword in _NEVER:
             if keyword in node:
                 raise self._ignored(f"`{keyword}`")
+        for shape, keywords in _SHAPES.items():
+            for keyword in keywords:
+                if keyword in node and not isinstance(node[keyword], shape):
+                    raise ValueError(f"`{keyword}` must be of JSON type {_TYPE_OF[shape]}")
         complete = [keyword for keyword in _COMPLETE if keyword in node]
         if complete:
             self._check_complete(node, complete)
@@ -93,7 +113,8 @@ class _Reader:
         values = [node["const"]] if keyword == "const" else node[keyword]
         if keyword in ("const", "enum") and "type" in node:
             types = _types(node)
-            if not isinstance(values, list) or any(_type_of(v) not in types for v in values):
+            allowed = {*types, "integer"} if "number" in types else set(types)
+            if any(_type_of(value) not in allowed for value in values):
                 beside.append("type")
         elif "type" in node:
             beside.append("type")
@@ -101,8 +122,8 @@ class _Reader:
             raise self._ignored(f"`{beside[0]}` beside `{keyword}`")
         if keyword == "$ref":
             self._check_reference(values)
-        elif not isinstance(values, list) or not values:
-            raise ValueError(f"`{keyword}` is no list with something in it")
+        elif not values:
+            raise ValueError(f"`{keyword}` is empty")
         elif keyword == "allOf" and len(values) > 1:
             raise self._ignored("`allOf` of several")
         elif keyword == "oneOf" and not _are_exclusive(values):
@@ -113,7 +134,7 @@ class _Reader:
             case ["#"]:
                 return
             case ["#", ("$defs" | "definitions") as group, name]:
-                if name in self._root.get(group, ()):
+                if isinstance(self._root.get(group), dict) and name in self._root[group]:
                     return
         raise ValueError(f"`$ref` {json.dumps(reference)[:80]} names none of the schema's `$defs`")
 
@@ -136,9 +157,11 @@ class _Reader:
                         raise self._ignored(f"`{keyword}` of type {kind}")
                     read[keyword] = node[keyword]
         self._read_string(read)
-        named = read.get("required", [])
-        if not set(named) <= set(read.get("properties", ())):
+        properties = read.get("properties", {})
+        if any(name not in properties for name in read.get("required", [])):
             raise self._ignored("`required` of what isn't among the `properties`")
+        if not self._rules.escapes_names and any(map(_ESCAPED.search, properties)):
+            raise self._ignored("`properties` with quotes, backslashes or control characters")
         return read
 
     def _read_string(self, read: Node) -> None:
@@ -150,8 +173,6 @@ class _Reader:
                 raise self._ignored("`pattern` beside `format`")
             read["pattern"] = FORMATS[name]
         elif pattern is not None:
-            if not isinstance(pattern, str):
-                raise ValueError("`pattern` is no text")
             self._rules.check_pattern(pattern)
             read["pattern"] = f"^(?:{pattern.removeprefix('^').removesuffix('$')})$"
         if "pattern" in read and not read.keys().isdisjoint(("minLength", "maxLength")):
@@ -160,10 +181,9 @@ class _Reader:
     def _with_children(self, read: Node, depth: int) -> Node:
         for keyword in _NODES_BY_NAME:
             if keyword in read:
-                children = read[keyword]
-                if not isinstance(children, dict):
-                    raise ValueError(f"`{keyword}` is no object")
-                read[keyword] = {name: self.node(child, depth) for name, child in children.items()}
+                read[keyword] = {
+                    name: self.node(child, depth) for name, child in read[keyword].items()
+                }
         for keyword in _NODES_IN_ORDER:
             if keyword in read:
                 read[keyword] = [self.node(child, depth) for child in read[keyword]]
@@ -178,6 +198,8 @@ class _Reader:
 
 def _types(node: Node) -> list[str]:
     types = node["type"] if isinstance(node["type"], list) else [node["type"]]
+    if not types:
+        raise ValueError("`type` is empty")
     for name in types:
         if name not in (*_ABOUT, "boolean", "null"):
             raise ValueError(f"there is no type {json.dumps(name)[:40]}")
@@ -185,7 +207,9 @@ def _types(node: Node) -> list[str]:
 
 
 def _type_of(value: Json) -> str:
-    return _TYPE_OF.get(type(value), "integer" if value == int(value) else "number")
+    if isinstance(value, float):
+        return "integer" if value.is_integer() else "number"
+    return _TYPE_OF[type(value)]
 
 
 def _are_exclusive(nodes: list[Json]) -> bool:

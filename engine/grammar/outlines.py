@@ -1,4 +1,8 @@
-"""Grammars by outlines-core: a regular expression, compiled to a table of states and tokens."""
+"""Grammars by outlines-core: a regular expression, compiled to a table of states and tokens.
+
+Where an output may end, the table lacks tokens of one byte that would go on from there (0.2.14):
+what can't be spelled otherwise is never written. What is written obeys.
+"""
 
 import functools
 import json
@@ -129,7 +133,9 @@ def _regex(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return params.regex
     if params.choice:
-        return "|".join(_META_CHARACTER.sub(r"\\\g<0>", text) for text in params.choice)
+        # An alternative that has matched ends the search for those behind it.
+        longest_first = sorted(params.choice, key=len, reverse=True)
+        return "|".join(_META_CHARACTER.sub(r"\\\g<0>", text) for text in longest_first)
     raise ValueError("outlines follows no `grammar`; llguidance and xgrammar do")
 
 
@@ -158,4 +164,5 @@ _RULES = JsonRules(
         "object": frozenset({"properties", "required", "additionalProperties"}),
     },
     _check_pattern,
+    escapes_names=False,
 )

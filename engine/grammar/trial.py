@@ -13,11 +13,13 @@ from pathlib import Path
 
 import msgspec
 
+from protocol.errors import StartupError
 from protocol.structured_outputs import StructuredOutputsParams
 
 CPU_LIMIT_S = 2.0
 MEMORY_LIMIT_BYTES = 512 << 20
 _LENGTH_BYTES = 4
+_FIRST = StructuredOutputsParams(regex="a")
 
 
 class TrialSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,10 +37,20 @@ class TrialProcess:
     """A `GrammarChecker`; threads may share it, and wait for each other."""
 
     def __init__(self, settings: TrialSettings) -> None:
-        """The process starts at once, and is asked when it's ready. It ends with this one."""
+        """Waits until the process is ready. It ends with this one.
+
+        Raises StartupError if it doesn't start.
+        """
         self._settings = settings
         self._lock = threading.Lock()
         self._process = self._start()
+        try:
+            self._ask(_FIRST.key)
+        except (OSError, EOFError) as error:
+            self._end()
+            raise StartupError(
+                f"The process that compiles grammars by {settings.backend} ended at its start."
+            ) from error
 
     def error_of(self, params: StructuredOutputsParams) -> str:
         """As GrammarCompiler's, within the limits.

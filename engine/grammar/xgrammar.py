@@ -93,9 +93,10 @@ class XgrammarBackend(GrammarBackend):
             return self._json_schema(_RULES.exact(params.json))
         compiler = self._compiler
         if params.regex is not None:
+            _check_anchors(params.regex, "regex")
             return compiler.compile_regex(params.regex)
         if params.choice:
-            choices = " | ".join(json.dumps(text) for text in params.choice)
+            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
             return compiler.compile_grammar(f"root ::= {choices}")
         assert params.grammar is not None, "validated"
         if "::=" in params.grammar:
@@ -135,7 +136,14 @@ class XgrammarBackend(GrammarBackend):
         return xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
 
 
+def _check_anchors(regex: str, what: str) -> None:
+    plain = _ESCAPE_OR_CLASS.sub("x", regex).removeprefix("^").removesuffix("$")
+    if "^" in plain or "$" in plain:
+        raise ValueError(f"xgrammar doesn't follow a `{what}` with `^` or `$` inside of it")
+
+
 def _check_pattern(pattern: str) -> None:
+    _check_anchors(pattern, "pattern")
     if _UNQUOTED.search(pattern):
         raise ValueError(
             "xgrammar doesn't follow a `pattern` with quotes, backslashes or codes of characters"

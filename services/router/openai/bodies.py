@@ -31,7 +31,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 
 
 class StructuredOutputsBody(msgspec.Struct, kw_only=True):
-    """vLLM's `structured_outputs`: exactly one of the first five, who follows it, how to write JSON."""
+    """vLLM's `structured_outputs`: one of the first five, by whom, and how to write JSON."""
 
     json: str | dict[str, Json] | None = None
     json_object: bool | None = None

@@ -32,6 +32,9 @@ ACCEPTED = """
 --max-lora-rank 16
 --disable-log-requests
 --guided-decoding-backend guidance
+--guided-decoding-backend llguidance
+--guided-decoding-backend xgrammar
+--guided-decoding-backend outlines
 --guided-decoding-backend auto
 --enforce-eager
 --distributed-executor-backend mp
@@ -66,7 +69,7 @@ REFUSED = {
     "--max-loras 4": "merge the adapter",
     "--max-lora-rank 64": "merge the adapter",
     '--rope-scaling {"rope_type":"yarn"}': "config.json",
-    "--guided-decoding-backend xgrammar": "one of auto, guidance",
+    "--guided-decoding-backend lm-format-enforcer": "one of auto, guidance, llguidance, xgrammar",
     "--distributed-executor-backend ray": "one of mp, uni",
     "--preemption-mode drop": "one of recompute, swap",
     '--limit-mm-per-prompt {"image":1}': "text only",

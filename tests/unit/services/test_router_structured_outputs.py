@@ -1,7 +1,10 @@
 """Structured outputs as clients ask for them: what is passed on, and what is refused."""
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,12 @@ import pytest
 import pytest_asyncio
 from router_stack import RouterStack, open_router_stack
 
+from engine.grammar import make_checker
+from protocol.errors import InvalidRequestError, StartupError
 from protocol.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
 from services.router.noop_worker import NoopBehaviour
 from services.router.openai.bodies import ChatBody
+from services.router.openai.structured_outputs import StructuredOutputs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -48,6 +54,14 @@ ASKED: list[tuple[dict[str, Any], StructuredOutputsParams | None]] = [
     ({"guided_grammar": 'root ::= "a"'}, StructuredOutputsParams(grammar='root ::= "a"')),
     ({"structured_outputs": {"regex": "a"}}, StructuredOutputsParams(regex="a")),
     ({"structured_outputs": {"json_object": True}}, StructuredOutputsParams(json_object=True)),
+    (
+        {"guided_regex": "a+", "guided_decoding_backend": "guidance:no-fallback"},
+        StructuredOutputsParams(regex="a+"),
+    ),
+    (
+        {"structured_outputs": {"regex": "a", "backend": "auto"}},
+        StructuredOutputsParams(regex="a"),
+    ),
 ]
 
 
@@ -85,6 +99,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
     ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag"),
+    ({"guided_regex": "a", "guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
+    ({"structured_outputs": {"regex": "a", "backend": "x"}}, "structured_outputs.backend"),
 ]
 
 
@@ -114,6 +130,47 @@ HOSTILE: list[dict[str, Any]] = [
 async def test_hostile_grammars_are_answered(stack: RouterStack, fields: dict[str, Any]) -> None:
     answer = await stack.client.post("/v1/chat/completions", json={"messages": MESSAGES, **fields})
     assert answer.status_code in (200, 400), answer.text
+
+
+class StuckChecker:
+    """Compiles until it is let go."""
+
+    def __init__(self) -> None:
+        self.began, self.goes_on = threading.Event(), threading.Event()
+        self.asked: list[StructuredOutputsParams] = []
+
+    def error_of(self, params: StructuredOutputsParams) -> str:
+        self.asked.append(params)
+        self.began.set()
+        self.goes_on.wait()
+        return ""
+
+    def close(self) -> None: ...
+
+
+async def test_grammars_that_nobody_waits_for_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.router.openai.structured_outputs.COMPILE_TIMEOUT_S", 0.05)
+    checker = StuckChecker()
+    with ThreadPoolExecutor(1) as executor:
+        reader = StructuredOutputs(checker, executor, backend="auto")
+
+        async def ask(regex: str) -> None:
+            body = msgspec.convert({"messages": MESSAGES, "guided_regex": regex}, ChatBody)
+            with pytest.raises(InvalidRequestError, match="took longer"):
+                await reader.read(body)
+
+        await asyncio.gather(ask("a"), ask("b"), ask("c"))
+        checker.goes_on.set()
+    assert len(checker.asked) == 1, "the others were still waiting for the thread"
+
+
+async def test_a_missing_library_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StartupError, match=r"pip install 'tandem\[xgrammar\]'") as refusal:
+        make_checker("xgrammar", Path("tokenizer.json"), vocab_size=9, eos_token_ids=(1,))
+    assert "\n" not in str(refusal.value)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
