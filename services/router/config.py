@@ -53,7 +53,7 @@ class RouterConfig:
     guided_decoding_backend: str = setting(
         "auto",
         choices=BACKEND_NAMES,
-        help="library that holds outputs to grammars, the same in routers and workers; xgrammar and "
+        help="library that holds outputs to grammars, one for routers and workers; xgrammar and "
         "outlines are extras to install; auto and guidance: llguidance",
     )
     enable_auto_tool_choice: bool = setting(
