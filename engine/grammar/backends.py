@@ -19,12 +19,14 @@ class _Library:
     backend: type[GrammarBackend]
     bounds_its_work: bool
     """Whether it may read strangers' grammars in a process that has other things to do."""
+    num_kept: int
+    """Compiled grammars that a process keeps; some take as much memory as a trial allows."""
 
 
 _LIBRARIES = {
-    "llguidance": _Library("llguidance", LlguidanceBackend, bounds_its_work=True),
-    "xgrammar": _Library("xgrammar", XgrammarBackend, bounds_its_work=False),
-    "outlines": _Library("outlines_core", OutlinesBackend, bounds_its_work=False),
+    "llguidance": _Library("llguidance", LlguidanceBackend, bounds_its_work=True, num_kept=256),
+    "xgrammar": _Library("xgrammar", XgrammarBackend, bounds_its_work=False, num_kept=32),
+    "outlines": _Library("outlines_core", OutlinesBackend, bounds_its_work=False, num_kept=32),
 }
 _ALIASES = {"auto": "llguidance", "guidance": "llguidance"}
 BACKEND_NAMES = (*_ALIASES, *_LIBRARIES)
@@ -39,10 +41,9 @@ def make_compiler(
     name: str, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
 ) -> GrammarCompiler:
     """`name` is one of `BACKEND_NAMES`. Raises StartupError if its library isn't installed."""
-    backend = _library(name).backend(
-        tokenizer_file, vocab_size=vocab_size, eos_token_ids=eos_token_ids
-    )
-    return GrammarCompiler(backend, vocab_size=vocab_size)
+    library = _library(name)
+    backend = library.backend(tokenizer_file, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    return GrammarCompiler(backend, vocab_size=vocab_size, num_kept=library.num_kept)
 
 
 def make_checker(

@@ -10,16 +10,16 @@ from engine.grammar.interface import GrammarBackend, GrammarMatcher, MatcherFact
 from protocol.structured_outputs import StructuredOutputsParams
 
 _WORD_BITS = 32
-_NUM_CACHED_GRAMMARS = 256
 
 
 class GrammarCompiler:
     """Makes matchers for one model's tokens; threads may share it."""
 
-    def __init__(self, backend: GrammarBackend, *, vocab_size: int) -> None:
+    def __init__(self, backend: GrammarBackend, *, vocab_size: int, num_kept: int) -> None:
+        """Keeps the `num_kept` grammars that were used last."""
         self._backend = backend
         self.mask_bytes = 4 * -(-vocab_size // _WORD_BITS)
-        self._compiled = functools.lru_cache(_NUM_CACHED_GRAMMARS)(self._compile)
+        self._compiled = functools.lru_cache(num_kept)(self._compile)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._under_way: dict[bytes, Future[MatcherFactory]] = {}
 

@@ -17,7 +17,7 @@ from protocol.errors import StartupError
 from protocol.structured_outputs import StructuredOutputsParams
 
 CPU_LIMIT_S = 2.0
-MEMORY_LIMIT_BYTES = 512 << 20
+MEMORY_LIMIT_BYTES = 128 << 20
 _LENGTH_BYTES = 4
 _FIRST = StructuredOutputsParams(regex="a")
 

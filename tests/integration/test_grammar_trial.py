@@ -99,7 +99,7 @@ def test_limits_are_named() -> None:
     too_large = StructuredOutputsParams(regex="(a{1,10000}){1,10000}")
     checker = outlines()
     try:
-        assert "512 MiB of memory allowed" in checker.error_of(too_large)
+        assert "128 MiB of memory allowed" in checker.error_of(too_large)
     finally:
         checker.close()
     checker = outlines(cpu_limit_s=0.1)
