@@ -49,7 +49,8 @@ class ServedModel:
         """Raises StartupError if the directory lacks or garbles something."""
         if is_encoder(path):
             config, pooling_type = read_encoder_config(path), read_encoder_pooling_type(path)
-            eos_token_ids = ()
+            # It generates nothing, and needs no process to try grammars in.
+            eos_token_ids, guided_decoding_backend = (), "auto"
         else:
             config, pooling_type = read_model_config(path), read_pooling_type(path)
             eos_token_ids = config.eos_token_ids
