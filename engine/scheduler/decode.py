@@ -5,7 +5,8 @@ Life of a sequence that comes by transfer:
 1. `try_reserve` sets blocks aside for it and yields what its ticket says.
 2. `admit`, when its KV is here and its first token appended: it joins the batch at the next
    step, before anything that holds no blocks.
-3. One token a step; one more block when the last one is full.
+3. One token a step, more if several are known (engine/jump_ahead.py), and blocks for them
+   (running.py).
 4. `commit` finds its end and frees its blocks, which stay as prefix cache.
 
 Life of one that is prefilled here: `add` lets it wait; it's admitted and computed in chunks with
@@ -21,7 +22,6 @@ watermark of blocks to the running ones.
 """
 
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseEvent
@@ -31,8 +31,8 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import ScheduledSequence, SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
 from engine.scheduler.prompts import PromptQueue
-from engine.scheduler.queue import RankedQueue, running_rank
 from engine.scheduler.reservations import Reservation, Reservations
+from engine.scheduler.running import DecodeStats, RunningBatch
 from engine.sequence import Sequence
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
@@ -42,13 +42,6 @@ WATERMARK = 0.01
 # Transfers may be under way for this share of `max_num_seqs` beyond the batch's free places, so
 # that a place that gets free is taken at once instead of a transfer later.
 RESERVE_AHEAD = 0.125
-
-
-@dataclass(slots=True)
-class DecodeStats:
-    """Counts since the start."""
-
-    num_preemptions: int = 0
 
 
 class DecodeScheduler:
@@ -67,18 +60,22 @@ class DecodeScheduler:
         self._prompts = PromptQueue(
             pool, self._admission, short_prompts_pass=config.short_prompts_pass
         )
-        self._decoding = RankedQueue(running_rank)
-        self._arrived = RankedQueue(running_rank)
+        self._batch = RunningBatch(
+            pool, self._admission, self._prompts, max_num_seqs=self._max_num_seqs
+        )
         self._reservations = Reservations(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
-        self._ahead = StepAhead(pool, self._stop_rules)
+        self._ahead = StepAhead(pool, self._stop_rules, max_num_tokens=self._budget)
         self._may_admit = True  # whether the next `schedule` may let a waiting prompt in
-        self.stats = DecodeStats()
+
+    @property
+    def stats(self) -> DecodeStats:
+        return self._batch.stats
 
     @property
     def num_waiting(self) -> int:
-        return len(self._prompts.waiting) + len(self._arrived)
+        return len(self._prompts.waiting) + len(self._batch.arrived)
 
     @property
     def num_swapped(self) -> int:
@@ -87,7 +84,7 @@ class DecodeScheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._decoding) + len(self._prompts.active)
+        return self._batch.num_running
 
     @property
     def num_reserved(self) -> int:
@@ -131,7 +128,7 @@ class DecodeScheduler:
         self._check(sequence)
         reservation = None
         blocked = self._prompts.waiting_for_blocks
-        num_coming = self.num_running + len(self._arrived) + self.num_reserved
+        num_coming = self.num_running + len(self._batch.arrived) + self.num_reserved
         if num_coming < self._max_num_seqs + self._num_ahead and (
             blocked is None or sequence.rank < blocked.rank
         ):
@@ -150,7 +147,7 @@ class DecodeScheduler:
         token follows those that were reserved.
         """
         self._reservations.receive(sequence)
-        self._arrived.insert(sequence)
+        self._batch.arrived.insert(sequence)
 
     def cancel_reservation(self, reservation: Reservation) -> None:
         """Its blocks stay in quarantine until `confirm_stopped`. Raises PhaseError if it has
@@ -177,7 +174,7 @@ class DecodeScheduler:
             self._reservations.cancel(sequence)
             self._may_admit = True
             return sequence
-        self._take_out(sequence)
+        self._batch.take_out(sequence)
         sequence.advance(PhaseEvent.ABORT)
         self._end(sequence)
         return sequence
@@ -190,15 +187,12 @@ class DecodeScheduler:
         preempted: list[Sequence] = []
         # An idle engine gains nothing by keeping a place for a transfer without room.
         admit_before = self._refused_rank if self.num_running else None
-        self._join_arrived()
-        scheduled = self._schedule_decoding(preempted)
+        self._batch.join_arrived()
+        scheduled = self._batch.plan(self._budget, preempted)
         num_free_places = self._max_num_seqs - self.num_running
-        num_prompt_tokens = self._budget - len(scheduled)
-        if scheduled:
-            num_prompt_tokens = min(num_prompt_tokens, self._mixed_budget)
         scheduled += self._prompts.plan(
-            num_prompt_tokens,
-            max_admissions=0 if preempted or self._arrived else num_free_places,
+            self._num_prompt_tokens(scheduled),
+            max_admissions=0 if preempted or self._batch.arrived else num_free_places,
             num_spare_blocks=self._num_spare_blocks,
             admit_before=admit_before,
         )
@@ -213,11 +207,16 @@ class DecodeScheduler:
         then. None if nothing can be said of it before: a prompt is to be computed, or blocks run
         out."""
         self._ahead.clear()
-        has_place = self.num_running < self._max_num_seqs
-        if self._prompts.active or (self._prompts.waiting and has_place and self._may_admit):
+        may_admit = self._may_admit and self._batch.has_place
+        if self._prompts.active or (self._prompts.waiting and may_admit):
             return None
-        self._join_arrived()
-        return self._ahead.plan(self._decoding, running)
+        self._batch.join_arrived()
+        return self._ahead.plan(self._batch.decoding, running)
+
+    def computes_prompts_behind(self, running: StepPlan) -> bool:
+        """Whether the step behind `running` has prompts to go on with."""
+        ending = {item.sequence for item in running.scheduled if item.samples}
+        return any(sequence not in ending for sequence in self._prompts.active)
 
     def commit(self, plan: StepPlan, sampled: Tokens[Tokens[int]]) -> list[SequenceUpdate]:
         """Takes a step's result: for each item that samples, in order, its new tokens.
@@ -235,7 +234,7 @@ class DecodeScheduler:
                 if token_ids is not None:
                     self._prompts.remove(sequence)
                     sequence.advance(PhaseEvent.CATCH_UP)
-                    self._decoding.insert(sequence)
+                    self._batch.decoding.insert(sequence)
             elif sequence.phase is not Phase.DECODING:
                 if sequence.phase is Phase.FINISHED:
                     self._end(sequence)
@@ -244,14 +243,26 @@ class DecodeScheduler:
             if token_ids is not None:
                 update = self._stop_rules.append(sequence, token_ids)
                 updates.append(update)
+                if len(update.new_token_ids) > 1:
+                    self._ahead.token_known(sequence)
                 if update.finish_reason is not None:
                     num_finished += 1
                     sequence.advance(PhaseEvent.FINISH)
                     del self._sequences[sequence.key]
                     self._end(sequence)
         if num_finished:
-            self._decoding.keep(_is_decoding)
+            self._batch.decoding.keep(_is_decoding)
         return updates
+
+    def _num_prompt_tokens(self, decoding: list[ScheduledSequence]) -> int:
+        """What `decoding` leaves to prompts. Known tokens beyond one a sequence take a step's time
+        as prompts do, so they count as such."""
+        if not decoding:
+            return self._budget
+        num_decoding_tokens = sum([item.num_new_tokens for item in decoding])
+        num_known_tokens = num_decoding_tokens - len(decoding)
+        mixed = max(0, self._mixed_budget - num_known_tokens)
+        return min(self._budget - num_decoding_tokens, mixed)
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.key in self._sequences:
@@ -260,74 +271,14 @@ class DecodeScheduler:
 
     def _num_spare_blocks(self) -> int:
         """What an admission has to leave; nothing if nobody is there to grow."""
-        is_alone = not (self.num_running or self._arrived or self.num_reserved)
+        is_alone = not (self.num_running or self._batch.arrived or self.num_reserved)
         return 0 if is_alone else self._watermark
-
-    def _join_arrived(self) -> None:
-        while self._arrived and self.num_running < self._max_num_seqs:
-            sequence = self._arrived[0]
-            self._arrived.remove(sequence)
-            sequence.advance(PhaseEvent.JOIN)
-            self._decoding.insert(sequence)
-
-    def _schedule_decoding(self, preempted: list[Sequence]) -> list[ScheduledSequence]:
-        scheduled: list[ScheduledSequence] = []
-        block_size = self._pool.block_size
-        # Preemption takes from the end of the ranks, so it never hits what is scheduled already.
-        for sequence in tuple(self._decoding):
-            if preempted and sequence.phase is not Phase.DECODING:
-                continue
-            has_room = len(sequence.block_ids) * block_size >= len(sequence.token_ids)
-            if has_room or self._grow(sequence, preempted):
-                scheduled.append(ScheduledSequence(sequence, 1, samples=True))
-        return scheduled
-
-    def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """One more block, taken from whoever ranks last if need be.
-
-        False if that is the sequence itself: it's preempted then, or, where it's the only one
-        that holds blocks, pauses until blocks under transfer, pinned or in quarantine come back.
-        """
-        while (block_ids := self._pool.allocate(1)) is None:
-            victim = self._last_holder()
-            if victim is sequence and self._num_holders() == 1:
-                return False
-            self._preempt(victim)
-            preempted.append(victim)
-            if victim is sequence:
-                return False
-        sequence.block_ids += block_ids
-        return True
-
-    def _num_holders(self) -> int:
-        return len(self._decoding) + len(self._prompts.active) + len(self._arrived)
-
-    def _last_holder(self) -> Sequence:
-        queues = (self._decoding, self._prompts.active, self._arrived)
-        return max((queue[-1] for queue in queues if queue), key=running_rank)
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._take_out(victim)
-        is_kept = self._admission.preempt(victim)
-        victim.advance(PhaseEvent.SWAP if is_kept else PhaseEvent.PREEMPT)
-        self._prompts.add(victim)
-        self.stats.num_preemptions += 1
 
     def _end(self, sequence: Sequence) -> None:
         """It's finished: its blocks are free as soon as no step writes to them."""
         if sequence not in self._ahead:
             self._admission.return_blocks(sequence)
             self._may_admit = True
-
-    def _take_out(self, sequence: Sequence) -> None:
-        """Removes it from the queue where its phase says it is."""
-        match sequence.phase:
-            case Phase.DECODING:
-                self._decoding.remove(sequence)
-            case Phase.ARRIVED:
-                self._arrived.remove(sequence)
-            case _:
-                self._prompts.remove(sequence)
 
 
 def _is_decoding(sequence: Sequence) -> bool:

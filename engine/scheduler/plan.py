@@ -9,22 +9,24 @@ from protocol.request import FinishReason
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """`num_new_tokens` tokens of `sequence`, starting at its `num_computed_tokens`.
+    """`num_new_tokens` tokens of `sequence`, starting at its `start`.
 
     `samples` is true if the chunk reaches the sequence's last token, so that a token follows.
-    In a step that is scheduled ahead, that last token may still be being sampled: `source` is its
-    place among the samples of the step before then, and the chunk is this one token.
+    In a step that is scheduled ahead, `num_in_flight` tokens before the chunk are computed by the
+    step before it; and the last token may still be being sampled there: `source` is its place
+    among that step's samples then, and the chunk is this one token.
     """
 
     sequence: Sequence
     num_new_tokens: int
     samples: bool
     source: int | None = None
+    num_in_flight: int = 0
 
     @property
     def start(self) -> int:
-        """The first token's index in its sequence."""
-        return self.sequence.num_computed_tokens + (self.source is not None)
+        """The first token's index in its sequence, until the step before is committed."""
+        return self.sequence.num_computed_tokens + self.num_in_flight
 
 
 @dataclass(slots=True, frozen=True)

@@ -7,6 +7,8 @@ the KV, so a preempted sequence has to continue as if nothing had happened.
 
 Steps may run one ahead: what such a step writes, it writes when it's launched and once more just
 before it's committed, so that a block it still writes to can't be given away in between.
+
+Tokens may be forced: a step then yields some of those that would follow its own, too.
 """
 
 import random
@@ -38,6 +40,7 @@ MAX_BATCHED_TOKENS = 6
 MAX_MIXED_TOKENS = 3
 EOS = 3
 
+jumps = st.lists(st.integers(0, 3), min_size=MAX_NUM_SEQS, max_size=MAX_NUM_SEQS)
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=15)
 
 
@@ -79,7 +82,11 @@ class Step:
 
     plan: StepPlan
     written: list[tuple[list[int], int, int]] = field(default_factory=list)
-    sampled: list[int] = field(default_factory=list)
+    sampled: dict[Sequence, int] = field(default_factory=dict)
+
+    def samples(self) -> list[int]:
+        """Of the sequences that don't know their next token by now."""
+        return [self.sampled[item.sequence] for item in self.plan.scheduled if item.samples]
 
 
 class DecodeMachine(RuleBasedStateMachine):
@@ -169,8 +176,8 @@ class DecodeMachine(RuleBasedStateMachine):
                 self.memory[block, offset] = -1
 
     @precondition(lambda self: any(not t.stopping for t in self.transfers))
-    @rule(data=st.data())
-    def arrive(self, data):
+    @rule(data=st.data(), num_forced=st.integers(0, 7))
+    def arrive(self, data, num_forced):
         running = [t for t in self.transfers if not t.stopping]
         transfer = data.draw(st.sampled_from(running))
         reservation, sequence = transfer.reservation, transfer.reservation.sequence
@@ -179,7 +186,8 @@ class DecodeMachine(RuleBasedStateMachine):
         self.write(
             sequence, values, reservation.num_cached_blocks * BLOCK_SIZE, reservation.num_tokens
         )
-        sequence.token_ids.append(next_token(values[-1]))
+        stop = sequence.num_tokens + 1 + num_forced
+        sequence.token_ids[:] = generate(sequence)[:stop]
         if sequence.token_ids == generate(sequence):  # ended by its first token
             assert self.scheduler.abort(sequence.key) is sequence
             self.scheduler.confirm_stopped(reservation)
@@ -232,11 +240,21 @@ class DecodeMachine(RuleBasedStateMachine):
         for is_ahead in are_ahead:
             self.run_step(is_ahead=is_ahead)
 
+    @rule(kwargs=sequences, steps=st.lists(jumps, min_size=1, max_size=8), is_ahead=st.booleans())
+    def some_jumps(self, kwargs, steps, is_ahead):
+        """Of sequences that have the worker to themselves, one new among them."""
+        self.add({**kwargs, "max_tokens": 8})
+        for _ in range(2 * MAX_MODEL_LEN):
+            if self.scheduler.queued_tokens:
+                self.run_step(is_ahead=False)
+        for nums_forced in steps:
+            self.run_step(is_ahead=is_ahead, nums_forced=nums_forced)
+
     @rule(is_ahead=st.booleans(), data=st.data())
     def step_with_abort(self, is_ahead, data):
         self.run_step(is_ahead=is_ahead, aborted_meanwhile=data)
 
-    def run_step(self, *, is_ahead, aborted_meanwhile=None) -> bool:
+    def run_step(self, *, is_ahead, aborted_meanwhile=None, nums_forced=()) -> bool:
         """Finishes the step that runs ahead, or a new one; whether there was one."""
         step = self.running or self.launch(self.scheduler.schedule(), None)
         self.running = None
@@ -249,7 +267,7 @@ class DecodeMachine(RuleBasedStateMachine):
             victim = aborted_meanwhile.draw(st.sampled_from(in_step))
             assert self.scheduler.abort(victim.key) is victim
             del self.live[victim.key]
-        for update in self.scheduler.commit(step.plan, [[token] for token in step.sampled]):
+        for update in self.scheduler.commit(step.plan, self.with_forced(step, nums_forced)):
             sequence = update.sequence
             expected = generate(sequence)
             assert expected[: sequence.num_tokens] == sequence.token_ids
@@ -260,6 +278,16 @@ class DecodeMachine(RuleBasedStateMachine):
         for block in self.pool._free:
             self.memory.update(((block, offset), -1) for offset in range(BLOCK_SIZE))
         return bool(step.plan.scheduled)
+
+    def with_forced(self, step, nums_forced) -> list[list[int]]:
+        """What each sequence samples, with some tokens behind that aren't to be sampled."""
+        tokens = [[token] for token in step.samples()]
+        in_step = (item.sequence for item in step.plan.scheduled if item.samples)
+        for sequence, own, num_forced in zip(in_step, tokens, nums_forced, strict=False):
+            if self.is_live(sequence):
+                start = sequence.num_tokens + 1
+                own += generate(sequence)[start : start + num_forced]
+        return tokens
 
     def launch(self, plan, before) -> Step:
         """Runs a plan behind `before`, whose tokens may not be committed yet."""
@@ -273,7 +301,7 @@ class DecodeMachine(RuleBasedStateMachine):
         for item in plan.scheduled:
             token_ids = list(item.sequence.token_ids)
             if item.source is not None:
-                token_ids.append(before.sampled[item.source])
+                token_ids.append(before.samples()[item.source])
             num_left = len(token_ids) - item.start
             assert 1 <= item.num_new_tokens <= num_left
             assert item.samples == (item.num_new_tokens == num_left)
@@ -283,7 +311,7 @@ class DecodeMachine(RuleBasedStateMachine):
         for item, (values, _, stop) in zip(plan.scheduled, step.written, strict=True):
             if item.samples:
                 self.check_memory(item.sequence, values, stop)
-                step.sampled.append(next_token(values[-1]))
+                step.sampled[item.sequence] = next_token(values[-1])
         return step
 
     def write_step(self, step) -> None:

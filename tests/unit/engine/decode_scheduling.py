@@ -41,6 +41,7 @@ def make_sequence(
     *,
     num_prompt_tokens: int | None = None,
     max_tokens: int = 100,
+    stop_token_ids: tuple[int, ...] = (),
     arrival_s: float = 0.0,
     priority: int = 0,
 ) -> Sequence:
@@ -48,7 +49,7 @@ def make_sequence(
         key=RequestKey(name, 0),
         token_ids=token_ids,
         num_prompt_tokens=num_prompt_tokens or len(token_ids),
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids),
         priority=priority,
     )
     return Sequence(request, ROOT, arrival_s)
