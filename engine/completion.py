@@ -36,19 +36,24 @@ class Completion:
         self._matcher = StopMatcher(sampling.stop, include=sampling.include_stop_str_in_output)
 
     def push(self, update: SequenceUpdate, logprobs: TokenLogprobs | None) -> None:
-        """Takes a step's token; `finish_reason` is set afterwards if the output ended."""
-        token_id = update.new_token_ids[0]
-        self.token_ids.append(token_id)
+        """Takes a step's tokens, `logprobs` of the first; `finish_reason` is set afterwards if the
+        output ended. A stop string among them ends it right behind it."""
         if logprobs is not None:
             self.last_logprobs = logprobs
             self._cumulative_logprob += logprobs.logprob
-            self._logprobs.append(named_logprobs(self.tokenizer, token_id, logprobs))
+            named = named_logprobs(self.tokenizer, update.new_token_ids[0], logprobs)
+            self._logprobs.append(named)
         ended_by_token = update.finish_reason == "stop"
-        if not ended_by_token or self.sampling.include_stop_str_in_output:
-            self._push_text(self._detokenizer.push([token_id]))
-        if self._matcher.matched is not None:
-            self.finish_reason, self._stop_reason = "stop", self._matcher.matched
-        elif update.finish_reason is not None:
+        hides_last = ended_by_token and not self.sampling.include_stop_str_in_output
+        num_shown = len(update.new_token_ids) - hides_last
+        for i, token_id in enumerate(update.new_token_ids):
+            self.token_ids.append(token_id)
+            if i < num_shown:
+                self._push_text(self._detokenizer.push([token_id]))
+            if self._matcher.matched is not None:
+                self.finish_reason, self._stop_reason = "stop", self._matcher.matched
+                return
+        if update.finish_reason is not None:
             self._push_text(self._detokenizer.finish())
             self._parts.append(self._matcher.finish())
             self.finish_reason, self._stop_reason = update.finish_reason, update.stop_token_id

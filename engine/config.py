@@ -68,6 +68,11 @@ class EngineConfig:
         help="prepare a decode step while the one before runs; default: on a GPU, where they "
         "would wait for each other",
     )
+    jump_ahead: bool = setting(
+        True,
+        help="append the tokens that a grammar leaves no choice about all at once, without "
+        "sampling them, where that saves time",
+    )
     enable_prefix_caching: bool = setting(True, help="reuse KV blocks of equal prefixes")
     seed: int = setting(0, help="root of the random numbers of requests without a seed")
     preemption_mode: str = setting(

@@ -207,6 +207,25 @@ class Engine:
         step.sample()
         return step.result()
 
+    @property
+    def jumps_ahead(self) -> bool:
+        """Whether tokens that a grammar forces may be appended without sampling them."""
+        return self._config.jump_ahead
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether steps of one token a sequence are captured CUDA graphs."""
+        return self._runner.uses_graphs
+
+    def forced_tokens(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
+        """What must follow the tokens that a step has just yielded for `sequences`, by their
+        grammars: non-empty lists."""
+        return self._runner.forced_tokens(sequences)
+
+    def append(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Forced tokens are the sequence's next outputs: commit them behind the sampled one."""
+        self._runner.append(sequence, token_ids)
+
     def release(self, sequence: Sequence) -> None:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;
         nothing happens if it never ran or was released."""

@@ -280,7 +280,7 @@ class LLM:
         start_s = time.perf_counter()
         while self._loop.has_work:
             for result in self._loop.step():
-                num_tokens += 1
+                num_tokens += len(result.update.new_token_ids)
                 key = result.update.sequence.key
                 job, completion = completions[key]
                 if result.prompt is not NO_REPORT:

@@ -6,7 +6,8 @@
 So the device finds its next step when it's through with one, and all that the host does for a
 step happens while the device is busy. Where the next step's choice of tokens depends on these by
 rules of the host (grammars, limits on thoughts), the step ahead is launched up to its logits, and
-samples when these are committed: masks are made while it runs. Where the next step itself depends
+samples when these are committed: masks are made while it runs. Who knows the next token by then,
+because a grammar forces it, doesn't sample (jump_ahead.py). Where the next step itself depends
 on them (prompts that want in, blocks that run out), it waits.
 """
 
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 from engine.engine import Engine
+from engine.jump_ahead import JumpAhead
 from engine.running_step import RunningStep
 from engine.sampler.sampled import SampledToken
 from engine.scheduler.decode import DecodeScheduler
@@ -43,6 +45,7 @@ class StepPipeline:
     def __init__(self, engine: Engine, scheduler: DecodeScheduler) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._jumps = JumpAhead(engine)
         self._running: _InFlight | None = None
         self._last_finished_s = 0.0
 
@@ -58,10 +61,19 @@ class StepPipeline:
             return None
         running.step.sample()
         self._running = self._launch_ahead(running)
-        sampled = running.step.result()
+        sampled = self._jump(running.plan, running.step.result())
         started_s = max(running.launched_s, self._last_finished_s)
         self._last_finished_s = time.monotonic()
         return FinishedStep(running.plan, sampled, started_s)
+
+    def _jump(self, plan: StepPlan, sampled: list[SampledToken]) -> list[SampledToken]:
+        is_mixed = self._scheduler.computes_prompts_behind(plan)
+        return self._jumps.extend(
+            sampled,
+            num_running=self._scheduler.num_running,
+            is_ahead=self._running is not None,
+            loses_graph=self._engine.uses_graphs and not is_mixed,
+        )
 
     def _launch_ahead(self, running: _InFlight) -> _InFlight | None:
         if not (self._engine.runs_ahead and running.step.may_be_followed):

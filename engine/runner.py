@@ -7,6 +7,7 @@ request wants to know of its prompt.
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from engine.sampler.pending import PendingRows
 from engine.sampler.sampler import Sampler
 from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
-from engine.upload import Uploader
+from engine.upload import Uploader, to_device
 from kernels.attention import AttentionBatch
 
 # As many decode rows beside prompts are worth launches of their own on a GPU.
@@ -59,6 +60,10 @@ class ModelRunner:
         self._graphs = DecodeGraphs(self._model, self._kv_pool, sizes, progress=progress)
 
     @property
+    def uses_graphs(self) -> bool:
+        return self._graphs is not None
+
+    @property
     def num_rows(self) -> int:
         """Sequences that have run and not been released."""
         return self._batch.num_rows
@@ -87,12 +92,24 @@ class ModelRunner:
             hidden = self._graphs.hidden(arrays, self._sampled)
         if hidden is None:
             hidden = self._hidden(arrays, plan.scheduled if is_read else [])
-        sequences = [item.sequence for item in plan.scheduled if item.samples]
-        if not sequences:
+        sampling = [item for item in plan.scheduled if item.samples]
+        if not sampling:
             return RunningStep([], None, reports={}, device=device)
         sample = functools.partial(self._sample, self._model.logits(hidden), arrays)
-        reports = {each: self._reader.report(each) for each in sequences} if is_read else {}
-        return RunningStep(sequences, sample, reports=reports, device=device)
+        sequences = (item.sequence for item in sampling) if is_read else ()
+        reports = {each: self._reader.report(each) for each in sequences}
+        return RunningStep(sampling, sample, reports=reports, device=device)
+
+    def forced_tokens(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
+        """What must follow the tokens that a step has just yielded for `sequences`, by grammars;
+        nothing of those that were released since."""
+        return self._sampler.forced_tokens(sequences)
+
+    @torch.inference_mode()
+    def append(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Its forced tokens are its next outputs: commit them behind the sampled one."""
+        assert sequence.row is not None, "forced tokens are of rows"
+        self._sampler.append(sequence.row, token_ids)
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended or lost its blocks. Nothing happens if it has no row."""
@@ -102,8 +119,14 @@ class ModelRunner:
             self._reader.remove(sequence)
 
     @torch.inference_mode()
-    def _sample(self, logits: Tensor, arrays: StepArrays) -> PendingRows:
-        pending = self._sampler.choose(logits, arrays.sample_rows, arrays.sample_positions)
+    def _sample(self, logits: Tensor, arrays: StepArrays, places: list[int]) -> PendingRows:
+        """For the rows of `logits` at `places`."""
+        rows, positions = arrays.sample_rows, arrays.sample_positions
+        if len(places) < len(rows):
+            index = np.array(places)
+            rows, positions = rows[index], positions[index]
+            logits = logits.index_select(0, to_device(index, logits.device))
+        pending = self._sampler.choose(logits, rows, positions)
         self._sampled = pending.token_ids
         return pending
 

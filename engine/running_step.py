@@ -6,25 +6,29 @@ import torch
 
 from engine.sampler.pending import PendingRows, SampledRows
 from engine.sampler.sampled import NO_REPORT, PromptReport, SampledToken
+from engine.scheduler.plan import ScheduledSequence
 from engine.sequence import Sequence
 
 
 class RunningStep:
     """What `ModelRunner.launch` leaves behind: everything is queued, nothing has been waited for.
 
-    Its sequences' tokens are chosen by `sample`, at once or later.
+    Its sequences' tokens are chosen by `sample`, at once or later; those of sequences that know
+    theirs by then aren't.
     """
 
     def __init__(
         self,
-        sequences: list[Sequence],
-        sample: Callable[[], PendingRows] | None,
+        sampling: list[ScheduledSequence],
+        sample: Callable[[list[int]], PendingRows] | None,
         *,
         reports: Mapping[Sequence, PromptReport],
         device: torch.device,
     ) -> None:
-        """`sample` chooses a token for each of `sequences`; None if no sequence samples."""
-        self._sequences = sequences
+        """`sample` chooses tokens for the places in `sampling` that it's given; None if no
+        sequence samples."""
+        self._sampling = sampling
+        self._sequences: list[Sequence] = []
         self._sample = sample
         self._pending: PendingRows | None = None
         self._reports = reports
@@ -34,20 +38,23 @@ class RunningStep:
     @property
     def may_be_followed(self) -> bool:
         """Whether its sequences' next step may be launched before this one's `result`."""
-        return self._pending is not None and not self._reports
+        return self._sample is None and not self._reports
 
     @property
     def is_free(self) -> bool:
         """Whether that next step may also be sampled before then."""
-        return self._pending is not None and self._pending.is_free
+        return self._sample is None and (self._pending is None or self._pending.is_free)
 
     def sample(self) -> None:
         """Queues the choice of tokens. The steps before are committed, unless their rows were
         free; nothing happens if it's done or nobody samples."""
         if self._sample is not None:
             sample, self._sample = self._sample, None
-            self._pending = sample()
-            self._done = self._record()
+            places = [i for i, item in enumerate(self._sampling) if item.samples]
+            self._sequences = [self._sampling[i].sequence for i in places]
+            if places:
+                self._pending = sample(places)
+                self._done = self._record()
 
     def result(self) -> list[SampledToken]:
         """One token for each sequence that sampled, in order. Waits for the device: afterwards

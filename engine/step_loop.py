@@ -15,8 +15,9 @@ from protocol.request import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A sequence's new token, `update.new_token_ids`, and what was asked for about it and, with
-    the first, about the prompt. With a `failure` there is none, and the sequence is gone."""
+    """A sequence's new tokens, `update.new_token_ids`, and what was asked for about the first of
+    them and, with an output's first, about the prompt. With a `failure` there is none, and the
+    sequence is gone."""
 
     update: SequenceUpdate
     logprobs: TokenLogprobs | None
@@ -62,7 +63,7 @@ class StepLoop:
         failed = [token for token in sampled if token.failure is not None]
         for token in failed:
             self.abort(token.sequence.key)
-        updates = self.scheduler.commit(finished.plan, [[token.token_id] for token in sampled])
+        updates = self.scheduler.commit(finished.plan, [token.token_ids for token in sampled])
         tokens = {token.sequence: token for token in sampled}
         for update in updates:
             if update.finish_reason is not None:

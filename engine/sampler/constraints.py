@@ -57,6 +57,19 @@ class Constraint:
             self.failure = _failure(self.matcher, is_stuck=is_stuck)
         return not (is_stuck or self.failure is not None or self.matcher.is_over)
 
+    def forced_tokens(self) -> list[int]:
+        """Those that must follow the token just accepted, which isn't appended yet.
+
+        None where others have a say, too (allowed tokens, bad words, a least length that rules
+        ends out), or where someone wants to know what else might have come (logprobs).
+        """
+        sampling = self.sequence.request.sampling
+        is_too_short = self.sequence.num_output_tokens + 1 < sampling.min_tokens
+        is_bound_otherwise = self.allowed is not None or self.bad_words or is_too_short
+        if self.matcher is None or is_bound_otherwise or sampling.logprobs is not None:
+            return []
+        return [] if self.failure is not None else self.matcher.forced_tokens()
+
     def _is_due(self, word: tuple[int, ...]) -> bool:
         """Whether the word's last token would complete it now."""
         token_ids = self.sequence.token_ids
@@ -101,6 +114,22 @@ class Constraints:
             return []
         found = ((place, self._rows.get(row)) for place, row in enumerate(rows.tolist()))
         return [(place, constraint) for place, constraint in found if constraint is not None]
+
+    def forced_tokens(self, sequences: Iterable[Sequence]) -> dict[Sequence, list[int]]:
+        """For those of `sequences` that have rows and just accepted a token that isn't appended
+        yet: the tokens that must follow it, if any must."""
+        if not self._rows:
+            return {}
+        held = ((each, self._rows.get(each.row)) for each in sequences if each.row is not None)
+        forced = {each: held_to.forced_tokens() for each, held_to in held if held_to is not None}
+        return {each: tokens for each, tokens in forced.items() if tokens}
+
+    def append(self, row: int, token_ids: list[int]) -> None:
+        """The row gets forced tokens."""
+        matcher = self._rows[row].matcher
+        assert matcher is not None, "nothing else forces"
+        for token_id in token_ids:
+            matcher.accept(token_id)
 
     def rule_out(
         self, scores: Tensor, constrained: list[tuple[int, Constraint]]

@@ -41,9 +41,8 @@ class PenaltyCounts:
             self._grow()
         slot = self._free_slots.pop()
         self._in_prompt[slot].zero_().index_fill_(0, self._indexes(prompt_ids), value=True)
-        outputs = self._indexes(output_ids)
-        ones = torch.ones_like(outputs, dtype=torch.int32)
-        self._output_counts[slot].zero_().index_add_(0, outputs, ones)
+        self._output_counts[slot].zero_()
+        self.count_more(slot, output_ids)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -52,6 +51,12 @@ class PenaltyCounts:
     def count(self, rows: PenaltyRows, token_ids: Tensor) -> None:
         """Adds a step's sampled `token_ids` (int64, one a row of the step) to the counts."""
         self._output_counts[rows.slots, token_ids[rows.places]] += 1
+
+    def count_more(self, slot: int, token_ids: TokenIds[int]) -> None:
+        """Adds tokens that nobody sampled to one sequence's counts."""
+        indexes = self._indexes(token_ids)
+        ones = torch.ones_like(indexes, dtype=torch.int32)
+        self._output_counts[slot].index_add_(0, indexes, ones)
 
     def apply(self, rows: PenaltyRows, scores: Tensor) -> None:
         """Changes `scores` [num_rows, >= vocab_size] in place."""

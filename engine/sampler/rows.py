@@ -88,10 +88,14 @@ class SamplingTable:
         sampled later: it's greedy there, whatever it was."""
         self._adjustments.pop(row, None)
         self.version += 1
-        slot = int(self._rows["penalty_slot"][row])
+        slot = self.penalty_slot(row)
         self._rows[row] = np.zeros((), dtype=_ROW_DTYPE)
         self._rows["penalty_slot"][row] = NO_PENALTY_SLOT
         self._rows["num_logprobs"][row] = NO_LOGPROBS
+        return slot
+
+    def penalty_slot(self, row: int) -> int | None:
+        slot = int(self._rows["penalty_slot"][row])
         return None if slot == NO_PENALTY_SLOT else slot
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
 """What a step yields for a sequence that samples."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
 from protocol.request import TokenLogprobs
@@ -28,7 +28,8 @@ class OutputFailure:
 
 @dataclass(slots=True, frozen=True)
 class SampledToken:
-    """The next token of `sequence`; `logprobs` and `prompt` if its request asked for them.
+    """The next token of `sequence`, and those that a grammar forces behind it, if it jumps
+    (engine/jump_ahead.py); `logprobs` and `prompt` if its request asked for them.
 
     With a `failure` it's no token of any worth: the sequence has to be given up.
     """
@@ -38,3 +39,9 @@ class SampledToken:
     logprobs: TokenLogprobs | None
     prompt: PromptReport = NO_REPORT
     failure: OutputFailure | None = None
+    forced_token_ids: list[int] = field(default_factory=list[int])
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of them, in order."""
+        return [self.token_id, *self.forced_token_ids]

@@ -109,6 +109,18 @@ class Sampler:
         logprobs = PendingLogprobs(unadjusted, chosen[wanted.index], wanted.num_top)
         return PendingRows(chosen, held=held, logprobs=logprobs, logprob_places=wanted.places)
 
+    def forced_tokens(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
+        """What must follow the tokens that were just read for `sequences`: for those of them that
+        have rows, and where anything must."""
+        return self._constraints.forced_tokens(sequences)
+
+    def append(self, row: int, token_ids: list[int]) -> None:
+        """Forced tokens count as the row's next outputs, behind the one that was read."""
+        self._constraints.append(row, token_ids)
+        slot = self._table.penalty_slot(row)
+        if slot is not None:
+            self._penalty_counts.count_more(slot, token_ids)
+
     def _groups_of(self, rows: NDArray[np.int64]) -> RowGroups:
         """Decode steps in a row have the same rows; only a change makes new groups."""
         key = (self._table.version, rows.tobytes())

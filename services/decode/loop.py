@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from engine.engine import Engine
+from engine.phase import Phase
 from engine.pipeline import StepPipeline
 from engine.sampler.sampled import OutputFailure, SampledToken
 from engine.scheduler.admission import PrefixStats
@@ -119,6 +120,7 @@ class TurnReport:
     num_swapped: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_forced_tokens: int = 0
     prefix_stats: PrefixStats = field(default_factory=PrefixStats)
 
 
@@ -169,24 +171,26 @@ class DecodeLoop:
             return False
         plan, sampled = finished.plan, finished.sampled
         self._note_start(plan, finished.started_s)
-        num_decoding = sum(item.num_new_tokens == 1 and item.samples for item in plan.scheduled)
-        num_prefill_tokens = plan.num_tokens - num_decoding
+        prompts = [i for i in plan.scheduled if i.sequence.phase is Phase.PREFILLING]
+        num_prefill_tokens = sum(item.num_new_tokens for item in prompts)
         for token in sampled:
             if token.failure is not None:
                 self._give_up(token.sequence.key, token.failure)
-        updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
+        updates = self._scheduler.commit(plan, [token.token_ids for token in sampled])
         now_s = time.monotonic()
         self._meter.observe_step(
             now_s - finished.started_s,
             num_prefill_tokens=num_prefill_tokens,
-            num_decoding=num_decoding,
+            num_decoding=len(plan.scheduled) - len(prompts),
         )
         tokens = {token.sequence.key: token for token in sampled}
         for update in updates:
             self._deliver(update, tokens[update.sequence.key], now_s)
         self._report.num_preempted += len(plan.preempted)
         self._report.num_prompt_tokens += num_prefill_tokens
-        self._report.num_generated_tokens += len(updates)
+        num_generated = sum(len(update.new_token_ids) for update in updates)
+        self._report.num_generated_tokens += num_generated
+        self._report.num_forced_tokens += num_generated - len(updates)
         self._flush()
         return True
 

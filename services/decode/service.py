@@ -43,7 +43,9 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
         host.update(report.load, report.kv_events, report.prefix_stats)
         host.metrics.observe_preemptions(report.num_preempted, num_swapped=report.num_swapped)
         host.metrics.observe_tokens(
-            num_prompt=report.num_prompt_tokens, num_generated=report.num_generated_tokens
+            num_prompt=report.num_prompt_tokens,
+            num_generated=report.num_generated_tokens,
+            num_forced=report.num_forced_tokens,
         )
 
     # Agent, transfers and worker know each other; these two are called in the running loop only.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from engine.engine import Engine
+from engine.jump_ahead import JumpAhead
 from engine.sampler.sampled import SampledToken
 from engine.scheduler.admission import PrefixStats
 from engine.scheduler.plan import SequenceUpdate, StepPlan
@@ -97,6 +98,7 @@ class TurnReport:
     kv_events: list[KVEvent] = field(default_factory=list[KVEvent])
     load: WorkerLoad = field(default_factory=WorkerLoad)
     num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
     prefix_stats: PrefixStats = field(default_factory=PrefixStats)
 
 
@@ -108,6 +110,7 @@ class PrefillLoop:
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._jumps = JumpAhead(engine)
         self._publish = publish
         self._meter = LoadMeter()
         self._idle_check = IdleCheck(engine.pool)
@@ -137,8 +140,8 @@ class PrefillLoop:
             return False
         started_s = time.monotonic()
         self._announce(plan, started_s)
-        sampled = self._engine.execute(plan)
-        updates = self._scheduler.commit(plan, [(token.token_id,) for token in sampled])
+        sampled = self._jump(self._engine.execute(plan))
+        updates = self._scheduler.commit(plan, [token.token_ids for token in sampled])
         now_s = time.monotonic()
         self._meter.observe_step(
             now_s - started_s, num_prefill_tokens=plan.num_tokens, num_decoding=0
@@ -155,6 +158,13 @@ class PrefillLoop:
         # First of all the news: a sender may be waiting for its ticket.
         self._flush()
         self._idle_check.run()
+
+    def _jump(self, sampled: list[SampledToken]) -> list[SampledToken]:
+        """Decode computes what is forced. Who shares its step there isn't known here, so where
+        graphs count it's left to decode: it'll see from the second token on."""
+        if self._engine.uses_graphs:
+            return sampled
+        return self._jumps.extend(sampled, num_running=1, is_ahead=False, loses_graph=False)
 
     def _start(self, request: Request) -> None:
         self._engine.prepare(request)
@@ -197,7 +207,7 @@ class PrefillLoop:
         )
         first = SequenceOutput(
             key=sequence.key,
-            position=sequence.num_output_tokens - 1,
+            position=sequence.num_output_tokens - len(update.new_token_ids),
             token_ids=update.new_token_ids,
             finish_reason=update.finish_reason,
             stop_token_id=update.stop_token_id,
@@ -207,6 +217,7 @@ class PrefillLoop:
             prompt_logprobs=token.prompt.logprobs,
             pooled=token.prompt.pooled,
         )
+        self._report.num_generated_tokens += len(update.new_token_ids)
         self._report.done.append(PromptDone(first, timings))
 
     def _flush(self) -> None:

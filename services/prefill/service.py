@@ -41,7 +41,9 @@ async def _serve(engine: Engine, engine_config: EngineConfig, config: WorkerConf
         worker.on_turn(report)
         host.update(report.load, report.kv_events, report.prefix_stats)
         host.metrics.observe_tokens(
-            num_prompt=report.num_prompt_tokens, num_generated=len(report.done)
+            num_prompt=report.num_prompt_tokens,
+            num_generated=report.num_generated_tokens,
+            num_forced=report.num_generated_tokens - len(report.done),
         )
 
     loop = PrefillLoop(

@@ -86,6 +86,10 @@ class WorkerMetrics:
         self._usage = make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens computed here.")
         self._generated = make.counter("vllm:generation_tokens", "Tokens generated here.")
+        self._forced = make.counter(
+            "tandem:forced_tokens",
+            "Generated tokens that a grammar left no choice about, appended without sampling.",
+        )
         self._preemptions = make.counter("vllm:num_preemptions", "Sequences preempted.")
         self._queries = make.counter(
             "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."
@@ -125,9 +129,11 @@ class WorkerMetrics:
         for peer, rate in load.transfer_gb_per_s.items():
             self._gb_per_s.labels(**self._labels, peer=peer).set(rate)
 
-    def observe_tokens(self, *, num_prompt: int, num_generated: int) -> None:
+    def observe_tokens(self, *, num_prompt: int, num_generated: int, num_forced: int = 0) -> None:
+        """`num_forced` of the generated ones were never sampled."""
         self._prompt_tokens.inc(num_prompt)
         self._generated.inc(num_generated)
+        self._forced.inc(num_forced)
 
     def observe_cache(self, *, num_queried: int, num_hit: int) -> None:
         """More tokens looked up and found since the last call."""

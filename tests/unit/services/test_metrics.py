@@ -28,7 +28,7 @@ LOAD = WorkerLoad(
 def used_worker_metrics() -> WorkerMetrics:
     metrics = WorkerMetrics(model_name="m", worker_id="prefill-0")
     metrics.observe_load(LOAD)
-    metrics.observe_tokens(num_prompt=7, num_generated=3)
+    metrics.observe_tokens(num_prompt=7, num_generated=3, num_forced=2)
     metrics.observe_cache(num_queried=7, num_hit=4)
     metrics.observe_preemptions(1, num_swapped=2)
     metrics.observe_sent("decode-0", num_bytes=100, seconds=0.5)
