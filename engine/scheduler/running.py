@@ -24,7 +24,7 @@ class DecodeTokens:
     more, because several of their tokens are known, get what is left."""
 
     def __init__(self, budget: int, num_sequences: int) -> None:
-        self._num_spare = budget - num_sequences
+        self._num_spare = max(0, budget - num_sequences)
 
     def give(self, num_wanted: int) -> int:
         """One at least."""

@@ -4,6 +4,7 @@ from decode_scheduling import commit, make_scheduler, make_sequence, scheduled, 
 
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import StepPlan
+from engine.scheduler.running import DecodeTokens
 
 
 def jump(scheduler: DecodeScheduler, plan: StepPlan, **nums_forced: int) -> None:
@@ -94,3 +95,9 @@ def test_blocks_for_a_jump_come_from_whoever_ranks_last() -> None:
     assert plan.preempted == [last]
     assert pool.counts.free == 0
     assert last.token_ids[-2:] == [9, 8], "what is known stays known"
+
+
+def test_more_sequences_than_tokens_in_a_step_get_one_each() -> None:
+    """They arrive by transfer, which no step's budget holds back."""
+    tokens = DecodeTokens(4, 6)
+    assert [tokens.give(num_known) for num_known in (5, 1, 2)] == [1, 1, 1]
