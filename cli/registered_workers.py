@@ -1,5 +1,7 @@
 """Reads from Redis what the workers of a stack say about themselves."""
 
+from typing import TypeVar
+
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -7,6 +9,8 @@ from redis.exceptions import RedisError
 from protocol.ids import WorkerId
 from protocol.records import WorkerLoad, WorkerRecord
 from services.runtime.redis_keys import RedisKeys
+
+T = TypeVar("T")
 
 
 class RegisteredWorkers:
@@ -18,13 +22,11 @@ class RegisteredWorkers:
 
     async def record(self, worker_id: WorkerId) -> WorkerRecord | None:
         """The record of the worker's present incarnation."""
-        data = await self._get(self._keys.worker(worker_id))
-        return None if data is None else msgspec.json.decode(data, type=WorkerRecord)
+        return _decoded(await self._get(self._keys.worker(worker_id)), WorkerRecord)
 
     async def load(self, worker_id: WorkerId) -> WorkerLoad | None:
         """What the worker last said about its load."""
-        data = await self._get(self._keys.load(worker_id))
-        return None if data is None else msgspec.json.decode(data, type=WorkerLoad)
+        return _decoded(await self._get(self._keys.load(worker_id)), WorkerLoad)
 
     async def _get(self, key: str) -> bytes | None:
         try:
@@ -32,3 +34,11 @@ class RegisteredWorkers:
         except (RedisError, OSError):
             return None
         return value if isinstance(value, bytes) else None
+
+
+def _decoded(data: bytes | None, what: type[T]) -> T | None:
+    """None also for what another release of Tandem has written."""
+    try:
+        return None if data is None else msgspec.json.decode(data, type=what)
+    except msgspec.DecodeError:
+        return None

@@ -5,9 +5,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
+from cli.registered_workers import RegisteredWorkers
 from protocol.ids import Incarnation, WorkerId, WorkerRef, WorkerRole
 from protocol.layout import KVLayout
 from protocol.messages import PROTOCOL_VERSION
@@ -318,3 +320,15 @@ async def test_more_changes_than_are_kept_become_a_resync(redis: Redis, runner: 
     registration.publish_kv([stored(*many)])
     await index.until(lambda: len(index.blocks) == len(many) and index.exact)
     assert index.num_resyncs == 2
+
+
+async def test_another_releases_record_is_none(redis: Redis) -> None:
+    """`tandem ps` lists what it can of a stack that another release has started."""
+    keys = RedisKeys("other-release")
+    workers = RegisteredWorkers(redis, keys=keys)
+    await redis.set(keys.worker("decode-0"), msgspec.json.encode(record()))
+    assert await workers.record("decode-0") == record()
+    of_later_release = msgspec.json.encode(record()).replace(b'"decode"', b'"referee"')
+    await redis.set(keys.worker("decode-0"), of_later_release)
+    assert await workers.record("decode-0") is None
+    assert await workers.load("decode-0") is None
