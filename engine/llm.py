@@ -200,14 +200,16 @@ class LLM:
     def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text, if there is one, and tokens. Raises InvalidRequestError for ids the model lacks."""
         if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
-        token_ids = list(prompt["prompt_token_ids"])
+            # Some tokenizers have marks that their model was never given embeddings for.
+            text, token_ids = prompt, self.tokenizer.encode(prompt)
+        else:
+            text, token_ids = None, list(prompt["prompt_token_ids"])
         vocab_size = self._engine.model.vocab_size
-        if any(not 0 <= token_id < vocab_size for token_id in token_ids):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             raise InvalidRequestError(
                 f"Token ids must be between 0 and {vocab_size - 1}.", field="prompt"
             )
-        return None, token_ids
+        return text, token_ids
 
     def _job(
         self, prompt: Prompt, sampling: SamplingParams, pooling: PoolingParams | None = None

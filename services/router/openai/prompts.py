@@ -2,9 +2,9 @@
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,10 +18,14 @@ from services.router.served_model import ServedModel
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+# Of several texts, as many as a thread takes at once, some 30 ms; others' texts wait meanwhile.
+_PORTION_CHARS = 64 * 1024
 # An encoder's tokens don't cover its text: any number of spaces is none, an unknown word is one.
 _SPARSE = 16
 _MAX_TEMPLATE_CHARS = 64 * 1024
 _MAX_TEMPLATES = 64
+
+ResultT = TypeVar("ResultT")
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -53,10 +57,15 @@ class PromptEncoder:
         self, texts: str | list[str | int | list[int]], *, field: str, add_special_tokens: bool
     ) -> list[Prompt]:
         """At least one prompt, none of them empty. Raises InvalidRequestError."""
-        return [
-            await self._prompt(prompt, field, add_special_tokens=add_special_tokens)
-            for prompt in split_prompt(texts, field)
-        ]
+        given = split_prompt(texts, field)
+        is_quick = _num_chars(given) <= _INLINE_CHARS
+        prompts: list[Prompt] = []
+        for portion in _portions(given):
+            encode = functools.partial(
+                self._prompts, portion, field, add_special_tokens=add_special_tokens
+            )
+            prompts += await self._run(encode, is_quick=is_quick)
+        return prompts
 
     async def chat_prompt(
         self,
@@ -82,7 +91,7 @@ class PromptEncoder:
 
         # A template of somebody else's may take its time.
         is_quick = source is None and num_chars <= _INLINE_CHARS
-        return self._not_empty(await self._run(encode, is_quick=is_quick), field)
+        return self._checked(await self._run(encode, is_quick=is_quick), field)
 
     async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
         """A text's tokens, maybe none."""
@@ -92,17 +101,18 @@ class PromptEncoder:
 
         return await self._run(encode, is_quick=len(text) <= _INLINE_CHARS)
 
-    async def _prompt(
-        self, prompt: str | list[int], field: str, *, add_special_tokens: bool
-    ) -> Prompt:
-        if isinstance(prompt, str):
-            encoded = await self.text_prompt(
-                prompt, field=field, add_special_tokens=add_special_tokens
-            )
-        else:
-            check_token_ids(prompt, self._model.limits.vocab_size, field=field)
-            encoded = Prompt(None, prompt)
-        return self._not_empty(encoded, field)
+    def _prompts(
+        self, given: Sequence[str | list[int]], field: str, *, add_special_tokens: bool
+    ) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for each in given:
+            if isinstance(each, str):
+                token_ids = self._encode(each, field, add_special_tokens=add_special_tokens)
+                prompts.append(self._checked(Prompt(each, token_ids), field))
+            else:
+                check_token_ids(each, self._model.limits.vocab_size, field=field)
+                prompts.append(self._checked(Prompt(None, each), field))
+        return prompts
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         max_model_len = self._model.limits.max_model_len
@@ -135,16 +145,37 @@ class PromptEncoder:
         except StartupError as error:
             raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
 
-    async def _run(self, encode: Callable[[], Prompt], *, is_quick: bool) -> Prompt:
+    async def _run(self, encode: Callable[[], ResultT], *, is_quick: bool) -> ResultT:
         if is_quick:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 
-    @staticmethod
-    def _not_empty(prompt: Prompt, field: str) -> Prompt:
+    def _checked(self, prompt: Prompt, field: str) -> Prompt:
+        """Raises InvalidRequestError for one that no worker could take."""
         if not prompt.token_ids:
             raise InvalidRequestError(f"`{field}` must have at least one token.", field=field)
+        vocab_size = self._model.limits.vocab_size
+        # Some tokenizers have marks that their model was never given embeddings for.
+        if self._model.tokenizer.num_ids > vocab_size and max(prompt.token_ids) >= vocab_size:
+            name = self._model.tokenizer.token_name(max(prompt.token_ids))
+            raise InvalidRequestError(
+                f"`{field}` has a token that this model doesn't know: {name!r:.80}.", field=field
+            )
         return prompt
+
+
+def _num_chars(prompts: Sequence[str | list[int]]) -> int:
+    return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+
+
+def _portions(prompts: Sequence[str | list[int]]) -> Iterator[Sequence[str | list[int]]]:
+    """`prompts` in order, each portion but the last with `_PORTION_CHARS` or a little more."""
+    first = num_chars = 0
+    for end, prompt in enumerate(prompts, 1):
+        num_chars += len(prompt) if isinstance(prompt, str) else 0
+        if num_chars >= _PORTION_CHARS or end == len(prompts):
+            yield prompts[first:end]
+            first, num_chars = end, 0
 
 
 def truncated(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_encoders import reference_states, write_encoder, write_pooling
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedModel
 
 from engine import LLM, PoolingParams, SamplingParams, TokensPrompt
@@ -159,3 +160,14 @@ def test_weights_without_use_are_no_cause_for_alarm(
     load(bert[0])
     assert not caplog.records
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_mark_that_the_model_has_no_embedding_for_is_refused(tmp_path: Path) -> None:
+    write_encoder(tmp_path, "BertModel", vocab_size=14)
+    llm = load(tmp_path)
+    assert llm.tokenizer.num_ids == 14
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["<late>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InvalidRequestError, match="between 0 and 13"):
+        load(tmp_path).embed("the <late> cat")

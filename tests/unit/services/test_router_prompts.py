@@ -1,0 +1,75 @@
+"""How prompts are encoded: what no worker could take, and who waits for long ones."""
+
+import json
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from router_stack import RouterStack, open_router_stack, write_toy_model
+
+from services.router.openai.prompts import MAX_PROMPTS
+
+# More tokens than the model has embeddings for, as published tokenizers have them.
+UNKNOWN = "<|unknown|>"
+
+
+@pytest.fixture
+async def stack(tmp_path: Path) -> AsyncIterator[RouterStack]:
+    model_dir = write_toy_model(tmp_path, marks=(UNKNOWN,))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
+    async with open_router_stack(tmp_path, model_dir=model_dir) as stack:
+        await stack.add_worker()
+        yield stack
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", {"prompt": f"a{UNKNOWN}b"}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": UNKNOWN}]}, "messages"),
+        ("/v1/responses", {"input": UNKNOWN}, "input"),
+        ("/v1/embeddings", {"input": ["a", UNKNOWN]}, "input"),
+        ("/v1/score", {"text_1": "a", "text_2": UNKNOWN}, "text_2"),
+    ],
+)
+async def test_tokens_without_embeddings_come_to_no_worker(
+    stack: RouterStack, path: str, body: dict[str, Any], field: str
+) -> None:
+    response = await stack.post(path, body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert UNKNOWN in error["message"]
+    assert not stack.workers[0].requests
+
+
+async def test_what_is_only_counted_may_have_them(stack: RouterStack) -> None:
+    response = await stack.post("/tokenize", {"prompt": UNKNOWN})
+    assert response.json()["tokens"] == [258]
+
+
+async def test_many_short_texts_are_encoded_beside_the_event_loop(
+    stack: RouterStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = stack.model.tokenizer
+    encode, threads = tokenizer.encode, set[threading.Thread]()
+
+    def watched(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        threads.add(threading.current_thread())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    texts = [f"{i:0200}" for i in range(MAX_PROMPTS)]
+    response = await stack.post("/v1/completions", {"prompt": texts, "max_tokens": 1})
+    assert response.status_code == 200, response.text
+    assert threads
+    assert threading.main_thread() not in threads
+    worker = stack.workers[0]
+    assert len({tuple(request.token_ids) for request in worker.requests}) == MAX_PROMPTS
+    assert {len(request.token_ids) for request in worker.requests} == {200}
+    threads.clear()
+    await stack.post("/v1/completions", {"prompt": texts[:2], "max_tokens": 1})
+    assert threads == {threading.main_thread()}, "a thread isn't worth it"
