@@ -62,7 +62,8 @@ class BackgroundRuns:
         self._runs.add(run)
         self._idle.clear()
         self._tasks.start(self._run(run, ask))
-        return await run.opened
+        # The run sets it, whatever becomes of who waits here.
+        return await asyncio.shield(run.opened)
 
     async def until_idle(self) -> None:
         await self._idle.wait()

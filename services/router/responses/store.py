@@ -30,8 +30,8 @@ ReplyT = TypeVar("ReplyT")
 # KEYS: the record, the ids and sizes of all records, their sum, the lease. ARGV: the record, its
 # id, its milliseconds, the most bytes of all records, what the records' keys begin with, who must
 # have the lease ('' for nobody), and who gets it (or '') for how many milliseconds.
-# What has expired is counted until it is the oldest, so it never drives out what lives. Returns
-# whether it's kept, -1 if somebody else has the lease.
+# What has expired is counted until it is the oldest, so it never drives out what lives; nor does
+# what has no room even alone. Returns whether it's kept, -1 if somebody else has the lease.
 _PUT = """
 if ARGV[6] ~= '' and redis.call('GET', KEYS[4]) ~= ARGV[6] then
     return -1
@@ -40,9 +40,13 @@ local before = redis.call('STRLEN', KEYS[1])
 if before > 0 and redis.call('LREM', KEYS[2], -1, ARGV[2] .. ' ' .. before) > 0 then
     redis.call('DECRBY', KEYS[3], before)
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-redis.call('RPUSH', KEYS[2], ARGV[2] .. ' ' .. #ARGV[1])
-local total = redis.call('INCRBY', KEYS[3], #ARGV[1])
+redis.call('DEL', KEYS[1])
+local total = 0
+if #ARGV[1] <= tonumber(ARGV[4]) then
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+    redis.call('RPUSH', KEYS[2], ARGV[2] .. ' ' .. #ARGV[1])
+    total = redis.call('INCRBY', KEYS[3], #ARGV[1])
+end
 while total > tonumber(ARGV[4]) do
     local oldest = redis.call('LPOP', KEYS[2])
     if not oldest then
@@ -60,9 +64,14 @@ elseif ARGV[6] ~= '' then
 end
 return redis.call('EXISTS', KEYS[1])
 """
-# KEYS: the lease. ARGV: who should have it, for how many milliseconds from now. Returns whether.
+# KEYS: the lease, the record. ARGV: who should have the lease, for how many milliseconds from now,
+# and those of the record, which lives no shorter than its run. Returns whether.
 _RENEW = """
-return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+    return 0
+end
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
 
 _RUNNER_MS = 15_000
@@ -101,6 +110,7 @@ class ResponseStore:
         """Keeps nothing with a `ttl_s` of 0."""
         self._redis = redis
         self._ttl_ms = math.ceil(ttl_s * 1000)
+        self._running_ttl_ms = max(self._ttl_ms, _RUNNER_MS)
         self._max_bytes = max_bytes
         self._keys = keys or RedisKeys()
         self._decoder = msgspec.json.Decoder(StoredResponse)
@@ -126,15 +136,17 @@ class ResponseStore:
             self._keys.response_runner(response_id),
         )
         value = msgspec.json.encode(record)
-        limits = (self._ttl_ms, self._max_bytes, self._keys.response(""))
+        ttl_ms = self._ttl_ms if next_runner is None else self._running_ttl_ms
+        limits = (ttl_ms, self._max_bytes, self._keys.response(""))
         runners = (runner or "", next_runner or "", _RUNNER_MS)
         kept = self._redis.eval(_PUT, len(keys), *keys, value, response_id, *limits, *runners)
         return await self._reply(cast("Awaitable[int]", kept)) > 0
 
     async def renew(self, response_id: str, runner: str) -> bool:
         """False if `runner` doesn't run it any more."""
-        key = self._keys.response_runner(response_id)
-        renewed = self._redis.eval(_RENEW, 1, key, runner, cast("Any", _RUNNER_MS))
+        keys = self._keys.response_runner(response_id), self._keys.response(response_id)
+        arguments = cast("Any", (runner, _RUNNER_MS, self._running_ttl_ms))
+        renewed = self._redis.eval(_RENEW, len(keys), *keys, *arguments)
         return bool(await self._reply(cast("Awaitable[int]", renewed)))
 
     async def get(self, response_id: str) -> Kept | None:

@@ -55,6 +55,8 @@ async def test_the_oldest_answers_make_room(tmp_path: Path) -> None:
         assert statuses == [404] * (12 - num_kept) + [200] * num_kept
         too_large = await ask(stack, body | {"metadata": {"a": "x" * 6000}})
         assert too_large["store"] is False
+        newest = await stack.client.get(f"{RESPONSES}/{answers[-1]['id']}")
+        assert newest.status_code == 200, "nothing makes room for what has none"
 
 
 async def test_what_isnt_to_be_stored_isnt(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ import openai
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from fastapi import Response
 from openai import AsyncOpenAI
 from router_process import router_process
 from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, until
 
+from protocol.errors import InvalidRequestError
 from services.router.noop_worker import NoopBehaviour
+from services.router.responses.background import BackgroundRun
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -143,6 +146,46 @@ async def test_a_lost_lease_stops_it_even_if_nobody_says_so(
         await until(lambda: stack.workers[0].num_running == 0)
         answer = await seen(stack.client, response_id)
         assert (answer["status"], answer["error"]["code"]) == ("failed", "server_error")
+
+
+async def test_what_runs_longer_than_answers_are_kept_is_there_meanwhile(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    async with open_router_stack(tmp_path_factory.mktemp("router"), response_ttl_s=1) as stack:
+        stack.service.background._renew_s = 0.05
+        await stack.add_worker(behaviour=NoopBehaviour(stall_at=STALLS_AT))
+        response_id = await ask(stack.client, ENDLESS)
+        record = f"tandem:response:{response_id}"
+        async with redis.asyncio.Redis.from_url(stack.redis_url) as store:
+            assert await store.pttl(record) > 1000
+            await store.pexpire(record, 1000)
+            async with asyncio.timeout(DEADLINE_S):
+                while await store.pttl(record) <= 1000:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert (await stack.client.post(f"{RESPONSES}/{response_id}/cancel")).is_success
+            assert 0 < await store.pttl(record) <= 1000
+
+
+async def test_a_waiting_client_that_is_cut_off_leaves_it_running(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """As the server does to whoever waits when its time to end is over."""
+    async with open_router_stack(tmp_path_factory.mktemp("router")) as stack:
+        background, may_fail = stack.service.background, asyncio.Event()
+
+        async def ask_nothing(run: BackgroundRun) -> Response:
+            await may_fail.wait()
+            raise InvalidRequestError("No.", field=None)
+
+        waiting = asyncio.create_task(background.start(ask_nothing))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        may_fail.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await background.until_idle()
+        assert not stack.service.failed.is_set()
 
 
 @pytest.mark.parametrize(
