@@ -27,14 +27,19 @@ def start_mps(directory: Path) -> dict[str, str]:
         )
     directory.mkdir()
     own = {"CUDA_MPS_PIPE_DIRECTORY": str(directory), "CUDA_MPS_LOG_DIRECTORY": str(directory)}
-    started = subprocess.run(
-        [_CONTROL, "-d"],
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_START_TIMEOUT_S,
-    )
+    try:
+        started = subprocess.run(
+            [_CONTROL, "-d"],
+            env=os.environ | own,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_START_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StartupError(
+            f"--gpu-sharing mps: {_CONTROL} doesn't start within {_START_TIMEOUT_S:.0f} s."
+        ) from error
     if started.returncode != 0:
         said = (started.stderr or started.stdout).strip().rpartition("\n")[2]
         raise StartupError(f"--gpu-sharing mps: {_CONTROL} doesn't start: {said}")

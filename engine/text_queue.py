@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from protocol.ids import RequestKey
 from protocol.request import Request
 
+# Aborted texts that are no burden.
+_FEW = 64
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class WaitingText:
@@ -52,9 +55,10 @@ class TextQueue:
 
     def abort(self, key: RequestKey) -> None:
         """Unknown keys are ignored."""
-        text = self._waiting.pop(key, None)
-        if text is not None:
-            self._num_tokens -= len(text.request.token_ids)
+        if self._leave(key) and len(self._heap) > 2 * len(self._waiting) + _FEW:
+            # Behind others that keep coming, what was aborted might never be met.
+            self._heap = list(self._waiting.values())
+            heapq.heapify(self._heap)
 
     def take(self) -> list[WaitingText]:
         """The next step's texts; one at least if any waits, however long it is."""
@@ -69,6 +73,14 @@ class TextQueue:
             if batch and num_left < 0:
                 break
             heapq.heappop(self._heap)
-            self.abort(first.request.key)
+            self._leave(first.request.key)
             batch.append(first)
         return batch
+
+    def _leave(self, key: RequestKey) -> bool:
+        """False for an unknown key."""
+        text = self._waiting.pop(key, None)
+        if text is None:
+            return False
+        self._num_tokens -= len(text.request.token_ids)
+        return True

@@ -284,12 +284,11 @@ async def _serve(
         backend_name(config.guided_decoding_backend),
     )
     await server.serve(sockets=[listener])
-    exit_code = EXIT_FAULT if service.failed.is_set() else 0
-    if not exit_code:
+    if not service.failed.is_set():
         await stopping.drain(service.background.until_idle())
     failing.cancel()
     await service.close()
-    return exit_code
+    return EXIT_FAULT if service.failed.is_set() else 0
 
 
 def _chat_rules(config: RouterConfig, model: ServedModel) -> ChatRules:

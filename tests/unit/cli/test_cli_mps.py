@@ -57,6 +57,13 @@ def test_a_daemon_that_doesnt_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         start_mps(tmp_path / "mps")
 
 
+def test_a_daemon_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, then="exec sleep 60")
+    monkeypatch.setattr("cli.mps._START_TIMEOUT_S", 0.2)
+    with pytest.raises(StartupError, match="nvidia-cuda-mps-control doesn't start within"):
+        start_mps(tmp_path / "mps")
+
+
 def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StartupError, match="comes with NVIDIA's driver; it isn't here"):

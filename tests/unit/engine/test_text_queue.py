@@ -66,3 +66,14 @@ def test_aborted_and_sent_again_it_runs_once() -> None:
     queue.add(request("a"), arrival_s=3.0)
     assert names(queue) == ["b", "a"]
     assert (len(queue), queue.num_tokens) == (0, 0)
+
+
+def test_aborted_texts_behind_others_take_no_memory() -> None:
+    queue = queue_of(request("first"), request("waits", priority=9))
+    for i in range(1000):
+        text = request(str(i), priority=10)
+        queue.add(text, arrival_s=1.0)
+        queue.abort(text.key)
+    assert len(queue._heap) < 100
+    assert names(queue) == ["first", "waits"]
+    assert (len(queue), queue.num_tokens) == (0, 0)
