@@ -102,7 +102,7 @@ class SharedSettings:
         try:
             self._settings.take({k.decode(): msgspec.json.decode(v) for k, v in values.items()})
             self._refusal = None
-        except InvalidRequestError as error:
+        except (InvalidRequestError, msgspec.DecodeError) as error:
             self._refusal = str(error)
             if is_new:
                 logger.warning("settings of version %d can't be had here: %s", version, error)

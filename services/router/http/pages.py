@@ -7,6 +7,8 @@ from starlette.datastructures import QueryParams
 
 from protocol.errors import InvalidRequestError
 
+_MAX_DIGITS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class PageQuery:
@@ -20,7 +22,9 @@ class PageQuery:
 def read_page_query(query: QueryParams, *, default_limit: int, max_limit: int) -> PageQuery:
     """Raises InvalidRequestError that names the parameter."""
     text = query.get("limit", str(default_limit))
-    if not text.isdecimal() or not 1 <= int(text) <= max_limit:
+    # Python itself refuses to read a number of thousands of digits.
+    is_number = text.isdecimal() and len(text) <= _MAX_DIGITS
+    if not is_number or not 1 <= int(text) <= max_limit:
         raise InvalidRequestError(f"`limit` must be from 1 to {max_limit}.", field="limit")
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):

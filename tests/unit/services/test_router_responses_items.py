@@ -109,6 +109,7 @@ async def test_items_that_come_twice_are_told_apart(stack: RouterStack) -> None:
         ("limit=0", "limit"),
         ("limit=101", "limit"),
         ("limit=x", "limit"),
+        (f"limit={'9' * 5000}", "limit"),
         ("order=up", "order"),
         ("after=msg_no", "after"),
         ("include=file_search_call.results", "include"),

@@ -87,3 +87,16 @@ async def test_what_another_version_knows_is_refused_and_not_lost(
     await client.flushall()
     await one.shared.read()
     assert await client.hget("tandem:settings", "colour") == b'"red"'
+
+
+async def test_what_is_garbled_is_refused(client: redis.asyncio.Redis) -> None:
+    one = Router(client)
+    await one.shared.change({"max_attempts": 2})
+    await client.hset("tandem:settings", "max_attempts", "{")
+    refusal = await one.shared.read()
+    assert refusal is not None
+    assert "truncated" in refusal
+    assert one["max_attempts"] == 2
+    await one.shared.change({"max_attempts": 3})
+    assert one["max_attempts"] == 3
+    assert await one.shared.read() is None
