@@ -1,6 +1,6 @@
 """What a body says about tools: which there are, and whether one is to be called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -78,9 +78,10 @@ class ToolPolicy:
                 # The grammar keeps it from calling others, so it may know of them: the prompt
                 # stays the same, and its blocks cached, whichever are allowed.
                 return _required(allowed, _definitions(body.tools), several=several)
-            return self._auto(allowed, several=several, is_all=False)
+            return self._auto([*allowed.values()], several=several, is_all=False)
         if choice == "required":
-            return _required(body.tools, _definitions(body.tools), several=several)
+            tools = dict(enumerate(body.tools))
+            return _required(tools, _definitions(body.tools), several=several)
         return self._auto(body.tools, several=several, is_all=True)
 
     def _auto(self, tools: list[Tool], *, several: bool, is_all: bool) -> ToolUse:
@@ -139,8 +140,9 @@ def _definitions(tools: list[Tool]) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(tool) for tool in tools]
 
 
-def _allowed(choice: ToolChoice, tools: list[Tool]) -> list[Tool]:
-    """Raises InvalidRequestError if that names none, or one that isn't there."""
+def _allowed(choice: ToolChoice, tools: list[Tool]) -> dict[int, Tool]:
+    """By their places in `tools`. Raises InvalidRequestError if that names none, or one that isn't
+    there."""
     wanted = required(choice.allowed_tools, _ALLOWED).tools
     if not wanted:
         text = f"`{_ALLOWED}.tools` must not be empty."
@@ -152,10 +154,12 @@ def _allowed(choice: ToolChoice, tools: list[Tool]) -> list[Tool]:
             text = f"`{field}` is {tool.function.name!r:.80}, which isn't in `tools`."
             raise InvalidRequestError(text, field=field)
     allowed = {tool.function.name for tool in wanted}
-    return [tool for tool in tools if tool.function.name in allowed]
+    return {i: tool for i, tool in enumerate(tools) if tool.function.name in allowed}
 
 
-def _required(tools: list[Tool], definitions: list[dict[str, Any]], *, several: bool) -> ToolUse:
+def _required(
+    tools: Mapping[int, Tool], definitions: list[dict[str, Any]], *, several: bool
+) -> ToolUse:
     return ToolUse(
         definitions,
         make_parser=required_calls_parser,
@@ -181,11 +185,12 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     return tool.function.parameters or {"type": "object", "properties": {}}
 
 
-def _calls_schema(tools: list[Tool], *, several: bool) -> dict[str, Any]:
-    """One call or more. Definitions of a tool's parameters move to where references find them."""
+def _calls_schema(tools: Mapping[int, Tool], *, several: bool) -> dict[str, Any]:
+    """One call or more, of `tools` by their places in the body. Definitions of a tool's parameters
+    move to where references find them."""
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
-    for i, tool in enumerate(tools):
+    for i, tool in tools.items():
         parameters = dict(_parameters(tool))
         for key in ("$defs", "definitions"):
             own: Any = parameters.pop(key, {})

@@ -213,6 +213,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "tools",
     ),
     (
+        {
+            "tools": [WEATHER, {"function": {"name": "f", "parameters": {"$defs": 1}}}],
+            "tool_choice": allowed("required", "f"),
+        },
+        "tools[1].function.parameters.$defs",
+    ),
+    (
         {"tools": [WEATHER], "tool_choice": "required", "guided_choice": ["a"]},
         "guided_choice",
     ),
