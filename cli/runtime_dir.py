@@ -20,11 +20,14 @@ from protocol.errors import StartupError
 _STACK_FILE = "stack.json"
 _MAX_SOCKET_PATH_BYTES = 107
 _GUARDIAN_EXIT_TIMEOUT_S = 10.0
+# It waits for its clients, so that one which hangs would keep it.
+_MPS_QUIT_TIMEOUT_S = 5.0
 # `cat` ends with the pipe. The parent directory goes too unless another stack lives in it.
 _GUARDIAN_SCRIPT = """
 trap "" INT TERM HUP
 cat >/dev/null
-[ ! -d "$1/mps" ] || echo quit | CUDA_MPS_PIPE_DIRECTORY="$1/mps" nvidia-cuda-mps-control
+[ ! -d "$1/mps" ] ||
+    echo quit | CUDA_MPS_PIPE_DIRECTORY="$1/mps" timeout -s KILL "$3" nvidia-cuda-mps-control
 rm -rf "$1"
 rmdir "$2" 2>/dev/null
 :
@@ -85,8 +88,9 @@ def runtime_dir() -> Iterator[RuntimeDir]:
         raise StartupError(
             f"The path {path} is too long for a socket; set TMPDIR to a shorter one."
         )
+    arguments = (str(path), str(parent), f"{_MPS_QUIT_TIMEOUT_S:g}")
     with subprocess.Popen(
-        ["/bin/sh", "-c", _GUARDIAN_SCRIPT, "tandem-guardian", str(path), str(parent)],
+        ["/bin/sh", "-c", _GUARDIAN_SCRIPT, "tandem-guardian", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_a_daemon_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("cli.mps._START_TIMEOUT_S", 0.2)
     with pytest.raises(StartupError, match="nvidia-cuda-mps-control doesn't start within"):
         start_mps(tmp_path / "mps")
+
+
+def test_a_daemon_that_doesnt_end_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, then='[ "$1" = -d ] || exec sleep 20')
+    monkeypatch.setattr("cli.runtime_dir._MPS_QUIT_TIMEOUT_S", 0.2)
+    with runtime_dir() as directory:
+        start_mps(directory.mps)
+        start_s = time.monotonic()
+    assert time.monotonic() - start_s < 10
+    assert " quit " in (tmp_path / "calls").read_text()
+    assert not directory.path.exists()
 
 
 def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
