@@ -171,8 +171,15 @@ class RouterFleet:
                 # The directory, which uses the same Redis, says it in the log.
                 await asyncio.sleep(self._timings.retry_s)
 
+    async def _clear_dead(self) -> None:
+        """Who is killed leaves its id behind, for the next that starts."""
+        async with asyncio.timeout(REPLY_DEADLINE_S):
+            asked = cast("Awaitable[set[bytes]]", self._redis.smembers(self._keys.routers))
+            await self._present(member.decode() for member in await asked)
+
     async def _stay_present(self) -> None:
         await self._subscribed.wait()
+        await self._clear_dead()
         ttl_ms = round(1000 * self._timings.presence_ttl_s)
         while True:
             pipe = self._redis.pipeline(transaction=True)

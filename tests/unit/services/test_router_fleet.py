@@ -159,6 +159,17 @@ async def test_a_router_that_ends_leaves_at_once(two: Two) -> None:
         assert len(await client.smembers("tandem:routers")) == 1
 
 
+async def test_one_that_starts_clears_away_the_dead(two: Two) -> None:
+    async with redis.asyncio.Redis.from_url(two.stack.redis_url) as client:
+        await client.sadd("tandem:routers", *(f"router-dead-{i}" for i in range(3)))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            async with router_process(two.stack, two.path, listener):
+                async with asyncio.timeout(DEADLINE_S):
+                    while await client.scard("tandem:routers") != 3:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                assert not any(b"dead" in each for each in await client.smembers("tandem:routers"))
+
+
 async def test_a_stalled_router_takes_what_it_missed(two: Two) -> None:
     async with two.other.stream("POST", "/v1/completions", json=ENDLESS) as response:
         request_id = response.headers["x-request-id"]
