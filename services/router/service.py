@@ -136,12 +136,14 @@ class RouterService:
         )
         self.app.router.routes.extend(self.batches.routes)
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Before it listens: then the first request finds the settings that all routers have."""
         self._tasks.start(self._directory.run())
         self._tasks.start(self._feed.run())
         self._tasks.start(self._reservations.run())
         self._tasks.start(self.batches.run())
         self._tasks.start(self._admin.run())
+        await self._admin.read_settings()
 
     async def close(self) -> None:
         await self.background.close()
@@ -269,7 +271,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.stop)
-    service.start()
+    await service.start()
     # Modules, vocabulary and routes live for ever: the collector need not walk them again.
     gc.collect()
     gc.freeze()

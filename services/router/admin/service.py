@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from starlette.routing import Route
 
 from protocol.ids import RequestId, RouterId
@@ -56,6 +57,11 @@ class AdminService:
         if self._settings.were_read:
             return None
         return "This router hasn't read yet which settings hold."
+
+    async def read_settings(self) -> None:
+        """Takes what all routers have; without Redis that comes later."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._settings.read()
 
     async def run(self) -> None:
         """Until cancelled; then `close`."""

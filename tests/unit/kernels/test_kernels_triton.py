@@ -111,7 +111,7 @@ class TestAttention:
         check(attend, lengths, dtype=dtype, kv_dtype=kv_dtype, **case)
 
     def test_a_long_context(self, attend, lengths):
-        check(attend, [(1, 700), lengths[0]], heads=(2, 1))
+        check(attend, [(1, 700), *lengths[1:]], heads=(2, 1))
 
 
 def test_padded_decode_rows_get_zeros_and_store_nothing() -> None:

@@ -182,8 +182,8 @@ async def open_router_stack(
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = make_server(service.app, drain_timeout_s=1.0)
+        await service.start()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        service.start()
         stack.push_async_callback(_stop, server, serving, service)
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60.0))
         await until(lambda: server.started)
