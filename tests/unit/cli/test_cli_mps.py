@@ -1,6 +1,7 @@
 """The daemon of NVIDIA's MPS, played by a script that writes down how it was called."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,10 +87,18 @@ def test_a_machine_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_serve_says_so_in_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cli", "serve", "--gpu-sharing", "mps", "--port", "0"]
-    environ = os.environ | {"PATH": str(tmp_path)}
+    programs, temporary = tmp_path / "bin", tmp_path / "tmp"
+    programs.mkdir()
+    temporary.mkdir()
+    for name in ("cat", "rm", "rmdir"):  # the guardian's
+        program = shutil.which(name)
+        assert program is not None
+        (programs / name).symlink_to(program)
+    environ = os.environ | {"PATH": str(programs), "TMPDIR": str(temporary)}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=60, env=environ
     )
     assert done.returncode == 2
     assert done.stderr.strip().endswith("it isn't here.")
     assert "Traceback" not in done.stderr
+    assert list(temporary.iterdir()) == []
