@@ -30,6 +30,7 @@ class Announcer:
     def __init__(self, *, json_lines: bool) -> None:
         self._json_lines = json_lines
         self._start_s = time.monotonic()
+        self._ended_s: dict[str, float] = {}
 
     def say(self, event: str, text: str) -> None:
         """One line about `event`."""
@@ -37,15 +38,16 @@ class Announcer:
         sys.stdout.flush()
 
     def changed(self, one: Supervised, detail: str) -> None:
-        """A process' new state, where it is worth a line."""
+        """A process' new state, where it is worth a line; ready after its end if it had one."""
         fields = {"event": one.state.value, "process": one.name, "pid": one.pid, "detail": detail}
         if one.state is State.READY:
-            after_s = time.monotonic() - self._start_s
+            after_s = time.monotonic() - self._ended_s.get(one.name, self._start_s)
             self._write(
                 sys.stdout.write, fields, f"  {one.name:<{_NAME_WIDTH}} ready after {after_s:.1f} s"
             )
             sys.stdout.flush()
         elif one.state is State.RESTARTING:
+            self._ended_s[one.name] = time.monotonic()
             self._write(sys.stderr.write, fields, f"tandem: {one.name} {detail}.")
 
     def ready(self, *, model: str, url: str, rows: Sequence[Row]) -> None:
