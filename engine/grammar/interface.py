@@ -1,5 +1,6 @@
 """What a library that follows grammars has to do."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -71,16 +72,18 @@ def check_grammar(checker: GrammarChecker, params: StructuredOutputsParams, fiel
         raise InvalidRequestError(f"`{field}` can't be followed: {error}", field=field)
 
 
-class GrammarBackend(Protocol):
+class GrammarBackend(ABC):
     """Reads grammars for one model's tokens; threads may share it."""
 
     def __init__(
         self, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> None:
         """The vocabulary is read on first use. An output ends by one of `eos_token_ids`."""
-        ...
+        self._tokenizer_file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
 
+    @abstractmethod
     def compile(self, params: StructuredOutputsParams) -> MatcherFactory:
         """Raises ValueError for what it can't follow; some of that may show in the matcher's
         `error` instead."""
-        ...

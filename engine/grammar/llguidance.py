@@ -5,7 +5,6 @@ there is nothing to prepare and no large automaton to keep.
 """
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -60,13 +59,6 @@ class LlguidanceMatcher(GrammarMatcher):
 
 class LlguidanceBackend(GrammarBackend):
     """See GrammarBackend."""
-
-    def __init__(
-        self, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self._tokenizer_file = tokenizer_file
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
 
     def compile(self, params: StructuredOutputsParams) -> MatcherFactory:
         from llguidance import LLMatcher

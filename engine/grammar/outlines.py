@@ -7,7 +7,6 @@ what can't be spelled otherwise is never written. What is written obeys.
 import functools
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.grammar.interface import GrammarBackend, GrammarMatcher, MatcherFactory
@@ -84,13 +83,6 @@ class OutlinesMatcher(GrammarMatcher):
 
 class OutlinesBackend(GrammarBackend):
     """See GrammarBackend."""
-
-    def __init__(
-        self, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self._tokenizer_file = tokenizer_file
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
 
     def compile(self, params: StructuredOutputsParams) -> MatcherFactory:
         from outlines_core import Guide, Index

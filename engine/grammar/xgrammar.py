@@ -4,7 +4,6 @@ import ctypes
 import functools
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.grammar.interface import GrammarBackend, GrammarMatcher, MatcherFactory
@@ -69,13 +68,6 @@ class XgrammarMatcher(GrammarMatcher):
 
 class XgrammarBackend(GrammarBackend):
     """See GrammarBackend."""
-
-    def __init__(
-        self, tokenizer_file: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self._tokenizer_file = tokenizer_file
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
 
     def compile(self, params: StructuredOutputsParams) -> MatcherFactory:
         import xgrammar
