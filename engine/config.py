@@ -65,7 +65,7 @@ class EngineConfig:
     )
     async_scheduling: bool | None = setting(
         None,
-        help="prepare a decode step while the one before runs; default: on a GPU, where they "
+        help="launch a step while the one before runs; default: on a GPU, where they "
         "would wait for each other",
     )
     jump_ahead: bool = setting(

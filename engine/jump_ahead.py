@@ -15,7 +15,9 @@ log-probabilities, nobody jumps (`Constraint.forced_tokens`).
 import dataclasses
 
 from engine.engine import Engine
+from engine.pipeline import FinishedStep
 from engine.sampler.sampled import SampledToken
+from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.jump_rule import jumps_pay
 
 
@@ -48,3 +50,22 @@ class JumpAhead:
             else token
             for token in sampled
         ]
+
+
+class DecodeJumps:
+    """The jumps of what a decode scheduler's pipeline has run."""
+
+    def __init__(self, engine: Engine, scheduler: DecodeScheduler) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._jumps = JumpAhead(engine)
+
+    def extend(self, finished: FinishedStep) -> list[SampledToken]:
+        """Its tokens, before they're committed, with those that are forced by them."""
+        is_mixed = self._scheduler.computes_prompts_behind(finished.plan)
+        return self._jumps.extend(
+            finished.sampled,
+            num_running=self._scheduler.num_running,
+            is_ahead=finished.is_followed,
+            loses_graph=self._engine.uses_graphs and not is_mixed,
+        )

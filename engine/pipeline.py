@@ -8,28 +8,41 @@ step happens while the device is busy. Where the next step's choice of tokens de
 rules of the host (grammars, limits on thoughts), the step ahead is launched up to its logits, and
 samples when these are committed: masks are made while it runs. Who knows the next token by then,
 because a grammar forces it, doesn't sample (jump_ahead.py). Where the next step itself depends
-on them (prompts that want in, blocks that run out), it waits.
+on what this one frees (blocks run out) or tells of a prompt, it waits.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.engine import Engine
-from engine.jump_ahead import JumpAhead
 from engine.running_step import RunningStep
 from engine.sampler.sampled import SampledToken
-from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import StepPlan
+
+
+class PipelinedScheduler(Protocol):
+    """What `DecodeScheduler` and `PrefillScheduler` have in common."""
+
+    def schedule(self) -> StepPlan:
+        """The next step; all steps before it are committed."""
+        ...
+
+    def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
+        """The step behind `running`, whose tokens aren't known yet; None if it has to wait."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
     """To be committed before the next one is asked for. It had the device to itself from
-    `started_s` on (monotonic clock)."""
+    `started_s` on (monotonic clock); `is_followed` if the next one is launched."""
 
     plan: StepPlan
     sampled: list[SampledToken]
     started_s: float
+    is_followed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +53,19 @@ class _InFlight:
 
 
 class StepPipeline:
-    """The steps of one decode scheduler on one engine."""
+    """The steps of one scheduler on one engine."""
 
-    def __init__(self, engine: Engine, scheduler: DecodeScheduler) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: PipelinedScheduler,
+        *,
+        on_launch: Callable[[StepPlan], None] | None = None,
+    ) -> None:
+        """`on_launch` hears of each step when it's queued on the device."""
         self._engine = engine
         self._scheduler = scheduler
-        self._jumps = JumpAhead(engine)
+        self._on_launch = on_launch
         self._running: _InFlight | None = None
         self._last_finished_s = 0.0
 
@@ -61,19 +81,10 @@ class StepPipeline:
             return None
         running.step.sample()
         self._running = self._launch_ahead(running)
-        sampled = self._jump(running.plan, running.step.result())
+        sampled = running.step.result()
         started_s = max(running.launched_s, self._last_finished_s)
         self._last_finished_s = time.monotonic()
-        return FinishedStep(running.plan, sampled, started_s)
-
-    def _jump(self, plan: StepPlan, sampled: list[SampledToken]) -> list[SampledToken]:
-        is_mixed = self._scheduler.computes_prompts_behind(plan)
-        return self._jumps.extend(
-            sampled,
-            num_running=self._scheduler.num_running,
-            is_ahead=self._running is not None,
-            loses_graph=self._engine.uses_graphs and not is_mixed,
-        )
+        return FinishedStep(running.plan, sampled, started_s, self.is_running)
 
     def _launch_ahead(self, running: _InFlight) -> _InFlight | None:
         if not (self._engine.runs_ahead and running.step.may_be_followed):
@@ -87,5 +98,8 @@ class StepPipeline:
     def _launch(self, plan: StepPlan) -> _InFlight | None:
         launched_s = time.monotonic()
         step = self._engine.launch(plan)
-        is_empty = not (plan.scheduled or plan.preempted)
-        return None if is_empty else _InFlight(plan, step, launched_s)
+        if not (plan.scheduled or plan.preempted):
+            return None
+        if self._on_launch is not None:
+            self._on_launch(plan)
+        return _InFlight(plan, step, launched_s)

@@ -86,7 +86,7 @@ class PromptReader:
         num_top = request.sampling.prompt_logprobs
         if num_top is not None:
             # The state of one token tells of the next; the last one's is the first output's.
-            start = item.sequence.num_computed_tokens + 1
+            start = item.start + 1
             targets = request.token_ids[start : start + item.num_new_tokens]
             for first in range(0, len(targets), _ROWS_AT_ONCE):
                 some = targets[first : first + _ROWS_AT_ONCE]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.engine import Engine
+from engine.jump_ahead import DecodeJumps
 from engine.pipeline import StepPipeline
 from engine.sampler.sampled import NO_REPORT, OutputFailure, PromptReport
 from engine.scheduler.decode import DecodeScheduler
@@ -33,6 +34,7 @@ class StepLoop:
         engine.allocate_swap_space()
         self.scheduler = DecodeScheduler(engine.pool, engine.scheduler_config)
         self._pipeline = StepPipeline(engine, self.scheduler)
+        self._jumps = DecodeJumps(engine, self.scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -59,7 +61,7 @@ class StepLoop:
         """One step's new tokens. Finished sequences have freed their rows."""
         finished = self._pipeline.finish_step()
         assert finished is not None, "there is work, but no step can do any of it"
-        sampled = finished.sampled
+        sampled = self._jumps.extend(finished)
         failed = [token for token in sampled if token.failure is not None]
         for token in failed:
             self.abort(token.sequence.key)

@@ -21,12 +21,13 @@ watermark of blocks to the running ones.
 `schedule_ahead` says what runs behind a step whose tokens aren't known yet (ahead.py).
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 
 from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseEvent
 from engine.scheduler.admission import Admission, PrefixStats
-from engine.scheduler.ahead import StepAhead
+from engine.scheduler.ahead import StepAhead, in_flight_tokens
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import ScheduledSequence, SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
@@ -61,13 +62,16 @@ class DecodeScheduler:
             pool, self._admission, short_prompts_pass=config.short_prompts_pass
         )
         self._batch = RunningBatch(
-            pool, self._admission, self._prompts, max_num_seqs=self._max_num_seqs
+            pool,
+            self._admission,
+            self._prompts,
+            self._stop_rules,
+            max_num_seqs=self._max_num_seqs,
         )
         self._reservations = Reservations(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
-        self._ahead = StepAhead(pool, self._stop_rules, max_num_tokens=self._budget)
-        self._may_admit = True  # whether the next `schedule` may let a waiting prompt in
+        self._ahead = StepAhead()
 
     @property
     def stats(self) -> DecodeStats:
@@ -116,13 +120,13 @@ class DecodeScheduler:
         sequence.advance(PhaseEvent.ADD)
         self._sequences[sequence.key] = sequence
         self._prompts.add(sequence)
-        self._may_admit = True
 
     def try_reserve(self, sequence: Sequence) -> Reservation | None:
         """Room for the KV of all its present tokens; None if it has to wait: ask again each step.
 
-        A refused sequence keeps its place: in the next step, local prompts that rank behind it
-        don't join the running ones either; and it's refused while one before it waits for blocks.
+        A refused sequence keeps its place: until the next commit, local prompts that rank behind
+        it don't join the running ones either; and it's refused while one before it waits for
+        blocks.
         Raises InvalidRequestError if it's here already or can't ever run.
         """
         self._check(sequence)
@@ -154,12 +158,10 @@ class DecodeScheduler:
         arrived or was cancelled already."""
         self._reservations.cancel(reservation.sequence)
         del self._sequences[reservation.sequence.key]
-        self._may_admit = True
 
     def confirm_stopped(self, reservation: Reservation) -> None:
         """Nothing writes to a cancelled reservation's blocks any more: they are free."""
         self._reservations.stop(reservation)
-        self._may_admit = True
 
     def abort(self, key: RequestKey) -> Sequence | None:
         """Ends it wherever it stands and takes its blocks; None if it isn't here (any more).
@@ -172,7 +174,6 @@ class DecodeScheduler:
             return None
         if sequence.phase is Phase.RESERVED:
             self._reservations.cancel(sequence)
-            self._may_admit = True
             return sequence
         self._batch.take_out(sequence)
         sequence.advance(PhaseEvent.ABORT)
@@ -185,33 +186,23 @@ class DecodeScheduler:
         All steps before it are committed.
         """
         preempted: list[Sequence] = []
-        # An idle engine gains nothing by keeping a place for a transfer without room.
-        admit_before = self._refused_rank if self.num_running else None
         self._batch.join_arrived()
         scheduled = self._batch.plan(self._budget, preempted)
-        num_free_places = self._max_num_seqs - self.num_running
-        scheduled += self._prompts.plan(
-            self._num_prompt_tokens(scheduled),
-            max_admissions=0 if preempted or self._batch.arrived else num_free_places,
-            num_spare_blocks=self._num_spare_blocks,
-            admit_before=admit_before,
-        )
-        self._refused_rank = None
-        # Only a want of blocks lasts until some come back; all else may be otherwise next time.
-        is_blocked = self._prompts.waiting_for_blocks is not None
-        self._may_admit = not is_blocked or bool(preempted) or admit_before is not None
+        scheduled += self._plan_prompts(scheduled, may_admit=not preempted)
+        if not scheduled:
+            self._refused_rank = None
         return StepPlan(scheduled, preempted, self._admission.swap.drain())
 
     def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
         """The step behind `running`, which is committed next although this one may be running by
-        then. None if nothing can be said of it before: a prompt is to be computed, or blocks run
-        out."""
+        then. None if there is none, or if blocks run out: it preempts nobody."""
         self._ahead.clear()
-        may_admit = self._may_admit and self._batch.has_place
-        if self._prompts.active or (self._prompts.waiting and may_admit):
-            return None
         self._batch.join_arrived()
-        return self._ahead.plan(self._batch.decoding, running)
+        scheduled = self._batch.plan_ahead(self._budget, running)
+        if scheduled is None:
+            return None
+        scheduled += self._plan_prompts(scheduled, in_flight=in_flight_tokens(running))
+        return self._ahead.put(StepPlan(scheduled, copies=self._admission.swap.drain()))
 
     def computes_prompts_behind(self, running: StepPlan) -> bool:
         """Whether the step behind `running` has prompts to go on with."""
@@ -226,6 +217,7 @@ class DecodeScheduler:
         ended since `schedule` are passed over.
         """
         self._ahead.commit(plan)
+        self._refused_rank = None
         updates: list[SequenceUpdate] = []
         num_finished = 0
         for item, token_ids in pair_samples(plan, sampled):
@@ -254,6 +246,25 @@ class DecodeScheduler:
             self._batch.decoding.keep(_is_decoding)
         return updates
 
+    def _plan_prompts(
+        self,
+        decoding: list[ScheduledSequence],
+        *,
+        may_admit: bool = True,
+        in_flight: Mapping[Sequence, int] | None = None,
+    ) -> list[ScheduledSequence]:
+        """Chunks beside `decoding`, behind those `in_flight`."""
+        # An idle engine gains nothing by keeping a place for a transfer without room.
+        admit_before = self._refused_rank if self.num_running else None
+        num_free_places = self._max_num_seqs - self.num_running
+        return self._prompts.plan(
+            self._num_prompt_tokens(decoding),
+            max_admissions=num_free_places if may_admit and not self._batch.arrived else 0,
+            num_spare_blocks=self._num_spare_blocks,
+            admit_before=admit_before,
+            in_flight=in_flight,
+        )
+
     def _num_prompt_tokens(self, decoding: list[ScheduledSequence]) -> int:
         """What `decoding` leaves to prompts. Known tokens beyond one a sequence take a step's time
         as prompts do, so they count as such."""
@@ -278,7 +289,6 @@ class DecodeScheduler:
         """It's finished: its blocks are free as soon as no step writes to them."""
         if sequence not in self._ahead:
             self._admission.return_blocks(sequence)
-            self._may_admit = True
 
 
 def _is_decoding(sequence: Sequence) -> bool:

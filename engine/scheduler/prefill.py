@@ -12,13 +12,15 @@ Life of a sequence here:
 Who reads blocks past the sequence's end (an aborted sequence's writes in flight) pins them.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 
 from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseEvent
 from engine.scheduler.admission import Admission, PrefixStats
+from engine.scheduler.ahead import StepAhead, in_flight_tokens
 from engine.scheduler.config import SchedulerConfig
-from engine.scheduler.plan import SequenceUpdate, StepPlan
+from engine.scheduler.plan import ScheduledSequence, SequenceUpdate, StepPlan
 from engine.scheduler.progress import StopRules, advance_computed, pair_samples
 from engine.scheduler.prompts import PromptQueue
 from engine.sequence import Sequence
@@ -37,6 +39,7 @@ class PrefillScheduler:
         self._prompts = PromptQueue(
             pool, self._admission, short_prompts_pass=config.short_prompts_pass
         )
+        self._ahead = StepAhead()
         self._sequences: dict[RequestKey, Sequence] = {}
 
     @property
@@ -91,14 +94,17 @@ class PrefillScheduler:
             self._end(sequence, PhaseEvent.RELEASE)
 
     def schedule(self) -> StepPlan:
-        """The next step; empty if there's nothing to compute or no block to compute it in."""
-        return StepPlan(
-            self._prompts.plan(
-                self._config.max_num_batched_tokens,
-                max_admissions=self._config.max_num_seqs - len(self._prompts.active),
-                num_spare_blocks=lambda: 0,
-            )
-        )
+        """The next step; empty if there's nothing to compute or no block to compute it in.
+
+        All steps before it are committed.
+        """
+        return StepPlan(self._plan_prompts({}))
+
+    def schedule_ahead(self, running: StepPlan) -> StepPlan | None:
+        """The step behind `running`, which is committed next although this one may be running by
+        then; None if there is none."""
+        self._ahead.clear()
+        return self._ahead.put(StepPlan(self._plan_prompts(in_flight_tokens(running))))
 
     def commit(self, plan: StepPlan, sampled: Tokens[Tokens[int]]) -> list[SequenceUpdate]:
         """Takes a step's result: for each item that samples, in order, its new tokens.
@@ -107,10 +113,13 @@ class PrefillScheduler:
         says that the request ended or it's None and decode goes on. Sequences that were aborted
         since `schedule` are passed over.
         """
+        self._ahead.commit(plan)
         updates: list[SequenceUpdate] = []
         for item, token_ids in pair_samples(plan, sampled):
             sequence = item.sequence
             if sequence.phase is not Phase.PREFILLING:
+                if sequence.phase is Phase.FINISHED:
+                    self._return_blocks(sequence)
                 continue
             advance_computed(self._pool, sequence, item.num_new_tokens)
             if token_ids is not None:
@@ -119,7 +128,20 @@ class PrefillScheduler:
                 updates.append(self._stop_rules.append(sequence, token_ids))
         return updates
 
+    def _plan_prompts(self, in_flight: Mapping[Sequence, int]) -> list[ScheduledSequence]:
+        return self._prompts.plan(
+            self._config.max_num_batched_tokens,
+            max_admissions=self._config.max_num_seqs - len(self._prompts.active),
+            num_spare_blocks=lambda: 0,
+            in_flight=in_flight,
+        )
+
     def _end(self, sequence: Sequence, event: PhaseEvent) -> None:
         sequence.advance(event)
         del self._sequences[sequence.key]
-        self._admission.return_blocks(sequence)
+        self._return_blocks(sequence)
+
+    def _return_blocks(self, sequence: Sequence) -> None:
+        """It's finished: its blocks are free as soon as no step writes to them."""
+        if sequence not in self._ahead:
+            self._admission.return_blocks(sequence)

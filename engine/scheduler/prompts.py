@@ -14,7 +14,7 @@ Policy, in this order:
    another prompt, it starts when that is cached instead of computing it a second time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 from engine.block_pool import BlockPool
@@ -33,12 +33,17 @@ MAX_LOOKAHEAD = 64
 
 
 class _StepTokens:
-    """One step's token budget and who got how much of it."""
+    """One step's token budget and who got how much of it, behind what is `in_flight`."""
 
-    def __init__(self, budget: int, block_size: int) -> None:
+    def __init__(self, budget: int, block_size: int, in_flight: Mapping[Sequence, int]) -> None:
         self.left = budget
         self._block_size = block_size
+        self._in_flight = in_flight
         self._given: dict[Sequence, int] = {}
+
+    def num_wanted(self, sequence: Sequence) -> int:
+        """Its tokens behind those in flight."""
+        return sequence.num_uncomputed_tokens - self._in_flight.get(sequence, 0)
 
     def give(self, sequence: Sequence, limit: int) -> int:
         """Up to `limit` more tokens; returns how much of `limit` is used up.
@@ -48,7 +53,8 @@ class _StepTokens:
         admit the next prompt for a sliver of it, before it can find more in the cache.
         """
         given = self._given.get(sequence, 0)
-        start = sequence.num_computed_tokens + given
+        first = sequence.num_computed_tokens + self._in_flight.get(sequence, 0)
+        start = first + given
         limit = min(limit, self.left)
         end = min(start + limit, sequence.num_tokens)
         is_cut = end < sequence.num_tokens
@@ -56,13 +62,18 @@ class _StepTokens:
             aligned = end - end % self._block_size
             end = aligned if aligned > start else end
         if end > start:
-            self._given[sequence] = end - sequence.num_computed_tokens
+            self._given[sequence] = end - first
             self.left = 0 if is_cut and limit == self.left else self.left - (end - start)
         return limit if is_cut else end - start
 
     def scheduled(self) -> list[ScheduledSequence]:
         return [
-            ScheduledSequence(sequence, given, given == sequence.num_uncomputed_tokens)
+            ScheduledSequence(
+                sequence,
+                given,
+                samples=given == self.num_wanted(sequence),
+                num_in_flight=self._in_flight.get(sequence, 0),
+            )
             for sequence, given in self._given.items()
         ]
 
@@ -113,14 +124,16 @@ class PromptQueue:
         max_admissions: int,
         num_spare_blocks: Callable[[], int],
         admit_before: tuple[int, float] | None = None,
+        in_flight: Mapping[Sequence, int] | None = None,
     ) -> list[ScheduledSequence]:
         """Chunks for one step of `budget` tokens, admitting up to `max_admissions` sequences.
 
         An admission has to leave `num_spare_blocks()` available. Sequences that rank behind
-        `admit_before` are not admitted.
+        `admit_before` are not admitted. `in_flight` tokens of sequences are being computed by the
+        step before.
         """
         gate = _Gate(max_admissions, num_spare_blocks, admit_before)
-        step = _StepTokens(budget, self._pool.block_size)
+        step = _StepTokens(budget, self._pool.block_size, in_flight or {})
         if self._short_prompts_pass:
             self._serve_short_prompts(step, gate)
         for sequence in self.active:
@@ -131,11 +144,11 @@ class PromptQueue:
         return step.scheduled()
 
     def _serve_short_prompts(self, step: _StepTokens, gate: "_Gate") -> None:
-        if not self.active or self.active[0].num_uncomputed_tokens <= step.left // 2:
+        first = next((each for each in self.active if step.num_wanted(each)), None)
+        if first is None or step.num_wanted(first) <= step.left // 2:
             return
-        first = self.active[0]
         share = step.left - step.left // 2
-        for sequence in list(self._passing(first)):
+        for sequence in list(self._passing(first, step)):
             if share == 0:
                 return
             if sequence.phase in _WAITING:
@@ -145,17 +158,22 @@ class PromptQueue:
                     return
             share -= step.give(sequence, share)
 
-    def _passing(self, first: Sequence) -> Iterator[Sequence]:
+    def _passing(self, first: Sequence, step: _StepTokens) -> Iterator[Sequence]:
         """Prompts that may pass `first`, in rank order."""
+
+        def may_pass(sequence: Sequence, num_wanted: int) -> bool:
+            is_urgent = sequence.request.priority <= first.request.priority
+            return is_urgent and 2 * num_wanted <= step.num_wanted(first)
+
         for sequence in self.active:
-            if sequence is not first and _may_pass(sequence, sequence.num_uncomputed_tokens, first):
+            if sequence is not first and may_pass(sequence, step.num_wanted(sequence)):
                 yield sequence
         blocked = self._waiting_for_blocks
         candidates = [blocked] if blocked else islice(self.waiting, MAX_LOOKAHEAD)
         for sequence in candidates:
             if sequence.request.priority > first.request.priority:
                 return
-            if _may_pass(sequence, self._admission.num_needed_tokens(sequence), first):
+            if may_pass(sequence, self._admission.num_needed_tokens(sequence)):
                 yield sequence
 
     def _admit_in_order(self, step: _StepTokens, gate: "_Gate") -> None:
@@ -224,13 +242,6 @@ class _Gate:
 
     def allows(self, sequence: Sequence) -> bool:
         return self._admit_before is None or sequence.rank <= self._admit_before
-
-
-def _may_pass(sequence: Sequence, num_needed_tokens: int, first: Sequence) -> bool:
-    return (
-        sequence.request.priority <= first.request.priority
-        and 2 * num_needed_tokens <= first.num_uncomputed_tokens
-    )
 
 
 def _num_common_blocks(ours: list[BlockHash], theirs: list[BlockHash], start: int) -> int:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.phase import Phase, PhaseEvent
 from engine.scheduler.admission import Admission
-from engine.scheduler.plan import ScheduledSequence
+from engine.scheduler.ahead import in_flight_tokens
+from engine.scheduler.plan import ScheduledSequence, StepPlan
+from engine.scheduler.progress import StopRules
 from engine.scheduler.prompts import PromptQueue
 from engine.scheduler.queue import RankedQueue, running_rank
 from engine.sequence import Sequence
@@ -59,7 +61,13 @@ class RunningBatch:
     """Decoding and arrived sequences, by rank; local prompts compete with them for blocks."""
 
     def __init__(
-        self, pool: BlockPool, admission: Admission, prompts: PromptQueue, *, max_num_seqs: int
+        self,
+        pool: BlockPool,
+        admission: Admission,
+        prompts: PromptQueue,
+        stop_rules: StopRules,
+        *,
+        max_num_seqs: int,
     ) -> None:
         self.decoding = RankedQueue(running_rank)
         self.arrived = RankedQueue(running_rank)
@@ -67,6 +75,7 @@ class RunningBatch:
         self._pool = pool
         self._admission = admission
         self._prompts = prompts
+        self._stop_rules = stop_rules
         self._max_num_seqs = max_num_seqs
 
     @property
@@ -98,6 +107,35 @@ class RunningBatch:
             num_new = 1 if num_known == 1 else tokens.give(num_known)
             if self._make_room(sequence, sequence.num_computed_tokens + num_new, preempted):
                 scheduled.append(ScheduledSequence(sequence, num_new, num_new == num_known))
+        return chunks_last(scheduled)
+
+    def plan_ahead(self, budget: int, running: StepPlan) -> list[ScheduledSequence] | None:
+        """The chunks of the step behind `running`, whose tokens aren't known yet: of each sequence
+        the known ones, or else the one being sampled, unless that ends it for its length. Prompts
+        that `running` is through with decode in it.
+
+        None if blocks run out: what others have got by then, they keep.
+        """
+        in_flight = in_flight_tokens(running)
+        sampling = (item.sequence for item in running.scheduled if item.samples)
+        sources = {sequence: place for place, sequence in enumerate(sampling)}
+        caught_up = [sequence for sequence in sources if sequence.phase is Phase.PREFILLING]
+        tokens = DecodeTokens(budget, len(self.decoding) + len(caught_up))
+        scheduled: list[ScheduledSequence] = []
+        for sequence in (*self.decoding, *caught_up):
+            source = sources.get(sequence)
+            num_tokens = sequence.num_tokens + (source is not None)
+            if source is not None and num_tokens >= self._stop_rules.max_tokens(sequence):
+                continue
+            num_in_flight = in_flight.get(sequence, 0)
+            start = sequence.num_computed_tokens + num_in_flight
+            num_new = tokens.give(num_tokens - start)
+            if not grow(self._pool, sequence, start + num_new):
+                return None
+            samples = start + num_new == num_tokens
+            scheduled.append(
+                ScheduledSequence(sequence, num_new, samples, source, num_in_flight=num_in_flight)
+            )
         return chunks_last(scheduled)
 
     def take_out(self, sequence: Sequence) -> None:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from engine.engine import Engine
+from engine.jump_ahead import DecodeJumps
 from engine.phase import Phase
 from engine.pipeline import StepPipeline
 from engine.sampler.sampled import OutputFailure, SampledToken
@@ -134,6 +135,7 @@ class DecodeLoop:
         self._scheduler = scheduler
         self._publish = publish
         self._pipeline = StepPipeline(engine, scheduler)
+        self._jumps = DecodeJumps(engine, scheduler)
         self._meter = LoadMeter()
         self._idle_check = IdleCheck(engine.pool)
         self._awaiting_room: list[Sequence] = []
@@ -169,7 +171,7 @@ class DecodeLoop:
         finished = self._pipeline.finish_step()
         if finished is None:
             return False
-        plan, sampled = finished.plan, finished.sampled
+        plan, sampled = finished.plan, self._jumps.extend(finished)
         self._note_start(plan, finished.started_s)
         prompts = [i for i in plan.scheduled if i.sequence.phase is Phase.PREFILLING]
         num_prefill_tokens = sum(item.num_new_tokens for item in prompts)

@@ -1,8 +1,9 @@
 """Prefill's continuous-batching loop; all of it runs on the engine thread.
 
-A turn: handle commands (new prompts, aborts, releases), then schedule → execute → commit one
-step. The event loop learns which prompts start (before the step, so that it can ask decode for
-room while they compute) and how far each has come (after it, so that it can push full blocks).
+A turn: handle commands (new prompts, aborts, releases), then finish and commit one step. On a GPU
+the next one is under way by then (engine/pipeline.py). The event loop learns which prompts start
+(when a step is launched, so that it can ask decode for room while they compute) and how far each
+has come (when it's committed, so that it can push full blocks).
 """
 
 import time
@@ -12,6 +13,7 @@ from typing import TypeAlias
 
 from engine.engine import Engine
 from engine.jump_ahead import JumpAhead
+from engine.pipeline import StepPipeline
 from engine.sampler.sampled import SampledToken
 from engine.scheduler.admission import PrefixStats
 from engine.scheduler.plan import SequenceUpdate, StepPlan
@@ -110,6 +112,7 @@ class PrefillLoop:
     ) -> None:
         self._engine = engine
         self._scheduler = scheduler
+        self._pipeline = StepPipeline(engine, scheduler, on_launch=self._announce)
         self._jumps = JumpAhead(engine)
         self._publish = publish
         self._meter = LoadMeter()
@@ -135,16 +138,17 @@ class PrefillLoop:
                 self._report.caches_dropped.append(dropped)
 
     def step(self) -> bool:
-        plan = self._scheduler.schedule()
-        if not plan.scheduled:
+        finished = self._pipeline.finish_step()
+        if finished is None:
             return False
-        started_s = time.monotonic()
-        self._announce(plan, started_s)
-        sampled = self._jump(self._engine.execute(plan))
+        plan, sampled = finished.plan, self._jump(finished.sampled)
+        for item in plan.scheduled:
+            if item.sequence.first_scheduled_s is None:
+                item.sequence.first_scheduled_s = finished.started_s
         updates = self._scheduler.commit(plan, [token.token_ids for token in sampled])
         now_s = time.monotonic()
         self._meter.observe_step(
-            now_s - started_s, num_prefill_tokens=plan.num_tokens, num_decoding=0
+            now_s - finished.started_s, num_prefill_tokens=plan.num_tokens, num_decoding=0
         )
         self._report.num_prompt_tokens += plan.num_tokens
         self._report.chunks = [_chunk(item.sequence) for item in plan.scheduled]
@@ -174,13 +178,13 @@ class PrefillLoop:
         except InvalidRequestError as error:
             self._report.refused.append(PromptRefused(request.key, error.message))
 
-    def _announce(self, plan: StepPlan, now_s: float) -> None:
+    def _announce(self, plan: StepPlan) -> None:
         """Tells of prompts that start now, with the blocks that they found in the prefix cache."""
-        for item in plan.scheduled:
-            sequence = item.sequence
-            if sequence.first_scheduled_s is None:
-                sequence.first_scheduled_s = now_s
-                self._report.chunks.append(_chunk(sequence))
+        self._report.chunks += [
+            _chunk(item.sequence)
+            for item in plan.scheduled
+            if item.sequence.first_scheduled_s is None and item.num_in_flight == 0
+        ]
         if self._report.chunks:
             self._flush()
 

@@ -3,7 +3,12 @@
 As in the decode machine, a token's "KV" is a hash of all tokens up to it, so whoever reads a
 block that was shared or reused wrongly finds a wrong value. Retained sequences are read by their
 transfers until they're released.
+
+Steps may run one ahead: what such a step writes, it writes when it's launched and once more just
+before it's committed, so that a block it still writes to can't be given away in between.
 """
+
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.block_pool import BlockPool
 from engine.phase import Phase
 from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.plan import StepPlan
 from engine.scheduler.prefill import PrefillScheduler
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
@@ -35,6 +41,14 @@ def kv_values(root: bytes, token_ids: list[int]) -> list[int]:
     return values
 
 
+@dataclass(eq=False)
+class Step:
+    """A launched step; per item the KV of its tokens, and from where to where it writes them."""
+
+    plan: StepPlan
+    written: list[tuple[list[int], int, int]]
+
+
 class PrefillMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +64,7 @@ class PrefillMachine(RuleBasedStateMachine):
         self.memory: dict[tuple[int, int], int] = {}
         self.computing: list[Sequence] = []
         self.retained: list[Sequence] = []
+        self.running: Step | None = None
         self.num_requests = 0
 
     @rule(
@@ -72,30 +87,54 @@ class PrefillMachine(RuleBasedStateMachine):
         self.scheduler.add(sequence)
         self.computing.append(sequence)
 
-    @rule()
-    def step(self):
-        self.run_step()
+    @rule(is_ahead=st.booleans())
+    def step(self, is_ahead):
+        self.run_step(is_ahead=is_ahead)
 
-    def run_step(self) -> bool:
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= MAX_BATCHED_TOKENS
-        assert not plan.preempted
-        for item in plan.scheduled:
-            sequence = item.sequence
-            assert 1 <= item.num_new_tokens <= sequence.num_uncomputed_tokens
-            start = sequence.num_computed_tokens
-            values = kv_values(sequence.root, sequence.token_ids)
-            for position in range(start, start + item.num_new_tokens):
-                block = sequence.block_ids[position // BLOCK_SIZE]
-                self.memory[block, position % BLOCK_SIZE] = values[position]
+    @rule(are_ahead=st.lists(st.booleans(), max_size=6))
+    def some_steps(self, are_ahead):
+        for is_ahead in are_ahead:
+            self.run_step(is_ahead=is_ahead)
+
+    def run_step(self, *, is_ahead) -> bool:
+        """Finishes the step that runs ahead, or a new one; whether there was one."""
+        step = self.running or self.launch(self.scheduler.schedule())
+        self.running = None
+        if is_ahead and step.plan.scheduled:
+            ahead = self.scheduler.schedule_ahead(step.plan)
+            self.running = None if ahead is None else self.launch(ahead)
+        self.write_step(step)
+        plan = step.plan
+        live = [i for i in plan.scheduled if i.samples and i.sequence in self.computing]
         updates = self.scheduler.commit(plan, [[1] for item in plan.scheduled if item.samples])
-        assert len(updates) == sum(item.samples for item in plan.scheduled)
+        assert [update.sequence for update in updates] == [item.sequence for item in live]
         for update in updates:
             assert update.new_token_ids == [1]
             assert update.sequence.phase is Phase.RETAINED
             self.computing.remove(update.sequence)
             self.retained.append(update.sequence)
+        for block in self.pool._free:
+            self.memory.update(((block, offset), -1) for offset in range(BLOCK_SIZE))
         return bool(plan.scheduled)
+
+    def launch(self, plan) -> Step:
+        assert plan.num_tokens <= MAX_BATCHED_TOKENS
+        assert not plan.preempted
+        step = Step(plan, [])
+        for item in plan.scheduled:
+            sequence = item.sequence
+            stop = item.start + item.num_new_tokens
+            assert item.start < stop <= sequence.num_tokens
+            assert item.samples == (stop == sequence.num_tokens)
+            step.written.append((kv_values(sequence.root, sequence.token_ids), item.start, stop))
+        self.write_step(step)
+        return step
+
+    def write_step(self, step) -> None:
+        for item, (values, start, stop) in zip(step.plan.scheduled, step.written, strict=True):
+            for position in range(start, stop):
+                block = item.sequence.block_ids[position // BLOCK_SIZE]
+                self.memory[block, position % BLOCK_SIZE] = values[position]
 
     @precondition(lambda self: self.retained)
     @rule(data=st.data())
@@ -125,7 +164,9 @@ class PrefillMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_and_counts_add_up(self):
         self.pool.check_integrity()
-        held = [b for s in self.retained + self.computing for b in s.block_ids]
+        in_step = [item.sequence for item in self.running.plan.scheduled] if self.running else []
+        ended = [s for s in in_step if s.phase is Phase.FINISHED]
+        held = [b for s in self.retained + self.computing + ended for b in s.block_ids]
         assert self.pool.counts.referenced == len(set(held))
         assert self.scheduler.num_retained == len(self.retained)
         assert self.scheduler.num_waiting + self.scheduler.num_running == len(self.computing)
@@ -135,11 +176,11 @@ class PrefillMachine(RuleBasedStateMachine):
             assert len(sequence.block_ids) * BLOCK_SIZE >= sequence.num_tokens
 
     def teardown(self):
-        while self.computing or self.retained:
+        while self.computing or self.retained or self.running:
             for sequence in self.retained:
                 self.scheduler.release(sequence)
             self.retained.clear()
-            progressed = self.run_step()
+            progressed = self.run_step(is_ahead=len(self.computing) % 2 == 0)
             assert progressed or not self.computing
         self.blocks_and_counts_add_up()
         assert self.pool.counts.free + self.pool.counts.cached == NUM_BLOCKS

@@ -4,6 +4,7 @@ from engine.block_pool import BlockPool
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate, StepPlan
+from engine.scheduler.prefill import PrefillScheduler
 from engine.scheduler.reservations import Reservation
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
@@ -63,7 +64,9 @@ def scheduled(plan: StepPlan) -> dict[str, int]:
     return {item.sequence.key.request_id: item.num_new_tokens for item in plan.scheduled}
 
 
-def commit(scheduler: DecodeScheduler, plan: StepPlan, token_id: int = 9) -> list[SequenceUpdate]:
+def commit(
+    scheduler: DecodeScheduler | PrefillScheduler, plan: StepPlan, token_id: int = 9
+) -> list[SequenceUpdate]:
     return scheduler.commit(plan, [[token_id] for item in plan.scheduled if item.samples])
 
 

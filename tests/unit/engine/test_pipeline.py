@@ -53,6 +53,10 @@ def is_ahead(plan: StepPlan) -> bool:
     return any(item.source is not None for item in plan.scheduled)
 
 
+def is_behind_another(plan: StepPlan) -> bool:
+    return any(item.num_in_flight for item in plan.scheduled)
+
+
 def outputs(llm: LLM, sampling: SamplingParams | list[SamplingParams]) -> list[RequestOutput]:
     answers = llm.generate(PROMPTS, sampling, use_tqdm=False)
     assert llm.engine.num_rows == 0
@@ -110,8 +114,8 @@ def test_same_output_and_the_device_never_waits(
     answers = outputs(ahead, sampling)
     assert told(answers) == expected
     steps = [plan for plan in plans if plan.scheduled]
-    # Nothing runs ahead of a prompt's first token, nor behind a last one that is foreseen.
-    assert all(is_ahead(plan) for plan in steps[2:])
+    # The prompts are one step; nothing runs behind a last token that is foreseen.
+    assert all(is_ahead(plan) for plan in steps[1:])
     assert len(steps) >= max(len(each.outputs[0].token_ids) for each in answers)
 
 
@@ -141,6 +145,37 @@ def test_few_blocks_and_places(model_dir: Path, one_by_one: LLM) -> None:
     sampling = SamplingParams(**(DEFAULTS | {"max_tokens": 40}))
     assert told(outputs(tight, sampling)) == told(outputs(one_by_one, sampling))
     assert tight._loop.scheduler.stats.num_preemptions > 0
+
+
+def test_chunks_of_prompts_run_ahead_of_each_other_and_of_tokens(
+    model_dir: Path, one_by_one: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked = make_llm(model_dir, async_scheduling=True, max_num_batched_tokens=24)
+    plans = plans_of(chunked, monkeypatch)
+    sampling = SamplingParams(**DEFAULTS)
+    assert told(outputs(chunked, sampling)) == told(outputs(one_by_one, sampling))
+    items = [item for plan in plans for item in plan.scheduled]
+    assert any(item.num_new_tokens > 1 and item.num_in_flight > 1 for item in items)
+    # No step but the first one waited for the one before it.
+    starts = [plan for plan in plans if plan.scheduled and not is_behind_another(plan)]
+    assert starts == plans[:1]
+
+
+def test_what_is_asked_of_a_chunked_prompt(model_dir: Path, one_by_one: LLM) -> None:
+    """Its chunks are read in the order in which they run, whatever is launched by then."""
+    chunked = make_llm(model_dir, async_scheduling=True, max_num_batched_tokens=24)
+    sampling = SamplingParams(**(DEFAULTS | {"prompt_logprobs": 2}))
+    expected = outputs(one_by_one, sampling)
+    for answer, whole in zip(outputs(chunked, sampling), expected, strict=True):
+        assert told([answer]) == told([whole])
+        assert answer.prompt_logprobs is not None and whole.prompt_logprobs is not None
+        for found, wanted in zip(
+            answer.prompt_logprobs[1:], whole.prompt_logprobs[1:], strict=True
+        ):
+            assert found is not None and wanted is not None
+            assert found.keys() == wanted.keys()
+            for token_id, value in wanted.items():
+                assert found[token_id].logprob == pytest.approx(value.logprob, abs=1e-4)
 
 
 def test_held_rows_beside_free_ones(one_by_one: LLM, ahead: LLM) -> None:
