@@ -168,11 +168,13 @@ def test_what_is_asked_of_a_chunked_prompt(model_dir: Path, one_by_one: LLM) -> 
     expected = outputs(one_by_one, sampling)
     for answer, whole in zip(outputs(chunked, sampling), expected, strict=True):
         assert told([answer]) == told([whole])
-        assert answer.prompt_logprobs is not None and whole.prompt_logprobs is not None
+        assert answer.prompt_logprobs is not None
+        assert whole.prompt_logprobs is not None
         for found, wanted in zip(
             answer.prompt_logprobs[1:], whole.prompt_logprobs[1:], strict=True
         ):
-            assert found is not None and wanted is not None
+            assert found is not None
+            assert wanted is not None
             assert found.keys() == wanted.keys()
             for token_id, value in wanted.items():
                 assert found[token_id].logprob == pytest.approx(value.logprob, abs=1e-4)
