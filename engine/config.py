@@ -61,7 +61,7 @@ class EngineConfig:
         "2,048 stops running streams for a second, else what --max-num-batched-tokens leaves",
     )
     enforce_eager: bool = setting(
-        False, help="on a GPU, launch decode steps kernel by kernel instead of as CUDA graphs"
+        False, help="on a GPU, launch steps kernel by kernel instead of as CUDA graphs"
     )
     async_scheduling: bool | None = setting(
         None,

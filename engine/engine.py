@@ -20,6 +20,7 @@ from engine.models.encoder_config import is_encoder
 from engine.models.registry import load_model
 from engine.product_check import check_products_under_mps
 from engine.profiling import measure_gpu_memory, warm_up
+from engine.prompt_graphs import MAX_CHUNKS, graph_shapes
 from engine.runner import ModelRunner
 from engine.running_step import RunningStep
 from engine.sampler.sampled import SampledToken
@@ -104,7 +105,11 @@ class Engine:
         self._num_threads = torch.get_num_threads()
         warm_up(self._runner, self.kv_pool)
         if self.kv_pool.is_cuda and not config.enforce_eager:
-            self._runner.capture_graphs(graph_sizes(config.max_num_seqs), progress=progress)
+            self._runner.capture_graphs(
+                graph_sizes(config.max_num_seqs),
+                graph_shapes(config.max_num_seqs, config.max_num_batched_tokens),
+                progress=progress,
+            )
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool) -> "Engine":
@@ -213,8 +218,13 @@ class Engine:
         return self._config.jump_ahead
 
     @property
+    def max_captured_chunks(self) -> int:
+        """How many sequences may have several tokens in a step that is a captured CUDA graph."""
+        return MAX_CHUNKS if self.uses_graphs else 0
+
+    @property
     def uses_graphs(self) -> bool:
-        """Whether steps of one token a sequence are captured CUDA graphs."""
+        """Whether decode steps, and those with few prompt tokens, are captured CUDA graphs."""
         return self._runner.uses_graphs
 
     def forced_tokens(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:

@@ -33,14 +33,19 @@ class JumpAhead:
         """A step's tokens, before they're committed, with those that are forced by them.
 
         `num_running` sequences share the next step; `is_ahead` if it's launched already, and
-        `loses_graph` if the step that computes the chunks could else be a CUDA graph.
+        `loses_graph` if the step that computes the chunks could else be a decode step's graph.
         """
         if not self._engine.jumps_ahead:
             return sampled
         forced = self._engine.forced_tokens([token.sequence for token in sampled])
         jumps = {each: tokens for each, tokens in forced.items() if len(tokens) > is_ahead}
         spared = [len(tokens) - is_ahead for tokens in jumps.values()]
-        if not jumps_pay(spared, num_running=num_running, loses_graph=loses_graph):
+        if not jumps_pay(
+            spared,
+            num_running=num_running,
+            loses_graph=loses_graph,
+            max_captured=self._engine.max_captured_chunks,
+        ):
             return sampled
         for sequence, tokens in jumps.items():
             self._engine.append(sequence, tokens)

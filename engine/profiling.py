@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decode_graphs import DecodeGraphs, graph_sizes
+from engine.decode_graphs import graph_sizes
 from engine.gpu_memory import GpuMemory, gib
 from engine.kv_memory import allocate_kv_pool
 from engine.models.causal_lm import CausalLM
+from engine.prompt_graphs import graph_shapes
 from engine.runner import ModelRunner
 from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
@@ -76,17 +77,20 @@ def measure_gpu_memory(model: CausalLM, layout: KVLayout, config: EngineConfig) 
 
 
 def _graphs_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
-    """Memory of all graphs, from a capture of the largest: the others share its tensors."""
+    """Memory of all graphs, from captures of the largest: the others share their tensors."""
     device = model.device
     sizes = graph_sizes(config.max_num_seqs)
+    shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens)
     kv_pool = allocate_kv_pool(layout, 1, device=device)
     before_bytes = torch.cuda.memory_reserved(device)
-    graphs = DecodeGraphs(model, kv_pool, sizes[-1:], progress=False)
+    runner = ModelRunner(model, kv_pool, root_seed=0)
+    runner.capture_graphs(sizes[-1:], shapes[:1], progress=False, always=True)
     torch.cuda.empty_cache()
     shared_bytes = torch.cuda.memory_reserved(device) - before_bytes
-    del graphs, kv_pool
+    del runner, kv_pool
     torch.cuda.empty_cache()
-    return shared_bytes + len(sizes) * layout.num_layers * _GRAPH_LAYER_BYTES
+    num_graphs = len(sizes) + len(shapes)
+    return shared_bytes + num_graphs * layout.num_layers * _GRAPH_LAYER_BYTES
 
 
 def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:

@@ -1,6 +1,6 @@
 """Runs a step's plan on the device: arrays, forward pass, logits of the rows that sample, tokens.
 
-The forward pass of a decode step may be a captured CUDA graph: everything before it is host
+The forward pass of a step may be a captured CUDA graph: everything before it is host
 arithmetic, everything behind it depends on what samples. Nothing waits for the device, unless a
 request wants to know of its prompt.
 """
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.batch import PersistentBatch, StepArrays
+from engine.capture import GraphMemory
 from engine.decode_graphs import DecodeGraphs
 from engine.grammar import GrammarCompiler
 from engine.models.causal_lm import CausalLM
+from engine.prompt_graphs import PromptGraphs
 from engine.prompt_reader import PromptReader
 from engine.running_step import RunningStep
 from engine.sampler.pending import PendingRows
@@ -52,12 +54,24 @@ class ModelRunner:
             grammars=grammars,
         )
         self._reader = PromptReader(model)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: tuple[DecodeGraphs, PromptGraphs] | None = None
         self._sampled = torch.zeros(1, dtype=torch.int64, device=kv_pool.device)
 
-    def capture_graphs(self, sizes: list[int], *, progress: bool) -> None:
-        """From now on decode steps of up to `sizes[-1]` sequences replay CUDA graphs."""
-        self._graphs = DecodeGraphs(self._model, self._kv_pool, sizes, progress=progress)
+    def capture_graphs(
+        self,
+        sizes: list[int],
+        shapes: list[tuple[int, int]],
+        *,
+        progress: bool,
+        always: bool = False,
+    ) -> None:
+        """From now on decode steps of up to `sizes[-1]` sequences replay CUDA graphs, and steps
+        with prompts of those `shapes` that `PromptGraphs` finds worth it, or `always` all."""
+        memory = GraphMemory()
+        model, kv_pool = self._model, self._kv_pool
+        prompts = PromptGraphs(model, kv_pool, shapes, memory, progress=progress, always=always)
+        decodes = DecodeGraphs(model, kv_pool, sizes, memory, progress=progress)
+        self._graphs = (decodes, prompts)
 
     @property
     def uses_graphs(self) -> bool:
@@ -88,8 +102,10 @@ class ModelRunner:
         arrays = self._batch.arrays(plan.scheduled)
         is_read = self._reader.wants(plan.scheduled)
         hidden = None
-        if self._graphs is not None and not is_read:
-            hidden = self._graphs.hidden(arrays, self._sampled)
+        for graphs in () if self._graphs is None or is_read else self._graphs:
+            hidden = graphs.hidden(arrays, self._sampled)
+            if hidden is not None:
+                break
         if hidden is None:
             hidden = self._hidden(arrays, plan.scheduled if is_read else [])
         sampling = [item for item in plan.scheduled if item.samples]

@@ -33,12 +33,16 @@ class AttentionBatch:
     num_seqs: int
     parts: "tuple[AttentionBatch, AttentionBatch] | None" = None
     """The same rows in two, if the first sequences have one query each and others more."""
+    attends_in_parts: bool = False
+    """Whether each part has a kernel of its own, whatever is faster: a part may be padded."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.slots)
 
-    def divided(self, num_decodes: int, max_kv_lens: tuple[int, int]) -> "AttentionBatch":
+    def divided(
+        self, num_decodes: int, max_kv_lens: tuple[int, int], *, attends_in_parts: bool = False
+    ) -> "AttentionBatch":
         """The same batch with its `parts`: the first `num_decodes` sequences have one query each.
 
         `max_kv_lens` are the two parts' own.
@@ -65,7 +69,7 @@ class AttentionBatch:
             max_kv_len=max_kv_lens[1],
             num_seqs=self.num_seqs - num_decodes,
         )
-        return replace(self, parts=(decodes, prompts))
+        return replace(self, parts=(decodes, prompts), attends_in_parts=attends_in_parts)
 
     def __post_init__(self) -> None:
         # Checked here, once a step: native kernels see only addresses.

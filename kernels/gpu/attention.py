@@ -29,7 +29,9 @@ def paged_attention(
     parts: tuple[AttentionBatch, ...] = (batch,)
     # Hopper's kernel reads decode rows' blocks while it computes prompts; the portable one is
     # slower at both than kernels of their own.
-    if batch.parts is not None and not is_supported(q, kv_pool, batch, **limits):
+    if batch.parts is not None and (
+        batch.attends_in_parts or not is_supported(q, kv_pool, batch, **limits)
+    ):
         parts = batch.parts
     first = 0
     for part in parts:

@@ -259,13 +259,15 @@ def _launch(
     return out
 
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[torch.device, list[Tensor]] = {}
 
 
 def _arrivals(num: int, device: torch.device) -> Tensor:
-    """Counters of a device, zero between calls: kernels on one stream take turns with them."""
-    counters = _counters.get(device)
-    if counters is None or len(counters) < num:
-        counters = torch.zeros(max(num, 4096), dtype=torch.int32, device=device)
-        _counters[device] = counters
-    return counters
+    """Counters of a device, zero between calls: kernels on one stream take turns with them.
+
+    Captured graphs go on with those that were there, so smaller ones stay.
+    """
+    counters = _counters.setdefault(device, [])
+    if not counters or len(counters[-1]) < num:
+        counters.append(torch.zeros(max(num, 4096), dtype=torch.int32, device=device))
+    return counters[-1]

@@ -15,6 +15,7 @@ class ForcingEngine:
     def __init__(self, forced: dict[Any, list[int]], *, jumps_ahead: bool = True) -> None:
         self.forced = forced
         self.jumps_ahead = jumps_ahead
+        self.max_captured_chunks = 1
         self.appended: dict[Any, list[int]] = {}
 
     def forced_tokens(self, sequences: list[Any]) -> dict[Any, list[int]]:
@@ -37,16 +38,22 @@ def extend(engine: Any, **state: Any) -> list[list[int]]:
         ([], 1, False, False),
         ([1], 1, False, True),
         ([1], 256, False, True),
-        ([1], 1, True, False),
-        ([2], 1, True, True),
-        ([20], 32, True, False),
-        ([20, 15], 32, True, True),
+        # Captured, a step with chunks costs everybody a fifth of a step.
+        ([1], 4, True, True),
+        ([1], 5, True, False),
+        ([4, 4], 39, True, True),
+        ([4, 4], 40, True, False),
+        # Kernel by kernel, two.
+        ([1, 1, 1], 1, True, True),
+        ([20, 20, 20], 32, True, False),
+        ([20, 20, 25], 32, True, True),
     ],
 )
-def test_without_a_graph_everybody_loses_a_step(
+def test_a_step_with_chunks_costs_everybody_in_it(
     nums_spared: list[int], num_running: int, *, loses_graph: bool, pays: bool
 ) -> None:
-    assert jumps_pay(nums_spared, num_running=num_running, loses_graph=loses_graph) == pays
+    found = jumps_pay(nums_spared, num_running=num_running, loses_graph=loses_graph, max_captured=2)
+    assert found == pays
 
 
 def test_forced_tokens_come_behind_the_sampled_one() -> None:
@@ -61,12 +68,15 @@ def test_with_a_step_ahead_one_token_is_no_gain() -> None:
     assert engine.appended == {"a": [1, 2]}
 
 
-def test_together_they_may_be_worth_a_graph() -> None:
-    few = ForcingEngine({"a": [1, 2, 3]})
+def test_alone_it_costs_little_and_together_they_may_be_worth_a_graph() -> None:
+    alone = ForcingEngine({"a": [1, 2]})
+    assert extend(alone, loses_graph=True) == [[7, 1, 2], [7], [7]]
+    assert extend(alone, loses_graph=True, num_running=10) == [[7], [7], [7]]
+    few = ForcingEngine({"a": [1, 2, 3], "b": [4, 5, 6]})
     assert extend(few, loses_graph=True) == [[7], [7], [7]]
     assert not few.appended
-    more = ForcingEngine({"a": [1, 2, 3], "b": [4]})
-    assert extend(more, loses_graph=True) == [[7, 1, 2, 3], [7, 4], [7]]
+    more = ForcingEngine({"a": [1, 2, 3], "b": [4, 5, 6, 8]})
+    assert extend(more, loses_graph=True) == [[7, 1, 2, 3], [7, 4, 5, 6, 8], [7]]
 
 
 def test_switched_off() -> None:

@@ -1,0 +1,142 @@
+"""Steps with short prompts captured as CUDA graphs.
+
+Launched kernel by kernel, a step takes the host longer than its few hundred tokens take the
+device, and everybody in it waits. So there is a graph for some numbers of running sequences and,
+with each, for a ladder of prompt tokens; a step is padded to the next that has room for it.
+"""
+
+import itertools
+import time
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.batch import StepArrays
+from engine.capture import GraphMemory, capture
+from engine.graph_inputs import GraphInputs
+from engine.models.causal_lm import CausalLM
+from engine.upload import to_device
+
+# Sequences with one token each; multiples of 16, so that what lies behind them is aligned.
+_SINGLES = (0, 16, 64, 128, 256)
+# Tokens of the others.
+_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+# Sequences with several tokens in a step, and their contexts: beyond, it's attention that takes
+# the time.
+MAX_CHUNKS = 16
+_MAX_KV_LEN = 4096
+# A step is worth a graph if launching it takes this share of the time in which it's through.
+_LAUNCH_SHARE = 0.75
+
+
+def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int]]:
+    """(sequences with one token, tokens of others) that may be worth a graph, the largest first."""
+    singles = _SINGLES[: bisect_left(_SINGLES, max_num_seqs) + 1]
+    tokens = _TOKENS[: bisect_left(_TOKENS, max_num_batched_tokens) + 1]
+    return sorted(itertools.product(singles, tokens), key=sum, reverse=True)
+
+
+class PromptGraphs:
+    """Captured forward passes over one model and pool; `hidden` replays the one that fits."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_pool: Tensor,
+        shapes: list[tuple[int, int]],
+        memory: GraphMemory,
+        *,
+        progress: bool,
+        always: bool = False,
+    ) -> None:
+        """Captures those of `shapes` that the host is slow to launch, or `always` all. Nothing else
+        may run on the device meanwhile.
+
+        `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+        """
+        self._singles = sorted({num_singles for num_singles, _ in shapes})
+        self._tokens = sorted({num_tokens for _, num_tokens in shapes})
+        self._model = model
+        self._kv_pool = kv_pool
+        self._inputs = GraphInputs(
+            max_seqs=self._singles[-1] + MAX_CHUNKS,
+            max_tokens=self._singles[-1] + self._tokens[-1],
+            max_blocks=-(-model.config.max_model_len // kv_pool.shape[4]),
+            device=kv_pool.device,
+        )
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._hidden: dict[tuple[int, int], Tensor] = {}
+        if not always:
+            self._tokens = self._slow_to_launch()
+            shapes = [shape for shape in shapes if shape[1] in self._tokens]
+        shown = tqdm(shapes, "CUDA graphs of prompts", disable=not progress, leave=False)
+        for shape in shown:
+            self._forward(*shape)
+            self._graphs[shape], self._hidden[shape] = capture(
+                lambda shape=shape: self._forward(*shape), memory
+            )
+
+    def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
+        """Hidden states of the tokens that sample, [num_samples, hidden_size]; None if the step
+        isn't captured: no, too many or too long prompts, or more sequences than the largest size.
+
+        `sampled` are the tokens of the step before, which `arrays.sources` speaks of.
+        """
+        num_decodes = arrays.num_decodes
+        num_prompts = len(arrays.kv_lens) - num_decodes
+        num_tokens = len(arrays.token_ids) - num_decodes
+        if not self._tokens or (
+            not 0 < num_prompts <= MAX_CHUNKS
+            or num_tokens > self._tokens[-1]
+            or num_decodes > self._singles[-1]
+            or arrays.kv_lens[num_decodes:].max() > _MAX_KV_LEN
+        ):
+            return None
+        singles = self._singles[bisect_left(self._singles, num_decodes)]
+        tokens = self._tokens[bisect_left(self._tokens, num_tokens)]
+        self._inputs.write(
+            arrays,
+            sampled,
+            num_singles=singles,
+            num_seqs=singles + MAX_CHUNKS,
+            num_tokens=singles + tokens,
+        )
+        self._graphs[singles, tokens].replay()
+        hidden, at = self._hidden[singles, tokens], arrays.sample_tokens
+        if not len(at):
+            return hidden[:0]
+        at = at + (at >= num_decodes) * (singles - num_decodes)
+        return hidden.index_select(0, to_device(at, hidden.device))
+
+    def _slow_to_launch(self) -> list[int]:
+        """Up to which of the numbers of prompt tokens the device waits for the host."""
+        for last in range(len(self._tokens), 0, -1):
+            if self._launch_share(self._tokens[last - 1]) > _LAUNCH_SHARE:
+                return self._tokens[:last]
+        return []
+
+    def _launch_share(self, num_tokens: int) -> float:
+        """Of the time that a step of prompts alone takes, kernel by kernel."""
+        self._forward(0, num_tokens)  # compiles kernels, makes workspaces
+        torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        self._forward(0, num_tokens)
+        launched_s = time.perf_counter()
+        torch.cuda.synchronize()
+        return (launched_s - started_s) / (time.perf_counter() - started_s)
+
+    @torch.inference_mode()
+    def _forward(self, num_singles: int, num_tokens: int) -> Tensor:
+        batch = self._inputs.batch(
+            num_seqs=num_singles + MAX_CHUNKS,
+            num_tokens=num_singles + num_tokens,
+            max_query_len=num_tokens,
+            max_kv_len=_MAX_KV_LEN,
+        )
+        if num_singles:
+            longest = self._model.config.max_model_len
+            batch = batch.divided(num_singles, (longest, _MAX_KV_LEN), attends_in_parts=True)
+        token_ids = self._inputs.token_ids(num_singles + num_tokens)
+        return self._model.forward(token_ids, batch, self._kv_pool)

@@ -1,0 +1,116 @@
+"""Steps with prompts give the same captured as launched kernel by kernel."""
+
+import gc
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from greedy_reference import GreedyReference
+from tiny_models import VOCAB_SIZE, write_tiny_model
+
+from engine import LLM, SamplingParams
+from engine.prompt_graphs import PromptGraphs
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=GreedyReference.max_tokens)
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    """A worker has its process for itself: what others hold in there counts as its own."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(sequences with one token, prompt tokens) of each step that a graph ran."""
+    steps: list[tuple[int, int]] = []
+    hidden = PromptGraphs.hidden
+
+    def counted(self: PromptGraphs, arrays: Any, sampled: torch.Tensor) -> torch.Tensor | None:
+        result = hidden(self, arrays, sampled)
+        if result is not None:
+            num_decodes = arrays.num_decodes
+            steps.append((num_decodes, len(arrays.token_ids) - num_decodes))
+        return result
+
+    monkeypatch.setattr(PromptGraphs, "hidden", counted)
+    return steps
+
+
+def make_prompts(lengths: list[int]) -> list[dict[str, Any]]:
+    rng = random.Random(5)
+    return [
+        {"prompt_token_ids": [rng.randrange(2, VOCAB_SIZE) for _ in range(length)]}
+        for length in lengths
+    ]
+
+
+@pytest.mark.parametrize("budget", [48, 200, 1024])
+def test_float32_equals_transformers(
+    model_dir: Path,
+    reference: GreedyReference,
+    captured: list[tuple[int, int]],
+    budget: int,
+) -> None:
+    """Prompts come in beside running ones; more of them than a graph takes, too."""
+    prompts = make_prompts([1, 2, 17, 300, 64, 65, 5, 5, 128, *[3] * 24, 30, 200])
+    llm = LLM(
+        str(model_dir),
+        dtype="float32",
+        gpu_memory_utilization=0.1,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=False,
+    )
+    answers = llm.generate(prompts, GREEDY, use_tqdm=False)
+    found = [answer.outputs[0].token_ids for answer in answers]
+    assert found == [reference(prompt["prompt_token_ids"]) for prompt in prompts]
+    # With the largest, all come at once, and are too many.
+    assert bool(captured) == (budget < 1024)
+    assert any(num_decodes for num_decodes, _ in captured) == (budget < 1024)
+    assert all(num_tokens <= budget for _, num_tokens in captured)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_16_bits_are_near_what_kernel_by_kernel_gives(
+    tmp_path: Path,
+    captured: list[tuple[int, int]],
+    kv_cache_dtype: str,
+) -> None:
+    model_dir = write_tiny_model("llama", tmp_path)
+    prompts = make_prompts([700, 33, 90, 256, 1, 420, 16, 31])
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=1, ignore_eos=True)
+    tops: list[list[float]] = []
+    for enforce_eager in (False, True):
+        llm = LLM(
+            str(model_dir),
+            dtype="bfloat16",
+            kv_cache_dtype=kv_cache_dtype,
+            gpu_memory_utilization=0.1,
+            max_num_batched_tokens=256,
+            enforce_eager=enforce_eager,
+            enable_prefix_caching=False,
+        )
+        answers = llm.generate(prompts, sampling, use_tqdm=False)
+        first = [answer.outputs[0] for answer in answers]
+        assert all(output.logprobs is not None for output in first)
+        tops.append(
+            [max(value.logprob for value in output.logprobs[0].values()) for output in first]
+        )
+        del llm
+        gc.collect()
+    assert captured
+    assert tops[0] == pytest.approx(tops[1], abs=0.1)
+
+
+def test_a_prompt_that_is_read_is_launched(
+    model_dir: Path, captured: list[tuple[int, int]], prompts: list[list[int]]
+) -> None:
+    llm = LLM(str(model_dir), dtype="float32", gpu_memory_utilization=0.1)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    llm.generate({"prompt_token_ids": prompts[4]}, sampling, use_tqdm=False)
+    assert not captured

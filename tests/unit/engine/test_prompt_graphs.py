@@ -1,0 +1,25 @@
+"""The ladder of steps with prompts; captured ones themselves are tested on a GPU (tests/gpu)."""
+
+import pytest
+
+from engine.prompt_graphs import graph_shapes
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 16, 100, 1024, 8192])
+@pytest.mark.parametrize("max_num_seqs", [1, 8, 16, 17, 200, 256])
+def test_shapes_have_room_for_what_a_step_may_hold(
+    max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    shapes = graph_shapes(max_num_seqs, max_num_batched_tokens)
+    assert sum(shapes[0]) == max(sum(shape) for shape in shapes), "the largest comes first"
+    singles = {num_singles for num_singles, _ in shapes}
+    tokens = {num_tokens for _, num_tokens in shapes}
+    assert len(shapes) == len(singles) * len(tokens)
+    assert 0 in singles
+    assert max(singles) >= max_num_seqs
+    assert max(tokens) >= min(max_num_batched_tokens, 2048)
+    assert all(num_singles % 16 == 0 for num_singles in singles)
+
+
+def test_a_small_worker_captures_little() -> None:
+    assert graph_shapes(8, 64) == [(16, 64), (0, 64)]
