@@ -44,6 +44,11 @@ def is_supported(
 
 
 @functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _is_hopper(device: torch.device) -> bool:
     # Neither older nor newer GPUs have this one's matrix instructions.
     return (
