@@ -82,33 +82,90 @@ def _hopper_linear_kernel(
         out, (row_scales, column_scales), bias, (partial, arrivals), buffers, barriers,
         num_tokens, out_features, units,
     )  # fmt: skip
-    shape: gl.constexpr = (TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED)
-    flags: gl.constexpr = (IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL)
     if WARPGROUPS == 1:
         gl.warp_specialize(
-            [(multiply, (0, work, shape, flags)), (load, (row_desc, column_desc, buffers, barriers, units, INNER, shape, PDL))], [1], [LOADING_REGISTERS]
-        )
+            [
+                (
+                    multiply,
+                    (
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
+                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                    ),
+                ),
+            ],
+            [1],
+            [LOADING_REGISTERS],
+        )  # fmt: skip
     elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (multiply, (0, work, shape, flags)),
-                (multiply, (1, work, shape, flags)),
-                (load, (row_desc, column_desc, buffers, barriers, units, INNER, shape, PDL)),
+                (
+                    multiply,
+                    (
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    multiply,
+                    (
+                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
+                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                    ),
+                ),
             ],
             [4, 1],
             [MULTIPLYING_REGISTERS, LOADING_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (multiply, (0, work, shape, flags)),
-                (multiply, (1, work, shape, flags)),
-                (multiply, (2, work, shape, flags)),
-                (load, (row_desc, column_desc, buffers, barriers, units, INNER, shape, PDL)),
+                (
+                    multiply,
+                    (
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    multiply,
+                    (
+                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    multiply,
+                    (
+                        2, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
+                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                    ),
+                ),
+                (
+                    load,
+                    (
+                        row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
+                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                    ),
+                ),
             ],
             [4, 4, 1],
             [MULTIPLYING_REGISTERS, MULTIPLYING_REGISTERS, LOADING_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 def hopper_fp8_linear(
@@ -143,16 +200,16 @@ def hopper_fp8_linear(
         arrivals = _counters(out.device)
         if splits > MAX_SPLITS.value or num_parts * MAX_SPLITS.value > len(arrivals):
             raise ValueError(f"{splits} splits of {num_parts} tiles are too many")
+    x_rows, weight_rows = tile.rows, tile.columns
+    if not tile.tokens_are_rows:
+        x_rows, weight_rows = weight_rows, x_rows
     operands = [
-        (_descriptor(x.values, tile.rows if tile.tokens_are_rows else tile.columns, tile), x.scales),
-        (
-            _descriptor(weight.values, tile.columns if tile.tokens_are_rows else tile.rows, tile),
-            weight.scales,
-        ),
+        (_descriptor(x.values, x_rows, tile.inner), x.scales),
+        (_descriptor(weight.values, weight_rows, tile.inner), weight.scales),
     ]
-    (rows, row_scales), (columns, column_scales) = (
-        operands if tile.tokens_are_rows else reversed(operands)
-    )
+    if not tile.tokens_are_rows:
+        operands.reverse()
+    (rows, row_scales), (columns, column_scales) = operands
     _hopper_linear_kernel[(min(num_units, num_multiprocessors(out.device) * tile.programs),)](
         rows,
         columns,
@@ -188,12 +245,12 @@ def hopper_fp8_linear(
     return out
 
 
-def _descriptor(values: Tensor, rows: int, tile: HopperTile) -> TensorDescriptor:
+def _descriptor(values: Tensor, rows: int, inner: int) -> TensorDescriptor:
     return TensorDescriptor(
         values,
         shape=list(values.shape),
         strides=[values.stride(0), 1],
-        block_shape=[rows, tile.inner],
+        block_shape=[rows, inner],
         layout=gl.NVMMASharedLayout(128, 8, 2),
     )
 

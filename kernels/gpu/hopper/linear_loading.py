@@ -45,28 +45,6 @@ def wait_for_predecessor(PDL: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(
-    desc,
-    first,
-    at,
-    full,
-    tiles,
-    stage,
-    is_due,
-    ROWS: gl.constexpr,
-    WARPGROUPS: gl.constexpr,
-):
-    for group in gl.static_range(WARPGROUPS):
-        tma.async_copy_global_to_shared(
-            desc,
-            [first + group * ROWS, at],
-            full,
-            tiles.index(stage * WARPGROUPS + group),
-            pred=is_due,
-        )
-
-
-@gluon.jit
 def _fill(
     row_desc,
     column_desc,
@@ -79,11 +57,17 @@ def _fill(
     rows_due,
     columns_due,
     ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
     WARPGROUPS: gl.constexpr,
 ):
     row_tiles, column_tiles = buffers
-    _copy_rows(row_desc, row, at, full, row_tiles, stage, rows_due, ROWS, WARPGROUPS)
+    for group in gl.static_range(WARPGROUPS):
+        tma.async_copy_global_to_shared(
+            row_desc,
+            [row + group * ROWS, at],
+            full,
+            row_tiles.index(stage * WARPGROUPS + group),
+            pred=rows_due,
+        )
     tma.async_copy_global_to_shared(
         column_desc, [column, at], full, column_tiles.index(stage), pred=columns_due
     )
@@ -96,15 +80,14 @@ def load(
     buffers,
     barriers,
     units,
+    TOKENS_ARE_ROWS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
     INNER: gl.constexpr,
-    shape: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    TOKENS_ARE_ROWS: gl.constexpr = shape[0]
-    ROWS: gl.constexpr = shape[1]
-    COLUMNS: gl.constexpr = shape[2]
-    WARPGROUPS: gl.constexpr = shape[3]
-    STAGES: gl.constexpr = shape[4]
     full, empty = barriers
     tile_bytes: gl.constexpr = (WARPGROUPS * ROWS + COLUMNS) * INNER
     unit = gl.program_id(0)
@@ -118,7 +101,7 @@ def load(
             _fill(
                 row_desc, column_desc, feature_tile * WARPGROUPS * ROWS, feature_tile * COLUMNS,
                 (first + stage) * INNER, buffers, full.index(stage), stage,
-                not TOKENS_ARE_ROWS, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS,
+                not TOKENS_ARE_ROWS, TOKENS_ARE_ROWS, ROWS, WARPGROUPS,
             )  # fmt: skip
         wait_for_predecessor(PDL)
         tl.extra.cuda.gdc_launch_dependents()
@@ -144,7 +127,7 @@ def load(
                 columns_due = count >= 0
             _fill(
                 row_desc, column_desc, row, column, step * INNER, buffers, full.index(stage),
-                stage, rows_due, columns_due, ROWS, COLUMNS, WARPGROUPS,
+                stage, rows_due, columns_due, ROWS, WARPGROUPS,
             )  # fmt: skip
             count += 1
         unit += gl.num_programs(0)

@@ -194,19 +194,21 @@ def _finish(
 
 
 @gluon.jit
-def multiply(group: gl.constexpr, work, shape: gl.constexpr, flags: gl.constexpr) -> None:
-    """The kernel that starts this says what its arguments are made of."""
+def multiply(
+    group: gl.constexpr,
+    work,
+    TOKENS_ARE_ROWS: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    WARPGROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PROMOTED: gl.constexpr,
+    IS_SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
     out, scales, bias, parts, buffers, barriers, num_tokens, out_features, units = work
-    TOKENS_ARE_ROWS: gl.constexpr = shape[0]
-    ROWS: gl.constexpr = shape[1]
-    COLUMNS: gl.constexpr = shape[2]
-    WARPGROUPS: gl.constexpr = shape[3]
-    STAGES: gl.constexpr = shape[4]
-    PROMOTED: gl.constexpr = shape[5]
-    IS_SPLIT: gl.constexpr = flags[0]
-    HAS_BIAS: gl.constexpr = flags[1]
-    HAS_RESIDUAL: gl.constexpr = flags[2]
-    PDL: gl.constexpr = flags[3]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     size: gl.constexpr = ROWS * COLUMNS
     wait_for_predecessor(PDL)
