@@ -80,7 +80,9 @@ def _merge(
     """
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    places = partial + rows[:, None] * COLUMNS + columns[None, :]
+    # What a warp's threads hold of 8 by 8 sums lies side by side.
+    squares = (rows // 8 * (COLUMNS // 8))[:, None] + (columns // 8)[None, :]
+    places = partial + squares * 64 + (rows % 8 * 8)[:, None] + (columns % 8)[None, :]
     # These are the sums of `span` splits, from a multiple of it on.
     span = 1
     goes_on = splits > 1
