@@ -1,6 +1,6 @@
 """Products of 8-bit numbers for some dozens to some hundreds of tokens.
 
-A warp loads and some warpgroups multiply. Programs stay: each takes every so-manieth unit, which is
+A warp loads and some warpgroups multiply. Programs stay, and share out the units, each of which is
 a tile of the result or, where there are too few of those to fill the card, a part of its sum.
 """
 
@@ -24,6 +24,8 @@ from kernels.gpu.hopper.multiplying import MAX_SPLITS, multiply
 from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.sizes import ceil_div
 
+# Lines of 128 bytes, swizzled as the matrix instructions read them.
+_LAYOUT = gl.NVMMASharedLayout(128, 8, 2)
 # Counters of a device's tiles that are summed in parts.
 _NUM_COUNTERS = 1 << 16
 
@@ -251,7 +253,7 @@ def _descriptor(values: Tensor, rows: int, inner: int) -> TensorDescriptor:
         shape=list(values.shape),
         strides=[values.stride(0), 1],
         block_shape=[rows, inner],
-        layout=gl.NVMMASharedLayout(128, 8, 2),
+        layout=_LAYOUT,
     )
 
 

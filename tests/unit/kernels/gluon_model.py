@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
@@ -171,7 +170,6 @@ MODEL = {
         int64=torch.int64,
         load=_load,
         minimum=min,
-        NVMMASharedLayout=NVMMASharedLayout,
         num_programs=lambda _: _thread.program[1],
         NVMMADistributedLayout=lambda *_: None,
         program_id=lambda _: _thread.program[0],
