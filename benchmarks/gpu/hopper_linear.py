@@ -11,6 +11,7 @@ what a call takes outside of graphs before it returns.
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import subprocess
@@ -36,7 +37,7 @@ from kernels.gpu.sizes import ceil_div
 NAMES = ("qkv", "output", "gate_up", "down")
 TOKENS = (72, 128, 192, 256)
 NUM_MULTIPROCESSORS = 132
-MOST_SPLITS = 8
+MOST_SPLITS, MAX_SPLITS = 8, 16
 # Of the programs that run at once, over all rounds, some may have nothing to do.
 LEAST_USED = 0.7
 # Twice what rounding to bfloat16 costs.
@@ -49,28 +50,33 @@ FEW_TILES = [
     HopperTile(stages=4),
     HopperTile(inner=256, stages=3),
     HopperTile(columns=64, stages=8),
+    HopperTile(columns=64, inner=256, stages=4),
     HopperTile(columns=256, stages=4),
     HopperTile(stages=6, promoted=1),
     HopperTile(stages=6, promoted=4),
     HopperTile(**WEIGHT_ROWS, stages=6),
+    HopperTile(**WEIGHT_ROWS, inner=256, stages=3),
     HopperTile(**WEIGHT_ROWS, rows=128, stages=4),
     HopperTile(**WEIGHT_ROWS, warpgroups=1, stages=4, programs=2),
+    HopperTile(**WEIGHT_ROWS, warpgroups=1, inner=256, stages=2, programs=2),
     HopperTile(**WEIGHT_ROWS, rows=128, warpgroups=1, stages=3, programs=2),
     HopperTile(**WEIGHT_ROWS, warpgroups=3, stages=5),
 ]
 MIDDLE_TILES = [
     HopperTile(warpgroups=3, stages=5),
     HopperTile(warpgroups=3, columns=64, stages=6),
+    HopperTile(warpgroups=3, inner=256, stages=2),
     HopperTile(warpgroups=3, stages=5, promoted=4),
 ]
-# Those for few tokens that hold a whole tile of 128, twice.
-TWICE = [FEW_TILES[4], FEW_TILES[8]]
+# Those for 128 tokens, twice.
+TWICE = [HopperTile(columns=256, stages=4), HopperTile(**WEIGHT_ROWS, rows=128, stages=4)]
 MANY_TILES = [
     HopperTile(rows=128, stages=4),
-    HopperTile(rows=128, stages=3),
+    HopperTile(rows=128, inner=256, stages=2),
     HopperTile(rows=128, columns=64, stages=5),
     HopperTile(rows=128, columns=64, stages=5, promoted=4),
     HopperTile(**WEIGHT_ROWS, columns=256, stages=4),
+    HopperTile(**WEIGHT_ROWS, columns=256, inner=256, stages=2),
     *TWICE,
 ]
 
@@ -80,8 +86,8 @@ def label(tile: HopperTile | None) -> str:
         return "library"
     side = "tokens" if tile.tokens_are_rows else "weight"
     return (
-        f"{side} {tile.warpgroups}x{tile.rows} by {tile.columns} /{tile.splits} i{tile.inner} "
-        f"s{tile.stages} p{tile.promoted} x{tile.programs}"
+        f"{side} {tile.warpgroups}x{tile.rows} by {tile.columns} /{tile.splits} m{tile.merged} "
+        f"i{tile.inner} s{tile.stages} p{tile.promoted} x{tile.programs}"
     )
 
 
@@ -99,14 +105,17 @@ def tiles(name: str, num_tokens: int) -> Iterator[HopperTile]:
             for splits in range(1, MOST_SPLITS + 1)
         }
         good = [splits for splits in used if used[splits] >= LEAST_USED]
-        for splits in good[: 2 if num >= at_once else 3]:
+        most = 1 if tile.promoted or name == "gate_up" else 3
+        for splits in good[:most]:
             yield replace(tile, splits=splits)
+            if splits > 2 and not tile.promoted:
+                yield replace(tile, splits=splits, merged=MAX_SPLITS)
 
 
 def compile_tiles(share: int, num_shares: int) -> None:
     """Into the cache on disk: those of this share."""
     distinct = {
-        replace(tile, splits=min(tile.splits, 2))
+        replace(tile, splits=min(tile.splits, 2), merged=2)
         for name, num_tokens in itertools.product(NAMES, TOKENS)
         for tile in tiles(name, num_tokens)
     }
@@ -170,6 +179,8 @@ class Case:
 def measure(journal: Path, names: list[str], all_tokens: list[int]) -> None:
     """Every case that the journal doesn't know."""
     begun = {entry["begin"] for entry in read(journal) if "begin" in entry}
+    # Each capture of a graph collects garbage: what is here by now is none.
+    gc.freeze()
     with journal.open("a") as file:
         for name in names:
             out_features, in_features = LINEARS[name]

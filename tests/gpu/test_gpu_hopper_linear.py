@@ -22,8 +22,8 @@ SHAPES = [(4096, 4096), (960, 576), (336, 1104)]
 TILES = [
     HopperTile(stages=6),
     HopperTile(columns=256, splits=3),
-    HopperTile(rows=128, splits=4),
-    HopperTile(warpgroups=3, stages=5, splits=7),
+    HopperTile(rows=128, splits=4, merged=4),
+    HopperTile(warpgroups=3, stages=5, splits=7, merged=3),
     HopperTile(warpgroups=1, columns=64, programs=2, splits=5),
     HopperTile(inner=256, stages=3, splits=2),
     HopperTile(tokens_are_rows=False, columns=256, splits=2),

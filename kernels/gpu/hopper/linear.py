@@ -32,7 +32,8 @@ _NUM_COUNTERS = 1 << 16
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tokens", "num_units", "num_tiles", "num_token_tiles", "num_steps", "splits"
+        "num_tokens", "num_units", "num_tiles", "num_token_tiles", "num_steps", "splits",
+        "merged",
     ]
 )  # fmt: skip
 def _hopper_linear_kernel(
@@ -51,6 +52,7 @@ def _hopper_linear_kernel(
     num_token_tiles,
     num_steps,
     splits,
+    merged,
     TOKENS_ARE_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -81,7 +83,7 @@ def _hopper_linear_kernel(
     barriers = (full, empty)
     units = (num_units, num_tiles, num_token_tiles, num_steps, splits)
     work = (
-        out, (row_scales, column_scales), bias, (partial, arrivals), buffers, barriers,
+        out, (row_scales, column_scales), bias, (partial, arrivals, merged), buffers, barriers,
         num_tokens, out_features, units,
     )  # fmt: skip
     if WARPGROUPS == 1:
@@ -228,6 +230,7 @@ def hopper_fp8_linear(
         num_token_tiles,
         num_steps,
         splits,
+        tile.merged,
         TOKENS_ARE_ROWS=tile.tokens_are_rows,
         ROWS=tile.rows,
         COLUMNS=tile.columns,

@@ -22,9 +22,10 @@ MOST_TOKENS: int | None = None
 class HopperTile:
     """The tile of a program: `warpgroups` times `rows` by `columns`, `inner` elements a step.
 
-    Rows are tokens, or output channels; columns the other. `splits` units share a tile's sum.
-    After `promoted` steps the tensor cores' short sums (about 14 bits) are added up in float32, at
-    the price of as many registers again; 0 is never. `programs` run on a multiprocessor at once.
+    Rows are tokens, or output channels; columns the other. `splits` units share a tile's sum, and
+    `merged` of them at a time are added up. After `promoted` steps the tensor cores' short sums
+    (about 14 bits) are added up in float32, at the price of as many registers again; 0 is never.
+    `programs` run on a multiprocessor at once.
     """
 
     tokens_are_rows: bool = True
@@ -34,6 +35,7 @@ class HopperTile:
     inner: int = 128
     stages: int = 4
     splits: int = 1
+    merged: int = 2
     promoted: int = 0
     programs: int = 1
 
@@ -42,6 +44,8 @@ class HopperTile:
             raise ValueError("a stage is freed once the next one is multiplied: it takes two")
         if not 1 <= self.warpgroups <= _MOST_WARPGROUPS:
             raise ValueError(f"there is no kernel of {self.warpgroups} warpgroups")
+        if self.merged < 2:
+            raise ValueError("it takes two to merge")
 
     @property
     def tokens(self) -> int:
@@ -69,14 +73,16 @@ class HopperTile:
         return _rounded(min(shared // self.warpgroups, _MOST_REGISTERS))
 
 
-# By the most tokens they are for: of layers with many outputs, of long sums, of all others.
+# By the most tokens they are for: of layers with many outputs, with long sums, with no more outputs
+# than inputs, and of all others.
 _WIDE = {
     128: HopperTile(stages=6),
     192: HopperTile(warpgroups=3, stages=5),
     256: HopperTile(rows=128),
 }
 _LONG = {tokens: replace(tile, splits=4) for tokens, tile in _WIDE.items()}
-_OTHERS = {tokens: replace(tile, splits=3) for tokens, tile in _WIDE.items()}
+_SQUARE = _LONG
+_OTHERS = {tokens: replace(tile, splits=2) for tokens, tile in _WIDE.items()}
 
 
 def tile_for(num_tokens: int, out_features: int, in_features: int) -> HopperTile | None:
@@ -88,6 +94,8 @@ def tile_for(num_tokens: int, out_features: int, in_features: int) -> HopperTile
         tiles = _WIDE
     elif in_features >= _LONG_ROWS:
         tiles = _LONG
+    elif out_features <= in_features:
+        tiles = _SQUARE
     return next((tile for tokens, tile in tiles.items() if num_tokens <= tokens), None)
 
 

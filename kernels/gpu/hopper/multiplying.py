@@ -1,8 +1,8 @@
 """A warpgroup that multiplies: its rows of a tile, over the steps of a unit, to the result.
 
-Where units are parts of a tile's sum (splits), neighbours' sums are merged two by two, then those
-of pairs, and so on. Of two, whoever comes second adds what the first left: a sum of two numbers is
-the same either way, so results don't vary, and nobody waits.
+Where units are parts of a tile's sum (splits), some neighbours' sums are merged, then those of such
+groups, and so on. Each leaves its sums and counts itself; the last one of a group adds up what all
+of them left, in their order, so results don't vary, and nobody waits.
 """
 
 # Gluon's compiler gives these functions their types, not Python.
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.gpu.hopper.linear_loading import unit_place, wait_for_predecessor
 
-# Splits that a tile's counters are enough for: 8 pairs, 4 pairs of pairs, 2 and 1.
+# Splits that a tile's counters are enough for: of pairs, say, there are 8, 4, 2 and 1.
 MAX_SPLITS = gl.constexpr(16)
 # Sums that a warpgroup finishes at once.
 PIECE = gl.constexpr(64 * 128)
@@ -69,6 +69,7 @@ def _merge(
     arrivals,
     split,
     splits,
+    merged,
     split_size,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -88,23 +89,28 @@ def _merge(
     goes_on = splits > 1
     while goes_on & (span < splits):
         mine = split // span * span
-        other = mine ^ span
-        if other < splits:
-            counter = arrivals + MAX_SPLITS - MAX_SPLITS // span + split // (2 * span)
-            arrived = gl.atomic_add(counter, 0, sem="acquire")
-            if arrived == 0:
-                gl.store(places + mine * split_size, sums)
-                # Every thread's sums are written before the one that counts says so.
+        first = split // (span * merged) * (span * merged)
+        num = gl.minimum((splits - first + span - 1) // span, merged)
+        if num > 1:
+            gl.store(places + mine * split_size, sums)
+            # Every thread's sums are written before the one that counts says so.
+            tl.debug_barrier()
+            counter = arrivals + MAX_SPLITS - MAX_SPLITS // span + split // (span * merged)
+            goes_on = gl.atomic_add(counter, 1, sem="acq_rel") == num - 1
+            if goes_on:
                 tl.debug_barrier()
-                arrived = gl.atomic_add(counter, 1, sem="acq_rel")
-            if arrived == 0:
-                goes_on = split < 0
-            else:
-                tl.debug_barrier()
-                sums += gl.load(places + other * split_size, cache_modifier=".cg")
-                # Zero again for the next kernel: the other has been here.
+                if num == 2:
+                    # Two numbers make the same sum either way.
+                    other = 2 * first + span - mine
+                    sums += gl.load(places + other * split_size, cache_modifier=".cg")
+                else:
+                    sums = gl.load(places + first * split_size, cache_modifier=".cg")
+                    for i in range(1, num):
+                        at = places + (first + i * span) * split_size
+                        sums += gl.load(at, cache_modifier=".cg")
+                # Zero again for the next kernel: all of the group have been here.
                 gl.store(counter, 0)
-        span *= 2
+        span *= merged
     return sums, goes_on | (splits == 1)
 
 
@@ -236,7 +242,7 @@ def multiply(
             subtile = tile * WARPGROUPS + group
             sums, is_whole = _merge(
                 sums, parts[0] + subtile * size, parts[1] + subtile * MAX_SPLITS, split, units[4],
-                units[1] * WARPGROUPS * size, ROWS, COLUMNS, layout,
+                parts[2], units[1] * WARPGROUPS * size, ROWS, COLUMNS, layout,
             )  # fmt: skip
         if is_whole:
             if TOKENS_ARE_ROWS:

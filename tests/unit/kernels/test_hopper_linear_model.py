@@ -1,6 +1,7 @@
 """Hopper's product of 8-bit numbers, run on a model of its machine: what is copied where and when,
 who waits for whom, and how parts of sums meet. tests/gpu has it compiled."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,12 @@ NUM_MULTIPROCESSORS = 3
 TILES = [
     HopperTile(stages=3),
     HopperTile(warpgroups=1, columns=64, stages=4, splits=3),
-    HopperTile(warpgroups=3, stages=2, splits=5),
+    HopperTile(warpgroups=3, stages=2, splits=5, merged=8),
     HopperTile(rows=128, stages=2, splits=2, promoted=1),
     HopperTile(tokens_are_rows=False, stages=3, splits=4, promoted=2),
-    HopperTile(tokens_are_rows=False, rows=128, warpgroups=1, stages=2, splits=7, programs=2),
+    HopperTile(
+        tokens_are_rows=False, rows=128, warpgroups=1, stages=2, splits=7, merged=3, programs=2
+    ),
     HopperTile(tokens_are_rows=False, columns=256, stages=2, inner=256),
 ]
 
@@ -64,8 +67,8 @@ def test_products(num_tokens: int, tile: HopperTile) -> None:
 
 def test_counters_are_left_as_they_were_found() -> None:
     x, weight = random_rows(70, 1100 // 16 * 16), random_rows(256, 1100 // 16 * 16)
-    for splits in (2, 3, 6, 9):
-        tile = replace(TILES[0], splits=splits)
+    for splits, merged in itertools.product((2, 3, 6, 9), (2, 3, 16)):
+        tile = replace(TILES[0], splits=splits, merged=merged)
         linear.hopper_fp8_linear(x, weight, None, dtype=torch.bfloat16, tile=tile)
         assert not linear._counters(x.values.device).any()
 
