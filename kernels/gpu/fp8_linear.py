@@ -1,4 +1,4 @@
-"""Linear layers over fp8 weights: our kernel for the few tokens of a decode step, else torch's."""
+"""Linear layers over fp8 weights: our kernels for the tokens of a decode step, else torch's."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,9 @@ from torch import Tensor
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.fp8_linear import Fp8Linear
 from kernels.gpu import linear as few_tokens
+from kernels.gpu.hopper import linear_tiles as hopper_tiles
+from kernels.gpu.hopper.linear_tiles import HopperTile
+from kernels.gpu.hopper.support import is_hopper
 from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
 
 
@@ -14,13 +17,21 @@ def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) ->
     if _num_tokens(x) <= MAX_TOKENS:
         return few_tokens.fp8_linear(_input(x, packed), packed.weight, packed.bias, dtype=dtype)
     rows = x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
+    tile = _hopper_tile(x, packed)
+    if tile is not None:
+        return _hopper_linear(rows, packed, tile, dtype=dtype)
     return library_linear(rows, packed.weight, packed.bias, dtype=dtype)
 
 
 def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
-    """`kernels.fp8_linear.add_fp8_linear`, which our kernel alone can."""
+    """`kernels.fp8_linear.add_fp8_linear`, which our kernels alone can."""
     if _num_tokens(x) > MAX_TOKENS:
-        return False
+        tile = _hopper_tile(x, packed)
+        if tile is None:
+            return False
+        rows = x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
+        _hopper_linear(rows, packed, tile, dtype=residual.dtype, residual=residual)
+        return True
     few_tokens.fp8_linear(
         _input(x, packed), packed.weight, packed.bias, dtype=residual.dtype, residual=residual
     )
@@ -61,6 +72,27 @@ def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
     if isinstance(x, Fp8Rows) or is_quantized_on_the_way:
         return x
     return quantize_rows(x, packed.input_scale)
+
+
+def _hopper_tile(x: Tensor | Fp8Rows, packed: Fp8Linear) -> HopperTile | None:
+    tile = hopper_tiles.tile_for(_num_tokens(x), *packed.weight.values.shape)
+    return tile if is_hopper(packed.weight.values.device) else None
+
+
+def _hopper_linear(
+    rows: Fp8Rows,
+    packed: Fp8Linear,
+    tile: HopperTile,
+    *,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+) -> Tensor:
+    # Imported on first use: not every Triton has Gluon.
+    from kernels.gpu.hopper.linear import hopper_fp8_linear
+
+    return hopper_fp8_linear(
+        rows, packed.weight, packed.bias, dtype=dtype, tile=tile, residual=residual
+    )
 
 
 def _num_tokens(x: Tensor | Fp8Rows) -> int:

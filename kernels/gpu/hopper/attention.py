@@ -9,8 +9,6 @@ time, where the matrix instructions read them.
 # Gluon's compiler gives kernels their types, not Python.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
-import functools
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention import AttentionBatch
 from kernels.gpu.hopper.attending import attend
 from kernels.gpu.hopper.loading import LINE, NUM_SCALARS, ROWS, load
+from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widened_blocks import widen_blocks
 
@@ -154,7 +153,7 @@ def hopper_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    num_programs = min(_num_multiprocessors(q.device), num_tiles * num_kv_heads)
+    num_programs = min(num_multiprocessors(q.device), num_tiles * num_kv_heads)
     _hopper_attention_kernel[(num_programs,)](
         TensorDescriptor(
             q,
@@ -198,8 +197,3 @@ def hopper_attention(
         maxnreg=_REGISTERS,
     )
     return out
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

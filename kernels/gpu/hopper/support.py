@@ -1,4 +1,4 @@
-"""Which calls Hopper's attention kernel takes; asking doesn't import the kernel."""
+"""Which calls Hopper's kernels take; asking doesn't import them."""
 
 import functools
 
@@ -10,7 +10,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.widened_blocks import pays_off
 
 _HOPPER = 9
-# Gluon still changes between releases; these compile the kernel.
+# Gluon still changes between releases; these compile the kernels.
 _TRITON_VERSIONS = ("3.6.", "3.7.")
 _HEAD_DIMS = (64, 128)
 _MIN_BLOCK_SIZE = 8
@@ -38,13 +38,18 @@ def is_supported(
         and block_size >= _MIN_BLOCK_SIZE
         and is_power_of_2
         and num_heads // num_kv_heads <= _MAX_GROUP
-        and _is_hopper(q.device)
+        and is_hopper(q.device)
         and (q.dtype is kv_pool.dtype or pays_off(q, kv_pool, batch))
     )
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
     # Neither older nor newer GPUs have this one's matrix instructions.
     return (
         device.type == "cuda"

@@ -1,0 +1,103 @@
+"""How Hopper's product of 8-bit numbers is cut into programs."""
+
+from dataclasses import dataclass, replace
+
+# A multiprocessor's registers, what a thread can have of them, and how they are handed out.
+_REGISTERS = 65536
+_MOST_REGISTERS = 240
+_REGISTER_STEP = 8
+_WARPGROUP_THREADS = 128
+_LEAST_STAGES = 2
+_MOST_WARPGROUPS = 3
+LOADING_REGISTERS = 24
+# As in `kernels.gpu.linear_tiles`.
+_MANY_ROWS = 16384
+_LONG_ROWS = 8192
+
+MOST_TOKENS: int | None = None
+"""Up to which the kernel is used rather than torch's; None until it has been measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """The tile of a program: `warpgroups` times `rows` by `columns`, `inner` elements a step.
+
+    Rows are tokens, or output channels; columns the other. `splits` units share a tile's sum, and
+    `merged` of them at a time are added up. After `promoted` steps the tensor cores' short sums
+    (about 14 bits) are added up in float32, at the price of as many registers again; 0 is never.
+    `programs` run on a multiprocessor at once.
+    """
+
+    tokens_are_rows: bool = True
+    rows: int = 64
+    columns: int = 128
+    warpgroups: int = 2
+    inner: int = 128
+    stages: int = 4
+    splits: int = 1
+    merged: int = 2
+    promoted: int = 0
+    programs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stages < _LEAST_STAGES:
+            raise ValueError("a stage is freed once the next one is multiplied: it takes two")
+        if not 1 <= self.warpgroups <= _MOST_WARPGROUPS:
+            raise ValueError(f"there is no kernel of {self.warpgroups} warpgroups")
+        if self.merged < 2:
+            raise ValueError("it takes two to merge")
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.warpgroups if self.tokens_are_rows else self.columns
+
+    @property
+    def features(self) -> int:
+        return self.columns if self.tokens_are_rows else self.rows * self.warpgroups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a program's stages, without what it stores results through."""
+        return self.stages * self.inner * (self.rows * self.warpgroups + self.columns)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread when a program starts. The warp that loads stands for a whole warpgroup."""
+        threads = (self.warpgroups + 1) * self.programs * _WARPGROUP_THREADS
+        return _rounded(min(_REGISTERS // threads, _MOST_REGISTERS))
+
+    @property
+    def multiplying_registers(self) -> int:
+        """Of a thread that multiplies, once the loading warp has given up most of its own."""
+        shared = self.registers * (self.warpgroups + 1) - LOADING_REGISTERS
+        return _rounded(min(shared // self.warpgroups, _MOST_REGISTERS))
+
+
+# By the most tokens they are for: of layers with many outputs, with long sums, with no more outputs
+# than inputs, and of all others.
+_WIDE = {
+    128: HopperTile(stages=6),
+    192: HopperTile(warpgroups=3, stages=5),
+    256: HopperTile(rows=128),
+}
+_LONG = {tokens: replace(tile, splits=4) for tokens, tile in _WIDE.items()}
+_SQUARE = _LONG
+_OTHERS = {tokens: replace(tile, splits=2) for tokens, tile in _WIDE.items()}
+
+
+def tile_for(num_tokens: int, out_features: int, in_features: int) -> HopperTile | None:
+    """The tile for a product of this shape; None where torch's is faster."""
+    if MOST_TOKENS is None or num_tokens > MOST_TOKENS:
+        return None
+    tiles = _OTHERS
+    if out_features >= _MANY_ROWS:
+        tiles = _WIDE
+    elif in_features >= _LONG_ROWS:
+        tiles = _LONG
+    elif out_features <= in_features:
+        tiles = _SQUARE
+    return next((tile for tokens, tile in tiles.items() if num_tokens <= tokens), None)
+
+
+def _rounded(registers: int) -> int:
+    return registers // _REGISTER_STEP * _REGISTER_STEP

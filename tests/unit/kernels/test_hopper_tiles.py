@@ -1,0 +1,44 @@
+"""What Hopper's kernels ask of a multiprocessor, and which products they take."""
+
+import pytest
+
+from kernels.gpu.hopper import linear_tiles
+from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS, HopperTile, tile_for
+
+REGISTERS = 65536
+SHARED_BYTES = 227 << 10
+# What a warpgroup stores through, and a program's barriers.
+STORED_BYTES, BARRIER_BYTES = 8 << 10, 1 << 10
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (960, 576)]
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_registers_that_are_handed_on_were_there(warpgroups: int, programs: int) -> None:
+    """A warpgroup that asks for more than there are waits for ever."""
+    tile = HopperTile(warpgroups=warpgroups, programs=programs)
+    assert 128 * (warpgroups + 1) * tile.registers * programs <= REGISTERS
+    pool = tile.registers * (warpgroups + 1)
+    assert warpgroups * tile.multiplying_registers + LOADING_REGISTERS <= pool
+    assert tile.registers <= tile.multiplying_registers <= 240
+    assert tile.registers % 8 == tile.multiplying_registers % 8 == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_tokens", [65, 128, 129, 192, 193, 256])
+def test_tiles_hold_all_tokens_and_fit(
+    num_tokens: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_tiles, "MOST_TOKENS", 256)
+    tile = tile_for(num_tokens, *shape)
+    assert tile is not None
+    assert tile.tokens >= num_tokens
+    assert tile.shared_bytes + tile.warpgroups * STORED_BYTES <= SHARED_BYTES - BARRIER_BYTES
+    assert tile_for(257, *shape) is None
+    monkeypatch.setattr(linear_tiles, "MOST_TOKENS", None)
+    assert tile_for(num_tokens, *shape) is None
+
+
+def test_a_ring_of_one_stage_would_stand_still() -> None:
+    with pytest.raises(ValueError, match="takes two"):
+        HopperTile(stages=1)
