@@ -9,6 +9,7 @@ from mapped_region import COPY_S, MappedRegion
 from test_rude_peer import SENDER_INCARNATION, RudePeer
 from transfer_cluster import CONFIG, Cluster, Node, push, transport_maker
 
+from kvtransfer.block_ids import pack_block_ids, to_block_ids
 from kvtransfer.tags import MessageKind
 from kvtransfer.wire import (
     AgentMessage,
@@ -20,10 +21,13 @@ from kvtransfer.wire import (
     WriteDone,
     WriteRefused,
     encode,
-    pack_block_ids,
 )
 
 BLOCKS = [4, 5, 6, 7]
+
+
+def packed(*block_ids: int) -> bytes:
+    return pack_block_ids(to_block_ids(block_ids))
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ async def offer(mapped: Cluster, rude: RudePeer) -> None:
 
 async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: Node):
     await offer(mapped, rude)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     assert await ask(rude, part(receiver, ids, ids)) == WriteDone(1)
     assert receiver.blocks(BLOCKS) == [b"x" * (8 << 10)] * 4
 
@@ -73,10 +77,10 @@ async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: No
 @pytest.mark.parametrize(
     ("src", "dst", "reason"),
     [
-        (pack_block_ids([0]), pack_block_ids([200]), "block 200 is not part of ticket 1"),
-        (pack_block_ids([256]), pack_block_ids([4]), "outside the sender's pool"),
-        (pack_block_ids([0, 1]), pack_block_ids([4]), "2 blocks were announced for 1 places"),
-        (b"odd", pack_block_ids([4]), "no list of blocks"),
+        (packed(0), packed(200), "block 200 is not part of ticket 1"),
+        (packed(256), packed(4), "outside the sender's pool"),
+        (packed(0, 1), packed(4), "2 blocks were announced for 1 places"),
+        (b"odd", packed(4), "no list of blocks"),
     ],
 )
 async def test_reads_that_make_no_sense(
@@ -93,7 +97,7 @@ async def test_reads_that_make_no_sense(
 async def test_a_pool_that_was_never_offered(rude: RudePeer, receiver: Node):
     rude.send(encode(ProbeRead(3, 1)), MessageKind.CONTROL)
     rude.send(encode(WithdrawWrite(9)), MessageKind.CONTROL)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     assert isinstance(await ask(rude, part(receiver, ids, ids)), WriteRefused)
 
 
@@ -101,7 +105,7 @@ async def test_a_withdrawn_write_is_answered_when_nothing_is_read(
     mapped: Cluster, rude: RudePeer, receiver: Node
 ):
     await offer(mapped, rude)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     started_s = asyncio.get_running_loop().time()
     rude.send(encode(part(receiver, ids, ids)), MessageKind.CONTROL)
     answer = await ask(rude, WithdrawWrite(1))
