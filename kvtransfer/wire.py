@@ -151,6 +151,8 @@ AgentMessage: TypeAlias = (
 
 _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder[AgentMessage](AgentMessage)
+# Text that is no UTF-8, and nesting without end, have errors of their own.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
 
 
@@ -163,7 +165,7 @@ def decode_message(data: bytes | bytearray) -> AgentMessage:
     """Raises TransferError on anything but a well-formed message."""
     try:
         return _message_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise TransferError(f"Unreadable transfer message: {error}") from error
 
 
@@ -171,7 +173,7 @@ def decode_metadata(data: bytes) -> AgentMetadata:
     """Raises TransferError on anything but well-formed metadata of our protocol version."""
     try:
         metadata = _metadata_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise TransferError(f"Unreadable transfer agent metadata: {error}") from error
     if metadata.protocol_version != AGENT_PROTOCOL_VERSION:
         raise TransferError(

@@ -1,8 +1,10 @@
 """Tags, control messages and metadata."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvtransfer.block_ids import pack_block_ids, to_block_ids
+from kvtransfer.block_ids import pack_block_ids, to_block_ids, unpack_block_ids
 from kvtransfer.host import host_identity
 from kvtransfer.plan import (
     MAX_BLOCKS_PER_READ,
@@ -27,6 +29,7 @@ from kvtransfer.wire import (
 from protocol.errors import TransferError
 
 BIG = 2**31 - 1
+BLOCK_IDS = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("kind", MessageKind)
@@ -60,6 +63,10 @@ def test_unreadable_messages_are_refused():
         decode_message(b"\x93\xa4nope\x01\x02")
     with pytest.raises(TransferError):
         decode_message(encode(WriteDone(1))[:-1])
+    with pytest.raises(TransferError):
+        decode_message(b"\x92\xa4d\xffne\x01")
+    with pytest.raises(TransferError):
+        decode_message(b"\x93\xa4done\x01" + b"\x91" * 30_000 + b"\xc0")
 
 
 def metadata(protocol_version: int) -> AgentMetadata:
@@ -93,3 +100,32 @@ def test_reads_go_eagerly_between_processes_on_one_card():
     threshold = DEVICE_MEMORY_SETTINGS["RNDV_THRESH"]
     assert threshold.endswith("k")
     assert int(threshold[:-1]) << 10 > MAX_CONTROL_BYTES
+
+
+@given(st.binary())
+def test_any_bytes_are_a_message_or_refused(data: bytes):
+    try:
+        message = decode_message(data)
+    except TransferError:
+        return
+    assert decode_message(encode(message)) == message
+
+
+@given(st.data())
+def test_broken_reads_are_read_or_refused(data: st.DataObject):
+    """One byte more, less or other than a sound announcement has."""
+    ids = pack_block_ids(to_block_ids(data.draw(st.lists(BLOCK_IDS, max_size=20))))
+    sound = bytes(encode(ReadPart(1, 2, 3, 4, 5, ids, ids, is_last=True)))
+    at = data.draw(st.integers(0, len(sound)))
+    piece = data.draw(st.binary(max_size=1))
+    try:
+        message = decode_message(sound[:at] + piece + sound[at + data.draw(st.integers(0, 1)) :])
+    except TransferError:
+        return
+    if isinstance(message, ReadPart):
+        for packed in (message.src_blocks, message.dst_blocks):
+            if len(packed) % 4:
+                with pytest.raises(TransferError):
+                    unpack_block_ids(packed)
+            else:
+                assert len(unpack_block_ids(packed)) == len(packed) // 4
