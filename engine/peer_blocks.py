@@ -30,10 +30,13 @@ class PeerBlocks:
 
     def __init__(self, exported: bytes, pool: Tensor, copier: BlockCopier) -> None:
         """Raises OSError if the peer's pool is on another card or can't be mapped."""
+        if len(exported) != _EXPORTED.size:
+            raise OSError(f"{len(exported)} bytes describe no pool")
         uuid, handle, offset, self.num_blocks, block_bytes = _EXPORTED.unpack(exported)
         if uuid != _uuid(pool.device):
             raise OSError("it is on another device")
-        assert block_bytes == pool.shape[1], "agents compare that when they connect"
+        if block_bytes != pool.shape[1]:
+            raise OSError(f"its blocks have {block_bytes} bytes, ours {pool.shape[1]}")
         _make_current(pool.device)
         self._base = cuda_ipc.map_memory(handle)
         num_bytes = self.num_blocks * block_bytes

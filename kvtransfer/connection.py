@@ -171,9 +171,9 @@ class Connection:
             case PoolMapped():
                 self._offer.on_answer(message)
             case ReadPart():
-                self._receiver.on_read_part(self, message)
+                self._receiver.reads.on_part(self, message)
             case WithdrawWrite(write_id):
-                self._receiver.on_withdraw(self, write_id)
+                self._receiver.reads.on_withdraw(self, write_id)
             case ProbeStart():
                 self._probe.on_start(message)
             case ProbeRead():

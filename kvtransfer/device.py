@@ -16,9 +16,10 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from kvtransfer.block_ids import BlockIds, check_block_range
 from kvtransfer.buffer import Buffer, DeviceBuffer
 from kvtransfer.pool_reader import PeerPool
-from kvtransfer.region import Run, check_block_range
+from kvtransfer.region import Run
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class DeviceRegion:
         assert not isinstance(source, memoryview)
         source.scatter(runs)
 
-    def check_range(self, block_ids: Sequence[int]) -> None:
+    def check_range(self, block_ids: BlockIds) -> None:
         check_block_range(block_ids, self.num_blocks)
 
     def export(self) -> bytes | None:

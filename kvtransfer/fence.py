@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtransfer.pool_reader import BlockIds
+from kvtransfer.block_ids import BlockIds, to_block_ids
 from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId
@@ -55,18 +55,18 @@ class Fence:
 
     def refusal_of_blocks(self, block_ids: BlockIds) -> str | None:
         """The same for blocks that are read one by one."""
-        mask = self._mask
-        is_known = block_ids < len(mask)
-        is_ours = mask[np.where(is_known, block_ids, 0)] & is_known
+        # Numbers beyond the mask are taken for its last place, which is never ours.
+        is_ours = self._mask.take(block_ids, mode="clip")
         if is_ours.all():
             return None
         return self._foreign(int(block_ids[np.argmin(is_ours)]))
 
     @functools.cached_property
     def _mask(self) -> NDArray[np.bool_]:
-        """Of each block up to the last of ours: whether it is."""
-        mask = np.zeros(max(self.block_ids, default=0) + 1, dtype=np.bool_)
-        mask[list(self.block_ids)] = True
+        """Of each block up to the one behind the last of ours: whether it's ours."""
+        block_ids = to_block_ids(self.block_ids)
+        mask = np.zeros(int(block_ids.max(initial=0)) + 2, dtype=np.bool_)
+        mask[block_ids] = True
         return mask
 
 

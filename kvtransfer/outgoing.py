@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from kvtransfer.block_ids import BlockIds, pack_block_ids, to_block_ids
 from kvtransfer.buffer import Buffer
 from kvtransfer.checksum import crc32_of
 from kvtransfer.config import TransferConfig
@@ -29,7 +30,6 @@ from kvtransfer.wire import (
     WriteDone,
     WritePart,
     WriteRefused,
-    pack_block_ids,
 )
 from protocol.errors import TransferCancelledError, TransferError, TransferTimeoutError
 from protocol.ids import Incarnation, TicketId
@@ -108,13 +108,14 @@ class WriteSender:
             raise self._closed
         if len(src_blocks) != len(dst_blocks):
             raise TransferError(f"{len(src_blocks)} blocks can't go to {len(dst_blocks)} places.")
-        self._region.check_range(src_blocks)
+        src_ids = to_block_ids(src_blocks)
+        self._region.check_range(src_ids)
         write = _Write(next(self._write_ids), target)
         self._writes[write.write_id] = write
         start = time.monotonic()
         try:
             if await self._is_read_by_peer():
-                self._announce_reads(write, src_blocks, dst_blocks)
+                self._announce_reads(write, src_ids, to_block_ids(dst_blocks))
             else:
                 for part, is_last in self._parts(src_blocks, dst_blocks):
                     await self._send_part(write, part, is_last=is_last)
@@ -173,18 +174,16 @@ class WriteSender:
         parts = split_into_parts(plan_messages(src_blocks, dst_blocks, self._limits))
         return [(part, part is parts[-1]) for part in parts]
 
-    def _announce_reads(
-        self, write: _Write, src_blocks: Sequence[int], dst_blocks: Sequence[int]
-    ) -> None:
+    def _announce_reads(self, write: _Write, src_ids: BlockIds, dst_ids: BlockIds) -> None:
         if write.is_settled:
             return
         write.is_read_by_peer = True
         write.num_sending = 1
         target = write.target
-        num_blocks = len(src_blocks)
+        num_blocks = len(src_ids)
         for at in range(0, max(1, num_blocks), MAX_BLOCKS_PER_READ):
             piece = slice(at, at + MAX_BLOCKS_PER_READ)
-            src = src_blocks[piece]
+            src = src_ids[piece]
             self._send_control(
                 ReadPart(
                     write.write_id,
@@ -193,7 +192,7 @@ class WriteSender:
                     target.receiver_incarnation,
                     target.write_seq,
                     pack_block_ids(src),
-                    pack_block_ids(dst_blocks[piece]),
+                    pack_block_ids(dst_ids[piece]),
                     is_last=at + MAX_BLOCKS_PER_READ >= num_blocks,
                     crc32=self._checksum(src),
                 )
@@ -230,10 +229,10 @@ class WriteSender:
             checksum = crc32_of(self._region, message.src_runs)
         return DataMessage(list(message.dst_runs), checksum)
 
-    def _checksum(self, block_ids: Sequence[int]) -> int | None:
+    def _checksum(self, block_ids: BlockIds) -> int | None:
         if not self._config.verify_checksums:
             return None
-        return crc32_of(self._region, runs_of(block_ids))
+        return crc32_of(self._region, runs_of(block_ids.tolist()))
 
     def _has_room(self, num_bytes: int) -> bool:
         under_way = self._num_bytes_sending

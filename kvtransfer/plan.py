@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from kvtransfer.region import Run
 
-# A run takes up to 11 bytes in a header and a message up to 9 more; see wire.MAX_CONTROL_BYTES.
+# A run takes up to 11 bytes in a header and a message up to 9 more; see wire.MAX_HEADER_BYTES.
 MAX_RUNS_PER_MESSAGE = 256
 MAX_RUNS_PER_PART = 512
 MAX_PER_PART = 128
-# Of two packed ids each, with no more beside them than a header of runs has.
-MAX_BLOCKS_PER_READ = 960
+# Of two packed ids each; see wire.MAX_CONTROL_BYTES. Of blocks of 64 KiB, a card copies as many in
+# the time that it takes to announce and start the next copy.
+MAX_BLOCKS_PER_READ = 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class PoolOffer:
         if self._answer is None:
             self._answer = asyncio.get_running_loop().create_future()
             self._send_control(OfferPool(self._exported))
+        if self._answer.done():
+            return self._answer.result()
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.shield(self._answer)

@@ -10,12 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-BlockIds: TypeAlias = NDArray[np.uint32]
+from kvtransfer.block_ids import BlockIds
 
 SPIN_S = 0.001
 

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Protocol, Self
 
+from kvtransfer.block_ids import BlockIds, check_block_range
 from kvtransfer.buffer import Buffer
 from kvtransfer.pool_reader import PeerPool
 from protocol.errors import TransferError
@@ -47,7 +48,7 @@ class Region(Protocol):
         """The inverse of `gather`."""
         ...
 
-    def check_range(self, block_ids: Sequence[int]) -> None:
+    def check_range(self, block_ids: BlockIds) -> None:
         """Raises TransferError if a block isn't in the region."""
         ...
 
@@ -114,7 +115,7 @@ class KVRegion:
             piece[:] = source[offset : offset + piece.nbytes]
             offset += piece.nbytes
 
-    def check_range(self, block_ids: Sequence[int]) -> None:
+    def check_range(self, block_ids: BlockIds) -> None:
         check_block_range(block_ids, self.num_blocks)
 
     def export(self) -> bytes | None:
@@ -123,12 +124,3 @@ class KVRegion:
     def map(self, exported: bytes) -> PeerPool | None:
         del exported
         return None
-
-
-def check_block_range(block_ids: Sequence[int], num_blocks: int) -> None:
-    """Raises TransferError if a block isn't in a pool of `num_blocks`."""
-    if not block_ids:
-        return
-    for block_id in (min(block_ids), max(block_ids)):
-        if not 0 <= block_id < num_blocks:
-            raise TransferError(f"Block {block_id} is outside the pool of {num_blocks} blocks.")

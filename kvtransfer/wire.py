@@ -8,22 +8,23 @@ On one GPU the receiver may read the sender's pool itself: it's offered by `Offe
 `PoolMapped` says so, a write's parts are `ReadPart`s and no data messages follow them.
 """
 
-from array import array
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
-import numpy as np
 
-from kvtransfer.pool_reader import BlockIds
 from kvtransfer.region import Run
 from protocol.errors import TransferError
 from protocol.ids import Incarnation, TicketId, WorkerId
 
-AGENT_PROTOCOL_VERSION = 2
+AGENT_PROTOCOL_VERSION = 3
 
-MAX_CONTROL_BYTES = 8000
-"""Control messages stay below what every transport sends eagerly, so they never wait for memory."""
+MAX_HEADER_BYTES = 8000
+"""A header of data messages stays below what UCX sends eagerly over TCP by itself (8 KiB), so it
+never waits for the receiver's memory."""
+
+MAX_CONTROL_BYTES = 33_000
+"""Nothing larger is taken for a control message. `ReadPart`s come near it; the transport between
+processes on one card is set to send them eagerly, too."""
 
 
 class HostIdentity(msgspec.Struct, frozen=True):
@@ -81,7 +82,7 @@ class PoolMapped(msgspec.Struct, frozen=True, array_like=True, tag="mapped"):
 
 
 class ReadPart(msgspec.Struct, frozen=True, array_like=True, tag="read"):
-    """Blocks to copy from the sender's pool; ids are packed by `pack_block_ids`."""
+    """Blocks to copy from the sender's pool; `pack_block_ids` made the lists."""
 
     write_id: int
     ticket_id: TicketId
@@ -150,6 +151,8 @@ AgentMessage: TypeAlias = (
 
 _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder[AgentMessage](AgentMessage)
+# Text that is no UTF-8, and nesting without end, have errors of their own.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
 
 
@@ -158,29 +161,11 @@ def encode(message: AgentMessage | AgentMetadata) -> bytearray:
     return bytearray(_encoder.encode(message))
 
 
-def pack_block_ids(block_ids: Sequence[int]) -> bytes:
-    """Four bytes each, in this host's order: only processes of one host exchange them.
-
-    Raises TransferError if a number doesn't fit.
-    """
-    try:
-        return array("I", block_ids).tobytes()
-    except OverflowError as error:
-        raise TransferError(f"A block's number is none: {error}.") from error
-
-
-def unpack_block_ids(packed: bytes) -> BlockIds:
-    """Raises TransferError on anything but whole numbers."""
-    if len(packed) % np.uint32().itemsize:
-        raise TransferError(f"{len(packed)} bytes are no list of blocks.")
-    return np.frombuffer(packed, dtype=np.uint32)
-
-
 def decode_message(data: bytes | bytearray) -> AgentMessage:
     """Raises TransferError on anything but a well-formed message."""
     try:
         return _message_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise TransferError(f"Unreadable transfer message: {error}") from error
 
 
@@ -188,7 +173,7 @@ def decode_metadata(data: bytes) -> AgentMetadata:
     """Raises TransferError on anything but well-formed metadata of our protocol version."""
     try:
         metadata = _metadata_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise TransferError(f"Unreadable transfer agent metadata: {error}") from error
     if metadata.protocol_version != AGENT_PROTOCOL_VERSION:
         raise TransferError(

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvtransfer import KVRegion
-from kvtransfer.pool_reader import BlockIds
+from kvtransfer.block_ids import BlockIds
 
 COPY_S = 0.002
 _regions: dict[bytes, "MappedRegion"] = {}

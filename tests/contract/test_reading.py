@@ -1,14 +1,18 @@
 """Where a peer reads the sender's pool itself: what it refuses, and what both sides wait for."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import msgspec
 import pytest
-from mapped_region import COPY_S, MappedRegion
+from mapped_region import COPY_S, MappedCopy, MappedPool, MappedRegion
 from test_rude_peer import SENDER_INCARNATION, RudePeer
 from transfer_cluster import CONFIG, Cluster, Node, push, transport_maker
 
+from kvtransfer.block_ids import BlockIds, pack_block_ids, to_block_ids
+from kvtransfer.plan import MAX_BLOCKS_PER_READ
 from kvtransfer.tags import MessageKind
 from kvtransfer.wire import (
     AgentMessage,
@@ -20,10 +24,13 @@ from kvtransfer.wire import (
     WriteDone,
     WriteRefused,
     encode,
-    pack_block_ids,
 )
 
 BLOCKS = [4, 5, 6, 7]
+
+
+def packed(*block_ids: int) -> bytes:
+    return pack_block_ids(to_block_ids(block_ids))
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ async def offer(mapped: Cluster, rude: RudePeer) -> None:
 
 async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: Node):
     await offer(mapped, rude)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     assert await ask(rude, part(receiver, ids, ids)) == WriteDone(1)
     assert receiver.blocks(BLOCKS) == [b"x" * (8 << 10)] * 4
 
@@ -73,10 +80,10 @@ async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: No
 @pytest.mark.parametrize(
     ("src", "dst", "reason"),
     [
-        (pack_block_ids([0]), pack_block_ids([200]), "block 200 is not part of ticket 1"),
-        (pack_block_ids([256]), pack_block_ids([4]), "outside the sender's pool"),
-        (pack_block_ids([0, 1]), pack_block_ids([4]), "2 blocks were announced for 1 places"),
-        (b"odd", pack_block_ids([4]), "no list of blocks"),
+        (packed(0), packed(200), "block 200 is not part of ticket 1"),
+        (packed(256), packed(4), "outside the sender's pool"),
+        (packed(0, 1), packed(4), "2 blocks were announced for 1 places"),
+        (b"odd", packed(4), "no list of blocks"),
     ],
 )
 async def test_reads_that_make_no_sense(
@@ -90,10 +97,59 @@ async def test_reads_that_make_no_sense(
     assert bytes(receiver.pool) == before
 
 
+@pytest.mark.parametrize(
+    ("src", "dst", "reason"),
+    [
+        (packed(0), packed(200), "block 200 is not part of ticket 1"),
+        (packed(256), packed(5), "outside the sender's pool"),
+        (packed(0, 1), packed(5), "2 blocks were announced for 1 places"),
+        (b"odd", packed(5), "no list of blocks"),
+    ],
+)
+async def test_a_later_part_that_makes_no_sense(
+    mapped: Cluster, rude: RudePeer, receiver: Node, src: bytes, dst: bytes, reason: str
+):
+    """Refused once, when the copy that the part before started has ended."""
+    await offer(mapped, rude)
+    first = msgspec.structs.replace(part(receiver, packed(4), packed(4)), is_last=False)
+    rude.send(encode(first), MessageKind.CONTROL)
+    started_s = asyncio.get_running_loop().time()
+    answer = await ask(rude, part(receiver, src, dst))
+    assert isinstance(answer, WriteRefused)
+    assert reason in answer.reason
+    assert asyncio.get_running_loop().time() - started_s >= COPY_S
+    assert receiver.received == []
+    await rude.round_trip()
+    assert rude.answers.empty()
+
+
+async def test_a_write_of_several_parts(mapped: Cluster, monkeypatch: pytest.MonkeyPatch):
+    num_blocks = 2 * MAX_BLOCKS_PER_READ + 1
+    sender, receiver = (mapped.node(n, num_blocks=num_blocks, block_bytes=4) for n in "pd")
+    connection = await mapped.connect(sender, receiver)
+    parts: list[int] = []
+    start_copy = MappedPool.start_copy
+
+    def counted(pool: MappedPool, source_ids: BlockIds, target_ids: BlockIds) -> MappedCopy:
+        parts.append(len(source_ids))
+        return start_copy(pool, source_ids, target_ids)
+
+    monkeypatch.setattr(MappedPool, "start_copy", counted)
+    src, dst = list(range(num_blocks)), list(range(num_blocks))
+    random.Random(0).shuffle(src)
+    random.Random(1).shuffle(dst)
+    receiver.agent.expect(1, attempt=0, sender_incarnation=sender.incarnation, block_ids=dst)
+    await push(connection, receiver, src, dst)
+    assert parts == [MAX_BLOCKS_PER_READ, MAX_BLOCKS_PER_READ, 1]
+    assert [write.num_bytes for write in receiver.received] == [4 * num_blocks]
+    sent, arrived = memoryview(sender.pool).cast("I"), memoryview(receiver.pool).cast("I")
+    assert [arrived[block_id] for block_id in dst] == [sent[block_id] for block_id in src]
+
+
 async def test_a_pool_that_was_never_offered(rude: RudePeer, receiver: Node):
     rude.send(encode(ProbeRead(3, 1)), MessageKind.CONTROL)
     rude.send(encode(WithdrawWrite(9)), MessageKind.CONTROL)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     assert isinstance(await ask(rude, part(receiver, ids, ids)), WriteRefused)
 
 
@@ -101,7 +157,7 @@ async def test_a_withdrawn_write_is_answered_when_nothing_is_read(
     mapped: Cluster, rude: RudePeer, receiver: Node
 ):
     await offer(mapped, rude)
-    ids = pack_block_ids(BLOCKS)
+    ids = packed(*BLOCKS)
     started_s = asyncio.get_running_loop().time()
     rude.send(encode(part(receiver, ids, ids)), MessageKind.CONTROL)
     answer = await ask(rude, WithdrawWrite(1))

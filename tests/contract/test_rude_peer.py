@@ -11,6 +11,7 @@ from kvtransfer.region import Run
 from kvtransfer.tags import MessageKind, Tag, new_namespace, pack_tag
 from kvtransfer.transport import Arrival, Lane, Transport
 from kvtransfer.wire import (
+    MAX_CONTROL_BYTES,
     AgentMessage,
     DataMessage,
     ProbeDone,
@@ -147,7 +148,8 @@ async def test_announcements_that_make_no_sense(rude: RudePeer, runs: list[Run])
 
 async def test_garbage_leaves_the_others_alone(cluster: Cluster, rude: RudePeer, receiver: Node):
     rude.send(b"\xc1garbage", MessageKind.CONTROL)
-    rude.send(b"z" * 20_000, MessageKind.CONTROL)
+    rude.send(b"\x92\xa4d\xffne\x01", MessageKind.CONTROL)
+    rude.send(b"z" * (MAX_CONTROL_BYTES + 1), MessageKind.CONTROL)
     sender = cluster.node("p")
     connection = await cluster.connect(sender, receiver)
     receiver.agent.expect(2, attempt=0, sender_incarnation=sender.incarnation, block_ids=[0, 1])

@@ -36,3 +36,14 @@ def test_views_and_slices_name_the_pools_own_memory() -> None:
     assert view.__cuda_array_interface__["data"] == (pool[5].data_ptr(), False)
     assert view[64:128].__cuda_array_interface__["data"] == (pool[6].data_ptr(), False)
     assert view[64:128].__cuda_array_interface__["shape"] == (64,)
+
+
+def test_descriptions_of_pools_that_make_no_sense_are_declined() -> None:
+    pool = torch.zeros((NUM_BLOCKS, 64), dtype=torch.uint8, device="cuda")
+    blocks = DeviceBlocks(pool)
+    with pytest.raises(OSError, match="5 bytes describe no pool"):
+        blocks.map(b"short")
+    with pytest.raises(OSError, match="its blocks have 32 bytes, ours 64"):
+        blocks.map(DeviceBlocks(pool.view(-1, 32)).export())
+    region = DeviceRegion(blocks, num_blocks=NUM_BLOCKS, block_bytes=64)
+    assert region.map(b"short") is None

@@ -5,6 +5,7 @@ import ctypes
 import pytest
 
 from kvtransfer import KVRegion
+from kvtransfer.block_ids import to_block_ids
 from protocol.errors import TransferError
 
 
@@ -42,7 +43,7 @@ def test_memory_that_does_not_fit():
         KVRegion(memoryview(bytes(32)), num_blocks=8, block_bytes=4)
 
 
-@pytest.mark.parametrize("block_id", [-1, 8])
-def test_blocks_outside(block_id: int):
-    with pytest.raises(TransferError, match="outside the pool of 8 blocks"):
-        region(bytearray(32)).check_range([0, block_id])
+def test_blocks_outside():
+    region(bytearray(32)).check_range(to_block_ids([7, 0]))
+    with pytest.raises(TransferError, match="Block 8 is outside the pool of 8 blocks"):
+        region(bytearray(32)).check_range(to_block_ids([0, 8, 1]))

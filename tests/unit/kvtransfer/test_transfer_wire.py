@@ -1,7 +1,10 @@
 """Tags, control messages and metadata."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvtransfer.block_ids import pack_block_ids, to_block_ids, unpack_block_ids
 from kvtransfer.host import host_identity
 from kvtransfer.plan import (
     MAX_BLOCKS_PER_READ,
@@ -10,8 +13,10 @@ from kvtransfer.plan import (
     MAX_RUNS_PER_PART,
 )
 from kvtransfer.tags import MessageKind, Tag, new_namespace, pack_tag, unpack_tag
+from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS
 from kvtransfer.wire import (
     MAX_CONTROL_BYTES,
+    MAX_HEADER_BYTES,
     AgentMetadata,
     DataMessage,
     ReadPart,
@@ -20,12 +25,11 @@ from kvtransfer.wire import (
     decode_message,
     decode_metadata,
     encode,
-    pack_block_ids,
-    unpack_block_ids,
 )
 from protocol.errors import TransferError
 
 BIG = 2**31 - 1
+BLOCK_IDS = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("kind", MessageKind)
@@ -50,7 +54,7 @@ def test_the_largest_header_fits(num_messages: int, runs_each: int):
     messages = [DataMessage([(BIG, BIG)] * runs_each, BIG) for _ in range(num_messages)]
     part = WritePart(2**60, 2**60, BIG, 2**62, BIG, BIG, messages, is_last=True)
     data = encode(part)
-    assert len(data) <= MAX_CONTROL_BYTES
+    assert len(data) <= MAX_HEADER_BYTES
     assert decode_message(data) == part
 
 
@@ -59,6 +63,10 @@ def test_unreadable_messages_are_refused():
         decode_message(b"\x93\xa4nope\x01\x02")
     with pytest.raises(TransferError):
         decode_message(encode(WriteDone(1))[:-1])
+    with pytest.raises(TransferError):
+        decode_message(b"\x92\xa4d\xffne\x01")
+    with pytest.raises(TransferError):
+        decode_message(b"\x93\xa4done\x01" + b"\x91" * 30_000 + b"\xc0")
 
 
 def metadata(protocol_version: int) -> AgentMetadata:
@@ -75,22 +83,49 @@ def metadata(protocol_version: int) -> AgentMetadata:
 
 
 def test_metadata_of_another_version_names_both():
-    assert decode_metadata(bytes(encode(metadata(2)))) == metadata(2)
-    with pytest.raises(TransferError, match="Worker p0 speaks transfer protocol 1, this worker 2"):
-        decode_metadata(bytes(encode(metadata(1))))
+    assert decode_metadata(bytes(encode(metadata(3)))) == metadata(3)
+    with pytest.raises(TransferError, match="Worker p0 speaks transfer protocol 2, this worker 3"):
+        decode_metadata(bytes(encode(metadata(2))))
 
 
 def test_the_largest_read_fits():
-    ids = pack_block_ids([2**32 - 1] * MAX_BLOCKS_PER_READ)
+    ids = pack_block_ids(to_block_ids([2**32 - 1] * MAX_BLOCKS_PER_READ))
     part = ReadPart(2**60, 2**60, BIG, 2**62, BIG, ids, ids, is_last=True, crc32=BIG)
     data = encode(part)
     assert len(data) <= MAX_CONTROL_BYTES
     assert decode_message(data) == part
 
 
-def test_packed_block_ids():
-    assert list(unpack_block_ids(pack_block_ids([7, 0, 2**32 - 1]))) == [7, 0, 2**32 - 1]
-    with pytest.raises(TransferError):
-        pack_block_ids([-1])
-    with pytest.raises(TransferError):
-        unpack_block_ids(b"odd")
+def test_reads_go_eagerly_between_processes_on_one_card():
+    threshold = DEVICE_MEMORY_SETTINGS["RNDV_THRESH"]
+    assert threshold.endswith("k")
+    assert int(threshold[:-1]) << 10 > MAX_CONTROL_BYTES
+
+
+@given(st.binary())
+def test_any_bytes_are_a_message_or_refused(data: bytes):
+    try:
+        message = decode_message(data)
+    except TransferError:
+        return
+    assert decode_message(encode(message)) == message
+
+
+@given(st.data())
+def test_broken_reads_are_read_or_refused(data: st.DataObject):
+    """One byte more, less or other than a sound announcement has."""
+    ids = pack_block_ids(to_block_ids(data.draw(st.lists(BLOCK_IDS, max_size=20))))
+    sound = bytes(encode(ReadPart(1, 2, 3, 4, 5, ids, ids, is_last=True)))
+    at = data.draw(st.integers(0, len(sound)))
+    piece = data.draw(st.binary(max_size=1))
+    try:
+        message = decode_message(sound[:at] + piece + sound[at + data.draw(st.integers(0, 1)) :])
+    except TransferError:
+        return
+    if isinstance(message, ReadPart):
+        for packed in (message.src_blocks, message.dst_blocks):
+            if len(packed) % 4:
+                with pytest.raises(TransferError):
+                    unpack_block_ids(packed)
+            else:
+                assert len(unpack_block_ids(packed)) == len(packed) // 4
