@@ -2,13 +2,11 @@
 
 Reading keys and values is all the work here. A program reads those of one KV head once, for all
 query heads of its group; where sequences and heads are too few to fill the card, the context of
-each is split over several programs, and a second kernel merges what they found.
+each is split over several programs, and the last of them to finish merges what they found.
 """
 
 # A launch takes compile options beside the kernel's arguments.
 # pyright: reportCallIssue=false
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,12 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.decode_tiles import ASSEMBLY_HEAD_DIM, DecodeTile, splits_for, tile_for
 from kernels.gpu.dependent_launch import (
+    LINE_BITS,
     launch_options,
     let_successor_start,
+    prefetch_to_l2,
     wait_for_predecessor,
 )
-from kernels.gpu.merge_attention import merge_attention
+from kernels.gpu.merge_attention import merge_attention, merge_group, parts_at_once
 from kernels.gpu.sizes import next_power_of_2
 from kernels.kv_format import FP8_DTYPES
 
@@ -30,37 +32,6 @@ _MIN_ROWS = 16
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
-_MAX_SPLITS = 32
-# Programs on the card at a time that keep its memory busy, over those that start one after another.
-_PROGRAMS_PER_PROCESSOR = 4
-_FEW_PAIRS = 32
-# For which widening in assembly was measured; others leave it to the compiler.
-_ASSEMBLY_HEAD_DIM = 128
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTile:
-    """Tokens a program takes at a time, and how it is compiled."""
-
-    tokens: int
-    num_warps: int
-    num_stages: int
-
-
-def _tile(head_dim: int, kv_bytes: int, num_pairs: int) -> DecodeTile:
-    """What measured fastest on an H100 (benchmarks/gpu/kernels.py), for so many sequences and
-    heads. Few warps: each exchange between them, for the maximum, the sum and the weights, makes
-    all wait."""
-    if head_dim * kv_bytes > 256:
-        return DecodeTile(tokens=32, num_warps=4, num_stages=2)
-    if kv_bytes > 1:
-        return DecodeTile(tokens=64, num_warps=2, num_stages=3)
-    if num_pairs <= _FEW_PAIRS:
-        return DecodeTile(tokens=64, num_warps=4, num_stages=3)
-    num_stages = 4 if head_dim == _ASSEMBLY_HEAD_DIM else 6
-    return DecodeTile(
-        tokens=32, num_warps=1 if head_dim <= _ASSEMBLY_HEAD_DIM else 2, num_stages=num_stages
-    )
 
 
 @triton.jit
@@ -100,6 +71,7 @@ def _decode_kernel(
     out,
     partial_out,
     partial_lse,
+    arrivals,
     kv_lens,
     block_tables,
     table_stride,
@@ -112,29 +84,50 @@ def _decode_kernel(
     softcap,
     num_heads,
     GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    IS_FUSED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USES_FLOAT16: tl.constexpr,
     IN_ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_predecessor(PDL)
-    let_successor_start(PDL)
     # Splits of one sequence and head are neighbours: they end together.
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
+    table = block_tables + seq * table_stride
+    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
     kv_len = tl.load(kv_lens + seq)
     first = tl.maximum(kv_len - window, 0)
     first_tile = first // TOKENS
-    tiles_per_split = tl.cdiv(tl.cdiv(kv_len, TOKENS) - first_tile, NUM_SPLITS)
+    num_tiles = tl.cdiv(kv_len, TOKENS) - first_tile
+    tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
     tile = first_tile + split * tiles_per_split
     end = tl.minimum((tile + tiles_per_split) * TOKENS, kv_len)
+    if PDL and tile * TOKENS < end:
+        # The newest token's are being written, but most are there since long ago.
+        line: tl.constexpr = LINE_BITS // pool.dtype.element_ty.primitive_bitwidth
+        for ahead in tl.static_range(PREFETCHED):
+            tokens = (tile + ahead) * TOKENS + tl.arange(0, TOKENS)
+            tokens = tl.minimum(tl.maximum(tokens, first), end - 1)
+            block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
+            at = block * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
+            for column in tl.static_range(0, HEAD_DIM, line):
+                prefetch_to_l2(head_pool + at + column)
+                prefetch_to_l2(head_pool + at + column + kv_stride)
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    num_parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), 1)
+    if IS_FUSED and split >= num_parts:
+        return
 
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, DIM)
@@ -143,8 +136,6 @@ def _decode_kernel(
     query = tl.load(
         q + seq * q_stride + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
     )
-    table = block_tables + seq * table_stride
-    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
     if USES_FLOAT16:
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
         query = scaled.to(tl.float16)
@@ -188,28 +179,23 @@ def _decode_kernel(
         tl.store(partial_out + part[:, None] * HEAD_DIM + columns[None, :], result, mask=mask)
         lse = tl.where(total > 0.0, highest + tl.log2(total_or_one), float("-inf"))
         tl.store(partial_lse + part, lse, mask=rows < GROUP)
+        if IS_FUSED:
+            # Every thread's part is written before the one that counts says so.
+            tl.debug_barrier()
+            pair = seq * tl.num_programs(1) + kv_head
+            arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
+            if arrived == num_parts - 1:
+                tl.debug_barrier()
+                merge_group(
+                    partial_out, partial_lse, out, seq * num_heads + kv_head * GROUP, num_parts,
+                    GROUP, PADDED_GROUP, HEAD_DIM, DIM, NUM_SPLITS, PARTS,
+                )  # fmt: skip
+                tl.store(arrivals + pair, 0)
 
 
 @triton.jit
 def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
-
-
-def _num_splits(num_pairs: int, max_kv_len: int, kv_pool: Tensor) -> int:
-    """Programs for each of `num_pairs` sequences and heads, a power of two, so that the card is
-    full and few are idle."""
-    if not kv_pool.is_cuda:
-        return 4
-    programs = _PROGRAMS_PER_PROCESSOR * _num_processors(kv_pool.device)
-    if kv_pool.dtype in FP8_DTYPES:
-        programs *= 2  # of a single warp
-    wanted = max(1, programs // num_pairs)
-    useful = max(1, max_kv_len // 128)
-    return min(_MAX_SPLITS, 1 << (min(wanted, useful).bit_length() - 1))
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decode_attention(
@@ -225,27 +211,32 @@ def decode_attention(
     out: Tensor | None = None,
     num_splits: int | None = None,
     tile: DecodeTile | None = None,
+    is_fused: bool = True,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
     that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
-    it is given. `num_splits` and `tile` are for tests and benchmarks.
+    it is given. The kernel before this one on the stream may not write `batch`. `num_splits`, a
+    power of two, `tile` and `is_fused`, or else a second kernel merges, are for tests and
+    benchmarks.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
     num_pairs = num_seqs * num_kv_heads
-    splits = num_splits or _num_splits(num_pairs, batch.max_kv_len, kv_pool)
-    tile = tile or _tile(head_dim, kv_pool.element_size(), num_pairs)
+    splits = num_splits or splits_for(num_pairs, batch.max_kv_len, kv_pool)
+    tile = tile or tile_for(head_dim, kv_pool.element_size(), num_pairs)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial_out, partial_lse = out, out
+    partial_out, partial_lse, arrivals = out, out, out
     if splits > 1:
         shape = (num_seqs, num_heads, splits)
         partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    dim = next_power_of_2(head_dim)
+        if is_fused:
+            arrivals = arrival_counters(num_pairs, q.device)
+    dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     _decode_kernel[(splits, num_kv_heads, num_seqs)](
         q,
@@ -253,6 +244,7 @@ def decode_attention(
         out,
         partial_out,
         partial_lse,
+        arrivals,
         batch.kv_lens,
         batch.block_tables,
         batch.block_tables.stride(0),
@@ -265,20 +257,24 @@ def decode_attention(
         softcap or 0.0,
         num_heads,
         GROUP=group,
-        ROWS=max(_MIN_ROWS, next_power_of_2(group)),
+        PADDED_GROUP=padded_group,
+        ROWS=max(_MIN_ROWS, padded_group),
         HEAD_DIM=head_dim,
         DIM=dim,
         BLOCK_SIZE=block_size,
         TOKENS=tile.tokens,
         NUM_SPLITS=splits,
+        PARTS=min(splits, parts_at_once(padded_group * dim, tile.num_warps)),
+        PREFETCHED=tile.prefetched,
+        IS_FUSED=splits > 1 and is_fused,
         HAS_SOFTCAP=softcap is not None,
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
-        IN_ASSEMBLY=uses_float16 and q.is_cuda and head_dim == _ASSEMBLY_HEAD_DIM,
+        IN_ASSEMBLY=uses_float16 and q.is_cuda and head_dim == ASSEMBLY_HEAD_DIM,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q.device),
     )
-    if splits > 1:
+    if splits > 1 and not is_fused:
         merge_attention(partial_out, partial_lse, out)
     return out

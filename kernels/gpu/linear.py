@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows
+from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.dependent_launch import (
+    LINE_BITS,
     launch_options,
     let_successor_start,
     prefetch_to_l2,
@@ -26,7 +28,6 @@ from kernels.gpu.linear_tiles import LinearTile, fp8_tile_for, tile_for
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 _MIN_TOKENS = 16
-LINE_BITS = tl.constexpr(8 * 128)
 
 
 @triton.jit
@@ -229,7 +230,7 @@ def _launch(
             raise ValueError("a gated product is not split")
         shape = (tile.splits, num_tokens, out_features)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        arrivals = _arrivals(num_row_tiles, x.device)
+        arrivals = arrival_counters(num_row_tiles, x.device)
     _linear_kernel[(num_row_tiles, tile.splits)](
         x,
         x_scales,
@@ -257,15 +258,3 @@ def _launch(
         **launch_options(x.device),
     )
     return out
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def _arrivals(num: int, device: torch.device) -> Tensor:
-    """Counters of a device, zero between calls: kernels on one stream take turns with them."""
-    counters = _counters.get(device)
-    if counters is None or len(counters) < num:
-        counters = torch.zeros(max(num, 4096), dtype=torch.int32, device=device)
-        _counters[device] = counters
-    return counters
