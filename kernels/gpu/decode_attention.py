@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
 from kernels.gpu.decode_tiles import ASSEMBLY_HEAD_DIM, DecodeTile, splits_for, tile_for
 from kernels.gpu.dependent_launch import (
     LINE_BITS,
@@ -25,6 +26,7 @@ from kernels.gpu.dependent_launch import (
 )
 from kernels.gpu.merge_attention import merge_attention, merge_group, parts_at_once
 from kernels.gpu.sizes import next_power_of_2
+from kernels.gpu.widening import widened
 from kernels.kv_format import FP8_DTYPES
 
 # The least side of a matrix instruction; smaller groups are padded to it.
@@ -35,38 +37,13 @@ LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _widened(values, query, IN_ASSEMBLY: tl.constexpr):
-    """`values` in the type of `query`; if `IN_ASSEMBLY` they have 8 bits, and that is float16.
-
-    The compiler would first bring bytes to where the matrix instruction wants them, one by one;
-    past assembly it moves nothing, so what moves is wide, and already of 16 bits.
-    """
-    if IN_ASSEMBLY and values.dtype == tl.float8e5:
-        # A float16's upper half.
-        values = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, 0, 0x1404; prmt.b32 $1, $2, 0, 0x3424;",
-            "=r,=r,r",
-            [values],
-            dtype=tl.float16,
-            is_pure=False,
-            pack=4,
-        )
-    elif IN_ASSEMBLY:
-        values = tl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
-            "cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
-            "=r,=r,r",
-            [values],
-            dtype=tl.float16,
-            is_pure=False,
-            pack=4,
-        )
-    return values.to(query.dtype)
-
-
-@triton.jit
 def _decode_kernel(
     q,
+    k,
+    v,
+    cos_sin,
+    positions,
+    slots,
     pool,
     out,
     partial_out,
@@ -76,12 +53,17 @@ def _decode_kernel(
     block_tables,
     table_stride,
     q_stride,
+    k_stride,
+    v_stride,
     block_stride,
     kv_stride,
     window,
     scale,
     v_scale,
     softcap,
+    k_factor,
+    v_factor,
+    largest,
     num_heads,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -97,6 +79,7 @@ def _decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     USES_FLOAT16: tl.constexpr,
     IN_ASSEMBLY: tl.constexpr,
+    IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Splits of one sequence and head are neighbours: they end together.
@@ -123,6 +106,10 @@ def _decode_kernel(
             for column in tl.static_range(0, HEAD_DIM, line):
                 prefetch_to_l2(head_pool + at + column)
                 prefetch_to_l2(head_pool + at + column + kv_stride)
+    if k is not None:
+        angles = cos_sin + tl.load(positions + seq) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
+        cos, sin = tl.load(angles), tl.load(angles + HEAD_DIM // 2)
+        slot = tl.load(slots + seq)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     num_parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), 1)
@@ -133,9 +120,21 @@ def _decode_kernel(
     columns = tl.arange(0, DIM)
     heads = kv_head * GROUP + rows
     mask = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    query = tl.load(
-        q + seq * q_stride + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
-    )
+    heads_of_token = q + seq * q_stride
+    if k is None:
+        query = tl.load(
+            heads_of_token + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
+        )
+    else:
+        query = rotated_query(heads_of_token, heads, rows < GROUP, cos, sin, HEAD_DIM // 2)
+        # A padded row of a captured graph has no slot.
+        if split == num_parts - 1 and slot >= 0:
+            target = head_pool + (slot // BLOCK_SIZE) * block_stride
+            store_new_token(
+                k + seq * k_stride + kv_head * HEAD_DIM, v + seq * v_stride + kv_head * HEAD_DIM,
+                target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
+                k_factor, v_factor, largest, HEAD_DIM // 2, IS_FP8,
+            )  # fmt: skip
     if USES_FLOAT16:
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
         query = scaled.to(tl.float16)
@@ -163,7 +162,7 @@ def _decode_kernel(
         faded = tl.exp2(highest - new_highest)
         total = total * faded + tl.sum(weights, 1)
         value = tl.load(in_pool + kv_stride, mask=present, other=0.0)
-        value = _widened(value, query, IN_ASSEMBLY)
+        value = widened(value, query, IN_ASSEMBLY)
         sums = sums * faded[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
         highest = new_highest
@@ -209,6 +208,7 @@ def decode_attention(
     softcap: float | None,
     v_scale: float = 1.0,
     out: Tensor | None = None,
+    new: NewTokens | None = None,
     num_splits: int | None = None,
     tile: DecodeTile | None = None,
     is_fused: bool = True,
@@ -217,9 +217,11 @@ def decode_attention(
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
     that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
-    it is given. The kernel before this one on the stream may not write `batch`. `num_splits`, a
-    power of two, `tile` and `is_fused`, or else a second kernel merges, are for tests and
-    benchmarks.
+    it is given. The kernel before this one on the stream may not write `batch`.
+
+    With `new` tokens, queries aren't rotated yet, nor are these stored: both is done on the way.
+    `num_splits`, a power of two, `tile` and `is_fused`, or else a second kernel merges, are for
+    tests and benchmarks.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
@@ -240,6 +242,11 @@ def decode_attention(
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     _decode_kernel[(splits, num_kv_heads, num_seqs)](
         q,
+        new and new.k,
+        new and new.v,
+        new and new.cos_sin,
+        batch.positions,
+        batch.slots,
         kv_pool.select(1, layer),
         out,
         partial_out,
@@ -249,12 +256,17 @@ def decode_attention(
         batch.block_tables,
         batch.block_tables.stride(0),
         q.stride(0),
+        new.k.stride(0) if new else 0,
+        new.v.stride(0) if new else 0,
         kv_pool.stride(0),
         kv_pool.stride(2),
         sliding_window or 2**31 - 1,
         scale,
         v_scale,
         softcap or 0.0,
+        1.0 / new.kv_scales.k if new else 0.0,
+        1.0 / new.kv_scales.v if new else 0.0,
+        torch.finfo(kv_pool.dtype).max,
         num_heads,
         GROUP=group,
         PADDED_GROUP=padded_group,
@@ -271,6 +283,7 @@ def decode_attention(
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
         IN_ASSEMBLY=uses_float16 and q.is_cuda and head_dim == ASSEMBLY_HEAD_DIM,
+        IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(q.device),

@@ -18,7 +18,7 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.sizes import next_power_of_2
 
 # Of parts being added, so that the loads of several are on their way together.
-_ELEMENTS_PER_THREAD = 64
+_ELEMENTS_PER_THREAD = 128
 
 
 @triton.jit
