@@ -3,11 +3,12 @@ kernel itself and by a second one.
 
     python -m benchmarks.gpu.decode_attention [--tiles] [--out FILE]
 
-A layer is RoPE, as the predecessor that attention has in a model, and attention; microseconds are
-of both. Layers are captured in one CUDA graph over more keys and values than the L2 cache holds.
+A layer is the product to q, k and v, RoPE and attention, as in a model; microseconds are of all.
+Layers are captured in one CUDA graph over more weights, keys and values than the L2 cache holds.
 "apart" merges in a second kernel and "fused" in the same; both ask for nothing ahead of time.
-"ahead N" is fused, and asks for its first N tiles while its predecessor ends. All are checked
-against torch. `--tiles` goes on to time other tiles with the fastest division.
+"ahead N" is fused, and asks for its first N tiles while its predecessor ends. "rotated N" is that,
+and RoPE is no kernel of its own. Attention is checked against torch, without RoPE. `--tiles` goes
+on to time other tiles with the fastest division.
 """
 
 import argparse
@@ -34,16 +35,20 @@ from benchmarks.gpu.kernels import (
 )
 from kernels.attention import paged_attention_reference
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.decode_tiles import MAX_SPLITS, DecodeTile, splits_for, tile_for
 from kernels.gpu.rope import rope_and_store_kv
+from kernels.kv_format import UNSCALED
+from kernels.linear import linear, pack_linear
 
 SHAPES = ((1, 1168), (16, 1168), (64, 1168), (256, 1168), (8, 32680), (16, 32680))
 DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 # What the card can hold and more; fewer layers than a model has.
 ROTATION_BYTES, MAX_LAYERS = 160 << 20, 32
 # Above that every division has programs for the whole card many times over.
-MAX_PROGRAMS = 8192
-AHEAD = (1, 2)
+MAX_PROGRAMS = 4096
+SPLITS = [2**i for i in range(MAX_SPLITS.bit_length())]
+HIDDEN = 4096
 TILES = {
     torch.bfloat16: [(64, 2, 3), (64, 2, 5), (64, 4, 3), (64, 4, 5), (32, 2, 4), (128, 4, 3)],
     torch.float8_e4m3fn: [(32, 1, 4), (32, 1, 6), (64, 2, 4), (64, 4, 3), (64, 4, 5), (128, 4, 3)],
@@ -73,8 +78,13 @@ class Shape:
             values = torch.randn((num_blocks, *layer), device="cuda", dtype=torch.bfloat16)
             self.pool[:, index] = values.to(dtype)
         self.layer_bytes = self.pool.nbytes / num_layers
-        heads = (num_seqs, HEADS + 2 * KV_HEADS, HEAD_DIM)
-        self.qkv = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+        self.hidden = torch.randn(num_seqs, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        shape = ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)
+        scale = HIDDEN**-0.5
+        self.weights = [
+            pack_linear(scale * torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+            for _ in range(num_layers)
+        ]
         self.query = torch.randn(num_seqs, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         angles = torch.randn(kv_len, HEAD_DIM // 2, device="cuda")
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
@@ -83,10 +93,23 @@ class Shape:
     def num_pairs(self) -> int:
         return self.batch.num_seqs * KV_HEADS
 
-    def call(self, layer: int, **options: Any) -> Tensor:  # noqa: ANN401
-        q, k, v = self.qkv.split([HEADS, KV_HEADS, KV_HEADS], 1)
-        rope_and_store_kv(q, k, v, self.cos_sin, self.batch, self.pool, layer)
-        return decode_attention(q, self.pool, layer, self.batch, **OPTIONS, **options)
+    def call(self, layer: int, *, rotated: bool = False, **options: Any) -> Tensor:  # noqa: ANN401
+        qkv = linear(self.hidden, self.weights[layer]).unflatten(1, (-1, HEAD_DIM))
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], 1)
+        new = NewTokens(k, v, self.cos_sin, UNSCALED) if rotated else None
+        if new is None:
+            rope_and_store_kv(q, k, v, self.cos_sin, self.batch, self.pool, layer)
+        return decode_attention(q, self.pool, layer, self.batch, new=new, **OPTIONS, **options)
+
+    def variants(self) -> dict[str, dict[str, Any]]:
+        default = tile_for(HEAD_DIM, self.pool.element_size(), self.num_pairs)
+        tiles = [replace(default, prefetched=ahead) for ahead in range(3)]
+        return {
+            "apart": {"tile": tiles[0], "is_fused": False},
+            "fused": {"tile": tiles[0]},
+            "ahead 1": {"tile": tiles[1]},
+            **{f"rotated {i}": {"tile": tile, "rotated": True} for i, tile in enumerate(tiles)},
+        }
 
     def us(self, **options: Any) -> float:  # noqa: ANN401
         layers = range(self.pool.shape[1])
@@ -108,14 +131,6 @@ class Shape:
 def bench(num_seqs: int, kv_len: int, dtype: torch.dtype, *, tiles: bool) -> dict[str, Any]:
     shape = Shape(num_seqs, kv_len, dtype)
     expected = shape.expected()
-    default = tile_for(HEAD_DIM, dtype.itemsize, shape.num_pairs)
-    still = replace(default, prefetched=0)
-    variants: dict[str, dict[str, Any]] = {
-        "apart": {"tile": still, "is_fused": False},
-        "fused": {"tile": still},
-    }
-    for ahead in AHEAD:
-        variants[f"ahead {ahead}"] = {"tile": replace(default, prefetched=ahead)}
     row: dict[str, Any] = {
         "num_seqs": num_seqs,
         "kv_len": kv_len,
@@ -126,14 +141,15 @@ def bench(num_seqs: int, kv_len: int, dtype: torch.dtype, *, tiles: bool) -> dic
         "errors": {},
     }
     best: tuple[float, int, str] | None = None
-    for splits in (2**i for i in range(MAX_SPLITS.bit_length())):
+    for splits in SPLITS:
         if splits > 1 and splits * shape.num_pairs > MAX_PROGRAMS:
             continue
         times: dict[str, float] = {}
         errors: dict[str, float] = {}
-        for name, options in variants.items():
+        for name, options in shape.variants().items():
             times[name] = shape.us(num_splits=splits, **options)
-            errors[name] = shape.error(expected, num_splits=splits, **options)
+            of_attention = {key: value for key, value in options.items() if key != "rotated"}
+            errors[name] = shape.error(expected, num_splits=splits, **of_attention)
             if best is None or times[name] < best[0]:
                 best = times[name], splits, name
         row["us"][splits] = times
@@ -150,11 +166,21 @@ def bench_tiles(shape: Shape, dtype: torch.dtype, splits: int) -> dict[str, floa
     for tokens, num_warps, num_stages in TILES[dtype]:
         tile = DecodeTile(tokens=tokens, num_warps=num_warps, num_stages=num_stages)
         try:
-            times[f"{tokens} w{num_warps} s{num_stages}"] = shape.us(num_splits=splits, tile=tile)
+            name = f"{tokens} w{num_warps} s{num_stages}"
+            times[name] = shape.us(num_splits=splits, tile=tile, rotated=True)
         except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
             print("no", tile, type(error).__name__)
             torch.cuda.synchronize()
     return times
+
+
+def compile_kernels(share: int, num_shares: int) -> None:
+    """Compiles part of them into the cache on disk: several processes share the work."""
+    for dtype, num_seqs in itertools.product(DTYPES, (1, 16)):
+        shape = Shape(num_seqs, 1168, dtype)
+        cases = list(itertools.product(SPLITS, shape.variants().values()))
+        for splits, options in cases[share::num_shares]:
+            shape.call(0, num_splits=splits, **options)
 
 
 def main() -> None:
@@ -162,7 +188,11 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
+    parser.add_argument("--compile-share", help="k/n: only compile part k of n of the kernels")
     args = parser.parse_args()
+    if args.compile_share:
+        compile_kernels(*map(int, args.compile_share.split("/")))
+        return
     rows: list[dict[str, Any]] = []
     for dtype, (num_seqs, kv_len) in itertools.product(DTYPES, SHAPES):
         rows.append(bench(num_seqs, kv_len, dtype, tiles=args.tiles))

@@ -8,7 +8,9 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.rope import rope_and_store_kv
+from kernels.kv_format import UNSCALED
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 LENGTHS = [1168, 1, 0, 64, 65, 4000, 129, 700]
@@ -48,14 +50,16 @@ def test_in_graphs(kv_dtype: torch.dtype) -> None:
     cos_sin = torch.rand(max(LENGTHS), HEAD_DIM, device="cuda")
 
     def attend(qkv: Tensor, batch: AttentionBatch, num_splits: int, *, is_fused: bool) -> Tensor:
-        """Layer after layer, each with a query that the one before it made."""
+        """Layer after layer, each with a query that the one before it made. Fused, it's one kernel
+        that also rotates, or else three."""
         out = torch.zeros(batch.num_seqs, HEADS, HEAD_DIM, device="cuda", dtype=qkv.dtype)
         for layer in range(3):
             q, k, v = (qkv + out.mean()).split([HEADS, KV_HEADS, KV_HEADS], 1)
-            rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer)
-            out = decode_attention(
-                q, pool, layer, batch, **OPTIONS, num_splits=num_splits, is_fused=is_fused
-            )
+            new = NewTokens(k, v, cos_sin, UNSCALED) if is_fused else None
+            if new is None:
+                rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer)
+            options = {**OPTIONS, "new": new, "num_splits": num_splits, "is_fused": is_fused}
+            out = decode_attention(q, pool, layer, batch, **options)
         return out
 
     cases: list[tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = []
