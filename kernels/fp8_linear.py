@@ -49,9 +49,9 @@ def normalises_fp8(rows: Tensor, packed: Fp8Linear) -> bool:
     """Whether products had better take the norm of so many rows on their way."""
     if not rows.is_cuda or rows.stride(1) != 1 or packed.input_scale is not None:
         return False
-    from kernels.gpu.linear_tiles import normalises
+    from kernels.gpu import linear_tiles
 
-    return normalises(len(rows), *packed.weight.values.shape, is_fp8=True)
+    return linear_tiles.normalises(len(rows), *packed.weight.values.shape, is_fp8=True)
 
 
 def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:

@@ -97,9 +97,9 @@ def normalises(rows: Tensor, packed: PackedLinear) -> bool:
     """
     if not rows.is_cuda or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
         return False
-    from kernels.gpu.linear_tiles import normalises
+    from kernels.gpu import linear_tiles
 
-    return normalises(len(rows), *packed.weight.shape, is_fp8=False)
+    return linear_tiles.normalises(len(rows), *packed.weight.shape, is_fp8=False)
 
 
 def linear(x: Tensor | Unnormalised, packed: PackedLinear) -> Tensor:

@@ -158,6 +158,14 @@ def test_merging_in_the_kernel_and_behind_it(num_splits: int, sliding_window: in
         assert torch.equal(decode_attention(q, pool, 1, batch, **options), first)
 
 
+def test_counters_have_one_address() -> None:
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    first = arrival_counters(8, device)
+    assert arrival_counters(5000, device).data_ptr() == first.data_ptr()
+    with pytest.raises(ValueError, match="counters of arrivals"):
+        arrival_counters(len(first) + 1, device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary_dim", [64, 40])
 @pytest.mark.parametrize("kv_dtype", [None, *FP8_DTYPES])
