@@ -6,8 +6,10 @@ product, at Llama-3.1-8B's shapes.
 A "product" is one shape by itself. A "chain" is a layer but for attention: output projection, norm,
 gate and up, down, norm, qkv, each the predecessor of the next; what it says is what decides.
 "apart" are kernels for norms, "folded qkv" and "folded gate_up" take that norm away, "folded"
-both. "8" pads tokens to 8, not 16: other matrix instructions, and less shared memory. As in
-`benchmarks.gpu.kernels`, calls are captured in CUDA graphs and walk over several weights.
+both. "8" pads tokens to 8, not 16: other matrix instructions, and less shared memory. "s4" copies
+in at most four stages, for which less of it suffices, too: then a product's first programs find
+room beside the last ones of its predecessor. As in `benchmarks.gpu.kernels`, calls are captured in
+CUDA graphs and walk over several weights.
 """
 
 import argparse
@@ -132,19 +134,26 @@ def error(actual: Tensor, x: Unnormalised, weight: Weight) -> float:
 
 @dataclass(frozen=True)
 class Variant:
-    """Which products of a chain take their norm, and how few tokens any product pads to."""
+    """Which products of a chain take their norm, how few tokens any product pads to, and in how
+    many stages it copies at most."""
 
     folded: frozenset[str] = frozenset()
     least_tokens: int = 16
+    most_stages: int = 6
 
 
+BOTH = frozenset({"qkv", "gate_up"})
 VARIANTS = {
     "apart": Variant(),
     "folded qkv": Variant(frozenset({"qkv"})),
     "folded gate_up": Variant(frozenset({"gate_up"})),
-    "folded": Variant(frozenset({"qkv", "gate_up"})),
+    "folded": Variant(BOTH),
+    "apart s4": Variant(most_stages=4),
+    "folded s4": Variant(BOTH, most_stages=4),
     "apart 8": Variant(least_tokens=8),
-    "folded 8": Variant(frozenset({"qkv", "gate_up"}), least_tokens=8),
+    "folded 8": Variant(BOTH, least_tokens=8),
+    "folded 8 s4": Variant(BOTH, least_tokens=8, most_stages=4),
+    "folded 8 s3": Variant(BOTH, least_tokens=8, most_stages=3),
 }
 
 
@@ -152,18 +161,12 @@ def run_chain(
     weights: dict[str, Weight], attended: Tensor, x: Unnormalised, variant: Variant
 ) -> None:
     num_tokens = len(attended)
-    tiles = {
-        name: replace(
-            default_tile(
-                name,
-                num_tokens,
-                is_fp8=isinstance(weight, Fp8Rows),
-                is_normed=name in variant.folded,
-            ),
-            least_tokens=variant.least_tokens,
-        )
-        for name, weight in weights.items()
-    }
+    tiles: dict[str, LinearTile] = {}
+    for name, weight in weights.items():
+        is_fp8, is_normed = isinstance(weight, Fp8Rows), name in variant.folded
+        tile = default_tile(name, num_tokens, is_fp8=is_fp8, is_normed=is_normed)
+        num_stages = min(tile.num_stages, variant.most_stages)
+        tiles[name] = replace(tile, least_tokens=variant.least_tokens, num_stages=num_stages)
     folds = {name: name in variant.folded for name in NAMES}
     multiply(attended, weights["output"], tiles["output"], residual=x.rows)
     inner = normed_product(
