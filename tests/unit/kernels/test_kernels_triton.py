@@ -67,7 +67,6 @@ SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
 KERNELS = [
     pytest.param(on_device(decode_attention), DECODE, id="decode"),
     pytest.param(on_device(decode_attention, num_splits=1), DECODE, id="decode-unsplit"),
-    pytest.param(on_device(decode_attention, is_fused=False), DECODE, id="decode-unfused"),
     pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
     pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
     pytest.param(
