@@ -31,19 +31,13 @@ def rope_and_store_kv(
     left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim];
     with 8 bits it holds what came in divided by `kv_scales`, bounded by its type's largest value.
     """
-    if k.shape != v.shape or q.shape[::2] != k.shape[::2]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit")
-    if kv_pool.shape[3] != k.shape[1] or kv_pool.shape[5] != k.shape[2]:
-        raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
-    if cos_sin.shape[1] > q.shape[2]:
-        raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
+    check_rope(q, k, v, cos_sin, kv_pool)
     assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
     is_uniform = q.dtype is k.dtype is v.dtype
     kv_format = native_format(kv_pool, q.dtype) if is_uniform else None
     inputs = (q, k, v, cos_sin, batch, kv_pool, layer)
     if q.is_cuda:
-        _check_layout(q, k, v, cos_sin, kv_pool)
         from kernels.gpu import rope as gpu
 
         gpu.rope_and_store_kv(*inputs, kv_scales=kv_scales)
@@ -95,6 +89,18 @@ def _rope_and_store_kv_native(
         v_scale=kv_scales.v,
     )
     kernel(byref(args))
+
+
+def check_rope(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor) -> None:
+    """Raises ValueError where their shapes, or on a GPU their layouts, don't fit."""
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit")
+    if kv_pool.shape[3] != k.shape[1] or kv_pool.shape[5] != k.shape[2]:
+        raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
+    if cos_sin.shape[1] > q.shape[2]:
+        raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
+    if q.is_cuda:
+        _check_layout(q, k, v, cos_sin, kv_pool)
 
 
 def _check_layout(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor) -> None:

@@ -237,7 +237,7 @@ def bench_decode() -> list[dict[str, Any]]:
     return rows
 
 
-def _commit() -> str:
+def current_commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("parts", nargs="*", default=["linear", "prefill", "decode"])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     parser.add_argument("--compile-share", help="k/n: only compile part k of n of the tiles")
     args = parser.parse_args()
     if args.compile_share:

@@ -8,10 +8,10 @@ from torch import Tensor
 from engine.layers.projection import Projection, ProjectionInput, load_projection
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
-from kernels.attention import AttentionBatch, paged_attention
+from kernels.attention import AttentionBatch
 from kernels.kv_format import KVScales
 from kernels.norm import rms_norm
-from kernels.rope import rope_and_store_kv
+from kernels.rotated_attention import rotate_and_attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,14 @@ class Attention:
         if self._q_norm is not None and self._k_norm is not None:
             q = rms_norm(q, self._q_norm, self._eps)
             k = rms_norm(k, self._k_norm, self._eps)
-        rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, self._layer, kv_scales=self._kv_scales)
-        attended = paged_attention(
+        attended = rotate_and_attend(
             q,
+            k,
+            v,
+            cos_sin,
+            batch,
             kv_pool,
             self._layer,
-            batch,
             scale=self._scale,
             sliding_window=self._window,
             kv_scales=self._kv_scales,

@@ -8,8 +8,23 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.prefill_attention import prefill_attention
+
+__all__ = ["NewTokens", "decode_attention", "paged_attention", "rotates"]
+
+# Whether attention of one query a sequence rotates it, or a kernel of its own before it does.
+ROTATES_IN_ATTENTION = True
+
+
+def rotates(q: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> bool:
+    """Whether `decode_attention` had better rotate queries and store new tokens on its way."""
+    return (
+        ROTATES_IN_ATTENTION
+        and batch.max_query_len == 1
+        and rotates_whole_heads(q.shape[2], cos_sin.shape[1])
+    )
 
 
 def paged_attention(

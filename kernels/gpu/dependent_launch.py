@@ -1,10 +1,11 @@
 """Programmatic dependent launch: a kernel starts while the one before it on the stream ends.
 
 On Hopper and later a kernel may be set up, and its programs placed, before its predecessor is
-through. Every kernel here first calls `wait_for_predecessor`, which returns when all that the
-predecessor wrote is visible, and touches no memory of others before that, weights excepted, which
-nobody writes. So each kernel may also call `let_successor_start` at once. Between the hundreds of
-short kernels of a decode step this hides the launches.
+through. Every kernel here calls `wait_for_predecessor`, which returns when all that the
+predecessor wrote is visible, and only then `let_successor_start`. So a kernel that has started
+knows all kernels but the one before it to have ended. Before it waits it may read what that one
+can't have written, weights and a step's geometry, and ask for memory to come nearer; it writes
+nothing. Between the hundreds of short kernels of a decode step this hides the launches.
 """
 
 import functools
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 _HOPPER = 9
+LINE_BITS = tl.constexpr(8 * 128)
 
 
 @triton.jit

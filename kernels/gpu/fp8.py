@@ -26,7 +26,7 @@ def quantize(values, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Float32 `values` in 8 bits, and their scales along `axis`, which is kept with length 1."""
     scale = tl.max(tl.abs(values), axis=axis, keep_dims=True) / LARGEST
     scale = tl.maximum(scale, SMALLEST_SCALE)
-    return (values / scale).to(tl.float8e4nv), scale
+    return (values * (1.0 / scale)).to(tl.float8e4nv), scale
 
 
 @triton.jit

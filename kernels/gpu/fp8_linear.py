@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.fp8 import Fp8Rows, quantize_rows
-from kernels.fp8_linear import Fp8Linear
+from kernels.fp8 import Fp8Rows
+from kernels.fp8_linear import Fp8Input, Fp8Linear, quantized, shape_of
 from kernels.gpu import linear as few_tokens
 from kernels.gpu.hopper import linear_tiles as hopper_tiles
 from kernels.gpu.hopper.linear_tiles import HopperTile
@@ -12,25 +12,24 @@ from kernels.gpu.hopper.support import is_hopper
 from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
 
 
-def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """`kernels.fp8_linear.fp8_linear` for shapes that are multiples of 16."""
     if _num_tokens(x) <= MAX_TOKENS:
         return few_tokens.fp8_linear(_input(x, packed), packed.weight, packed.bias, dtype=dtype)
-    rows = x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
+    rows = quantized(x, packed)
     tile = _hopper_tile(x, packed)
     if tile is not None:
         return _hopper_linear(rows, packed, tile, dtype=dtype)
     return library_linear(rows, packed.weight, packed.bias, dtype=dtype)
 
 
-def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
+def add_fp8_linear(x: Fp8Input, packed: Fp8Linear, residual: Tensor) -> bool:
     """`kernels.fp8_linear.add_fp8_linear`, which our kernels alone can."""
     if _num_tokens(x) > MAX_TOKENS:
         tile = _hopper_tile(x, packed)
         if tile is None:
             return False
-        rows = x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
-        _hopper_linear(rows, packed, tile, dtype=residual.dtype, residual=residual)
+        _hopper_linear(quantized(x, packed), packed, tile, dtype=residual.dtype, residual=residual)
         return True
     few_tokens.fp8_linear(
         _input(x, packed), packed.weight, packed.bias, dtype=residual.dtype, residual=residual
@@ -38,14 +37,15 @@ def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> 
     return True
 
 
-def gates_at_once(x: Tensor | Fp8Rows) -> bool:
+def gates_at_once(x: Fp8Input) -> bool:
     """Whether `gated_fp8_linear` is faster than the product and then the gates."""
     return _num_tokens(x) <= FEW_TOKENS
 
 
-def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def gated_fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """Output in `dtype`; for few tokens."""
-    return few_tokens.fp8_linear(x, packed.weight, packed.bias, dtype=dtype, gated=True)
+    given = _input(x, packed)
+    return few_tokens.fp8_linear(given, packed.weight, packed.bias, dtype=dtype, gated=True)
 
 
 def library_linear(
@@ -65,16 +65,14 @@ def library_linear(
     return out.to(dtype)
 
 
-def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
+def _input(x: Fp8Input, packed: Fp8Linear) -> Fp8Input:
     """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
     of its own."""
     is_quantized_on_the_way = _num_tokens(x) <= FEW_TOKENS and packed.input_scale is None
-    if isinstance(x, Fp8Rows) or is_quantized_on_the_way:
-        return x
-    return quantize_rows(x, packed.input_scale)
+    return x if is_quantized_on_the_way else quantized(x, packed)
 
 
-def _hopper_tile(x: Tensor | Fp8Rows, packed: Fp8Linear) -> HopperTile | None:
+def _hopper_tile(x: Fp8Input, packed: Fp8Linear) -> HopperTile | None:
     tile = hopper_tiles.tile_for(_num_tokens(x), *packed.weight.values.shape)
     return tile if is_hopper(packed.weight.values.device) else None
 
@@ -95,5 +93,5 @@ def _hopper_linear(
     )
 
 
-def _num_tokens(x: Tensor | Fp8Rows) -> int:
-    return (x.values if isinstance(x, Fp8Rows) else x).shape[0]
+def _num_tokens(x: Fp8Input) -> int:
+    return shape_of(x)[0]

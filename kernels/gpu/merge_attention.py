@@ -1,4 +1,7 @@
-"""Merges what several programs have found in parts of one context (split-KV attention)."""
+"""Merges what several programs have found in parts of one context (split-KV attention).
+
+Parts are added in their order in the context, whichever program came last.
+"""
 
 # A launch takes compile options beside the kernel's arguments.
 # pyright: reportCallIssue=false
@@ -13,6 +16,61 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.sizes import next_power_of_2
+
+# Of parts being added, so that the loads of several are on their way together.
+_ELEMENTS_PER_THREAD = 128
+
+
+@triton.jit
+def merge_group(
+    partial_out,
+    partial_lse,
+    out,
+    first_head,
+    num_parts,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Writes the result of a group of heads, from `first_head` on, counted over all sequences.
+
+    The group's first `num_parts` parts are there, at least one. `PARTS` of them are read at a time;
+    with `NUM_SPLITS` it is a power of two.
+    """
+    rows = tl.arange(0, PADDED_GROUP)
+    columns = tl.arange(0, DIM)
+    heads = first_head + rows
+    is_head = rows < GROUP
+    mask = is_head[:, None] & (columns < HEAD_DIM)[None, :]
+    splits = tl.arange(0, NUM_SPLITS)
+    lse = tl.load(
+        partial_lse + heads[None, :] * NUM_SPLITS + splits[:, None],
+        mask=(splits < num_parts)[:, None] & is_head[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
+    highest = tl.max(lse, 0)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)
+    total = tl.sum(tl.exp2(lse - highest[None, :]), 0)
+    sums = tl.zeros([PADDED_GROUP, DIM], tl.float32)
+    for first in tl.static_range(0, NUM_SPLITS, PARTS):
+        splits = first + tl.arange(0, PARTS)
+        is_part = (splits < num_parts)[:, None] & is_head[None, :]
+        at = heads[None, :] * NUM_SPLITS + splits[:, None]
+        lse = tl.load(partial_lse + at, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.exp2(lse - highest[None, :])
+        parts = tl.load(
+            partial_out + at[:, :, None] * HEAD_DIM + columns[None, None, :],
+            mask=is_part[:, :, None] & (columns < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        sums += tl.sum(parts * weights[:, :, None], 0)
+    result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(out + heads[:, None] * HEAD_DIM + columns[None, :], result, mask=mask)
 
 
 @triton.jit
@@ -42,6 +100,11 @@ def _merge_kernel(
     parts = tl.load(partial_out + at, mask=mask, other=0.0)
     result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0.0, total, 1.0)
     tl.store(out + row * HEAD_DIM + columns, result, mask=columns < HEAD_DIM)
+
+
+def parts_at_once(part_size: int, num_warps: int) -> int:
+    """How many parts of `part_size` elements, both powers of two, `merge_group` best takes."""
+    return max(1, _ELEMENTS_PER_THREAD * 32 * num_warps // part_size)
 
 
 def merge_attention(partial_out: Tensor, partial_lse: Tensor, out: Tensor) -> None:

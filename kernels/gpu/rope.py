@@ -21,7 +21,7 @@ _HEADS_PER_PROGRAM = 8
 
 
 @triton.jit
-def _bounded(values, factor, largest, IS_FP8: tl.constexpr):
+def bounded(values, factor, largest, IS_FP8: tl.constexpr):
     """What an 8-bit pool stores for `values`, as floats: what is too large as the largest."""
     if IS_FP8:
         values = values.to(tl.float32) * factor
@@ -39,8 +39,8 @@ def _rotate(
     first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
     at = heads[:, None] * target_stride + columns[None, :]
-    left = _bounded(first * cos - second * sin, factor, largest, IS_FP8)
-    right = _bounded(second * cos + first * sin, factor, largest, IS_FP8)
+    left = bounded(first * cos - second * sin, factor, largest, IS_FP8)
+    right = bounded(second * cos + first * sin, factor, largest, IS_FP8)
     tl.store(target + at, left, mask=mask)
     tl.store(target + at + half, right, mask=mask)
 
@@ -51,7 +51,7 @@ def _copy_heads(
     factor, largest, IS_FP8: tl.constexpr,
 ):  # fmt: skip
     values = tl.load(source + heads[:, None] * head_stride + columns[None, :], mask=mask)
-    values = _bounded(values, factor, largest, IS_FP8)
+    values = bounded(values, factor, largest, IS_FP8)
     tl.store(target + heads[:, None] * target_stride + columns[None, :], values, mask=mask)
 
 

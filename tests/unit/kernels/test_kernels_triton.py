@@ -19,6 +19,7 @@ from kernels.rope import rope_and_store_kv_reference
 
 pytest.importorskip("triton")
 from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
+from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
@@ -133,6 +134,35 @@ def test_padded_decode_rows_get_zeros_and_store_nothing() -> None:
     out = decode_attention(q, pool, 0, padded, **options)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert out[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("num_splits", [2, 8, 32])
+@pytest.mark.parametrize("sliding_window", [None, 70])
+def test_merging_in_the_kernel_and_behind_it(num_splits: int, sliding_window: int | None) -> None:
+    torch.manual_seed(0)
+    batch = make_batch([(1, 700), (1, 5), (1, 64), (1, 1)], 16)
+    pool = make_pool(batch, 3, 16, 80).to(DEVICE)
+    kv_lens = torch.tensor([700, 5, 64, 0], dtype=torch.int32, device=DEVICE)
+    batch = replace(moved(batch), kv_lens=kv_lens)
+    q = torch.randn(4, 9, 80, device=DEVICE)
+    options: dict[str, Any] = {"scale": 0.1, "sliding_window": sliding_window, "softcap": None}
+    options |= {"num_splits": num_splits}
+    first = decode_attention(q, pool, 1, batch, **options)
+    apart = decode_attention(q, pool, 1, batch, **options, is_fused=False)
+    close(first, apart.cpu())
+    assert torch.equal(first[3], torch.zeros_like(first[3]))
+    # Counters are as they were, and in which order programs end makes no difference.
+    assert not arrival_counters(12, q.device).any()
+    for _ in range(3):
+        assert torch.equal(decode_attention(q, pool, 1, batch, **options), first)
+
+
+def test_counters_have_one_address() -> None:
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    first = arrival_counters(8, device)
+    assert arrival_counters(5000, device).data_ptr() == first.data_ptr()
+    with pytest.raises(ValueError, match="counters of arrivals"):
+        arrival_counters(len(first) + 1, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

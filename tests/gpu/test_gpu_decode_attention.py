@@ -1,0 +1,84 @@
+"""Decode attention whose last program of a head merges: in graphs, again and again, and behind
+kernels that let it start before they end."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import AttentionBatch
+from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_rope import NewTokens
+from kernels.gpu.rope import rope_and_store_kv
+from kernels.kv_format import UNSCALED
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
+LENGTHS = [1168, 1, 0, 64, 65, 4000, 129, 700]
+OPTIONS = {"scale": HEAD_DIM**-0.5, "sliding_window": None, "softcap": None}
+
+
+NUM_BLOCKS = len(LENGTHS) * -(-max(LENGTHS) // BLOCK_SIZE)
+
+
+def make_batch(lengths: list[int], first_block: int) -> AttentionBatch:
+    """In `NUM_BLOCKS` blocks of its own."""
+    num_seqs, num_blocks = len(lengths), -(-max(lengths) // BLOCK_SIZE)
+    order = torch.randperm(NUM_BLOCKS, dtype=torch.int32) + first_block
+    tables = order[: num_seqs * num_blocks].view(num_seqs, num_blocks)
+    last = [max(0, length - 1) for length in lengths]
+    slots = [
+        int(tables[i, end // BLOCK_SIZE]) * BLOCK_SIZE + end % BLOCK_SIZE if length else -1
+        for i, (length, end) in enumerate(zip(lengths, last, strict=True))
+    ]
+    return AttentionBatch(
+        query_starts=torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda"),
+        kv_lens=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        block_tables=tables.cuda(),
+        slots=torch.tensor(slots, device="cuda"),
+        positions=torch.tensor(last, device="cuda"),
+        max_query_len=1,
+        max_kv_len=max(lengths),
+        num_seqs=num_seqs,
+    )
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_in_graphs(kv_dtype: torch.dtype) -> None:
+    batches = [make_batch(LENGTHS[:num], i * NUM_BLOCKS) for i, num in enumerate((1, 3, 8))]
+    shape = (len(batches) * NUM_BLOCKS, 3, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    pool = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(kv_dtype)
+    cos_sin = torch.rand(max(LENGTHS), HEAD_DIM, device="cuda")
+
+    def attend(qkv: Tensor, batch: AttentionBatch, num_splits: int, *, is_fused: bool) -> Tensor:
+        """Layer after layer, each with a query that the one before it made. Fused, it's one kernel
+        that also rotates, or else three."""
+        out = torch.zeros(batch.num_seqs, HEADS, HEAD_DIM, device="cuda", dtype=qkv.dtype)
+        for layer in range(3):
+            q, k, v = (qkv + out.mean()).split([HEADS, KV_HEADS, KV_HEADS], 1)
+            new = NewTokens(k, v, cos_sin, UNSCALED) if is_fused else None
+            if new is None:
+                rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer)
+            options = {**OPTIONS, "new": new, "num_splits": num_splits, "is_fused": is_fused}
+            out = decode_attention(q, pool, layer, batch, **options)
+        return out
+
+    cases: list[tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = []
+    for batch, num_splits in zip(batches, (32, 16, 4), strict=True):
+        heads = (batch.num_seqs, HEADS + 2 * KV_HEADS, HEAD_DIM)
+        qkv = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+        expected = attend(qkv, batch, num_splits, is_fused=False)
+        attend(qkv, batch, num_splits, is_fused=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(qkv, batch, num_splits, is_fused=True)
+        cases.append((graph, out, expected))
+    firsts: list[Tensor] = []
+    for round_ in range(20):
+        for i, (graph, out, expected) in enumerate(cases):
+            graph.replay()
+            if round_ == 0:
+                firsts.append(out.clone())
+                torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+            assert torch.equal(out, firsts[i])
+    assert not arrival_counters(1, pool.device).any()
