@@ -12,12 +12,16 @@ MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
-    """vLLM's names. Beams are ranked by log-probability / output length ** `length_penalty`."""
+    """vLLM's names. Beams are ranked by log-probability / output length ** `length_penalty`.
+
+    `temperature` has no effect, as in vLLM: beams are compared by what the model itself says.
+    """
 
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
     length_penalty: float = 1.0
+    temperature: float = 0.0
 
     def validate(self) -> None:
         """Raises InvalidRequestError that names the first field out of range."""
