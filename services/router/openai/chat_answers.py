@@ -24,9 +24,17 @@ class ChatAnswers:
     """One request's answer. An `AnswerFormat`."""
 
     def __init__(
-        self, head: AnswerHead, options: AnswerOptions, names: TokenNames, reading: ReadingRules
+        self,
+        head: AnswerHead,
+        options: AnswerOptions,
+        names: TokenNames,
+        reading: ReadingRules,
+        *,
+        echoed: str = "",
     ) -> None:
+        """Every output's content begins with `echoed`."""
         self._head = head
+        self._echoed = echoed
         self._reading = reading
         self._readers: dict[int, ChatReader] = {}
         self._options = options
@@ -59,6 +67,9 @@ class ChatAnswers:
         if output.index not in self._opened:
             self._opened.add(output.index)
             opening = self._event(output, _ROLE_DELTA, b"")
+            if self._echoed:
+                content = b'{"content":%b}' % encode_json(self._echoed)
+                opening += self._event(output, content, b"")
         if self._reading.is_plain:
             content = b'{"content":%b}' % encode_json(delta.text)
             return opening + self._event(output, content, self._extras(delta))
@@ -125,6 +136,8 @@ class ChatAnswers:
             reader = self._reader(output)
             message |= _message(reader.read(delta.text, is_last=True))
             finish_reason = self._finish_reason(delta, reader)
+        if self._echoed:
+            message["content"] = self._echoed + (message["content"] or "")
         choice: dict[str, Any] = {
             "index": index,
             "message": message,

@@ -11,8 +11,9 @@ import msgspec
 from engine.tokenizer import ChatTemplate
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
 from protocol.sampling import SamplingParams
-from services.router.openai.bodies import ChatBody, Message, TokenizeBody
+from services.router.openai.bodies import ChatBody, Message, Side, TokenizeBody
 from services.router.openai.sampling import SamplingLimits, check_token_ids
+from services.router.openai.template_input import template_messages, template_options
 from services.router.served_model import ServedModel
 
 MAX_PROMPTS = 2048
@@ -179,9 +180,15 @@ def _portions(prompts: Sequence[str | list[int]]) -> Iterator[Sequence[str | lis
 
 
 def truncated(
-    prompt: Prompt, num_tokens: int | None, sampling: SamplingParams, limits: SamplingLimits
+    prompt: Prompt,
+    num_tokens: int | None,
+    sampling: SamplingParams,
+    limits: SamplingLimits,
+    *,
+    side: Side | None = None,
 ) -> Prompt:
-    """The prompt's last `num_tokens` tokens; -1 is as many as leave room for the output.
+    """The prompt's last `num_tokens` tokens, or its first where `side`, which is cut, is the right;
+    -1 is as many as leave room for the output.
 
     Raises InvalidRequestError for a number that makes no sense.
     """
@@ -197,6 +204,8 @@ def truncated(
         )
     if len(prompt.token_ids) <= num_tokens:
         return prompt
+    if side == "right":
+        return Prompt(None, prompt.token_ids[:num_tokens])
     return Prompt(None, prompt.token_ids[-num_tokens:])
 
 
@@ -223,62 +232,3 @@ def split_prompt(
             f"`{field}` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field=field
         )
     return prompts
-
-
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Checked messages as the template sees them."""
-    if not messages:
-        raise InvalidRequestError("`messages` must not be empty.", field="messages")
-    for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]")
-    return [msgspec.to_builtins(message) | {"content": _text(message)} for message in messages]
-
-
-def template_options(body: ChatBody | TokenizeBody) -> dict[str, Any]:
-    """Options of `ChatTemplate.render`. Raises InvalidRequestError if two contradict."""
-    continues = body.continue_final_message is True
-    if continues and body.add_generation_prompt:
-        raise InvalidRequestError(
-            "`continue_final_message` and `add_generation_prompt` exclude each other.",
-            field="continue_final_message",
-        )
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    return {
-        "add_generation_prompt": body.add_generation_prompt is not False and not continues,
-        "continue_final_message": continues,
-        "documents": body.documents,
-        "variables": variables,
-    }
-
-
-def _check_message(message: Message, path: str) -> None:
-    if not message.role:
-        raise InvalidRequestError(f"`{path}.role` must not be empty.", field=f"{path}.role")
-    if message.content is None and message.role != "assistant":
-        raise InvalidRequestError(
-            f"`{path}.content` is required.",
-            field=f"{path}.content",
-            code="missing_required_parameter",
-        )
-    if isinstance(message.content, list):
-        for j, part in enumerate(message.content):
-            if part.type not in ("text", "input_text", "output_text"):
-                raise InvalidRequestError(
-                    f"`{path}.content[{j}]` has type {part.type[:40]!r}; "
-                    "this model takes text only.",
-                    field=f"{path}.content[{j}].type",
-                )
-            if part.text is None:
-                raise InvalidRequestError(
-                    f"`{path}.content[{j}].text` is required.",
-                    field=f"{path}.content[{j}].text",
-                    code="missing_required_parameter",
-                )
-
-
-def _text(message: Message) -> str | None:
-    if isinstance(message.content, list):
-        return "\n".join(part.text or "" for part in message.content)
-    return message.content
