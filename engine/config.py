@@ -26,8 +26,8 @@ class EngineConfig:
     )
     dtype: str = setting(
         "auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="type of weights and activations",
+        choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
+        help="type of weights and activations; 'half' is 'float16', 'float' is 'float32'",
     )
     kv_cache_dtype: str = setting(
         "auto",
@@ -43,6 +43,7 @@ class EngineConfig:
     )
     quantization: str | None = setting(
         None,
+        short="q",
         choices=("fp8", "compressed-tensors"),
         help="'fp8' quantizes an unquantized checkpoint's linear layers while loading; "
         "default: as the checkpoint is",
