@@ -80,7 +80,7 @@ async def test_a_changed_timeout_holds_for_the_next_request(stack: RouterStack) 
         ({"api_key": ["x"]}, "api_key", "fixed_setting"),
         ({"colour": "red"}, "colour", "unknown_setting"),
         ({"max_queued_requests": 9, "port": 1}, "port", "fixed_setting"),
-        ({"max_queued_requests": -1}, "max_queued_requests", "invalid_type"),
+        ({"max_queued_requests": -1}, "max_queued_requests", "invalid_value"),
         ({"max_queued_requests": 1.5}, "max_queued_requests", "invalid_type"),
         ({"max_queued_requests": None}, "max_queued_requests", "invalid_type"),
         ({"log_level": "loud"}, "log_level", "invalid_value"),
