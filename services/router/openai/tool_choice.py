@@ -14,13 +14,13 @@ from services.router.openai.bodies import ChatBody, Tool, ToolChoice
 from services.router.openai.chat_fields import required
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.first_call import FirstCallParser
+from services.router.openai.listed_calls import ListedCallsParser
 from services.router.openai.reasoning_parsers import ThinkParser
 from services.router.openai.thoughts import ThoughtPolicy
 from services.router.openai.tool_formats import TOOL_FORMATS, ToolFormat
 from services.router.openai.tool_parsers import (
     NamedCallParser,
     ToolParser,
-    required_calls_parser,
 )
 
 MAX_TOOLS = 128
@@ -167,7 +167,7 @@ def _required(
 ) -> ToolUse:
     return ToolUse(
         definitions,
-        make_parser=required_calls_parser,
+        make_parser=ListedCallsParser,
         structure=StructuredOutputsParams(json=_calls_schema(tools, several=several)),
     )
 
