@@ -85,7 +85,7 @@ class ChatAnswers:
         reading = reader.read(delta.text, is_last=is_last)
         parts: list[dict[str, Any]] = []
         if reading.reasoning:
-            parts.append({"reasoning_content": reading.reasoning})
+            parts.append(_thoughts(reading))
         if reading.content:
             parts.append({"content": reading.content})
         parts += [{"tool_calls": [_call_delta(piece)]} for piece in reading.calls]
@@ -159,11 +159,16 @@ def _message(reading: Reading) -> dict[str, Any]:
     """The fields of a message that come of reading its whole text."""
     fields: dict[str, Any] = {"content": reading.content}
     if reading.reasoning:
-        fields["reasoning_content"] = reading.reasoning
+        fields |= _thoughts(reading)
     if reading.calls:
         fields["tool_calls"] = [_call(piece) for piece in reading.calls]
         fields["content"] = reading.content or None
     return fields
+
+
+def _thoughts(reading: Reading) -> dict[str, Any]:
+    """Under both names that vLLM has had for them."""
+    return {"reasoning_content": reading.reasoning, "reasoning": reading.reasoning}
 
 
 def _call(piece: ToolCallPiece) -> dict[str, Any]:
