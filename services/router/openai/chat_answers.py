@@ -66,7 +66,7 @@ class ChatAnswers:
         opening = b""
         if output.index not in self._opened:
             self._opened.add(output.index)
-            opening = self._event(output, _ROLE_DELTA, b"")
+            opening = self._event(output, _ROLE_DELTA, b"", self._prompt_fields(output))
             if self._echoed:
                 content = b'{"content":%b}' % encode_json(self._echoed)
                 opening += self._event(output, content, b"")
@@ -107,13 +107,19 @@ class ChatAnswers:
             return "tool_calls"
         return delta.finish_reason
 
-    def _event(self, output: Output, delta: bytes, extras: bytes) -> bytes:
+    def _prompt_fields(self, output: Output) -> bytes:
+        """What an output's first event says of the prompt."""
+        if not self._options.return_token_ids:
+            return b""
+        return b',"prompt_token_ids":' + encode_json(output.generation.spec.prompts[0].token_ids)
+
+    def _event(self, output: Output, delta: bytes, extras: bytes, fields: bytes = b"") -> bytes:
         choice = b'{"index":%d,"delta":%b%b}' % (
             output.index,
             delta,
             extras or b',"logprobs":null,"finish_reason":null',
         )
-        return self._writer.choices(choice, output.generation)
+        return self._writer.choices(choice, output.generation, fields)
 
     def _extras(self, delta: Delta, finish_reason: str | None = None) -> bytes:
         """What most events don't have: logprobs, token ids, the end, whose reason may differ."""

@@ -125,6 +125,7 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -274,6 +275,7 @@ class ChangedSettings(msgspec.Struct):
 
 
 class DroppedBlocks(msgspec.Struct):
+    success: Literal[True]
     num_dropped_blocks: int
     workers: dict[str, int]
 

@@ -138,6 +138,27 @@ async def _deltas(stack: RouterStack, body: dict[str, Any]) -> list[dict[str, An
     return [event["choices"][0]["delta"] for event in await stack.stream(CHAT, body)]
 
 
+@pytest.mark.parametrize("stream_options", [{}, {"continuous_usage_stats": True}])
+async def test_a_chats_tokens_are_answered_for_who_asks(
+    stack: RouterStack, stream_options: dict[str, bool]
+) -> None:
+    body = {"messages": [USER], "max_tokens": 3, "return_token_ids": True, "n": 2}
+    whole = (await stack.post(CHAT, body)).json()
+    prompt = (await stack.post("/tokenize", {"messages": [USER]})).json()["tokens"]
+    assert whole["prompt_token_ids"] == prompt
+    outputs = [choice["token_ids"] for choice in whole["choices"]]
+    assert [len(token_ids) for token_ids in outputs] == [3, 3]
+    events = await stack.stream(CHAT, body | {"stream_options": stream_options})
+    firsts = [event for event in events if "prompt_token_ids" in event]
+    assert [event["prompt_token_ids"] for event in firsts] == [prompt, prompt]
+    assert all(event["choices"][0]["delta"]["role"] for event in firsts)
+    streamed: list[list[int]] = [[], []]
+    for event in events:
+        (choice,) = event["choices"]
+        streamed[choice["index"]] += choice.get("token_ids", [])
+    assert streamed == outputs
+
+
 async def test_tools_count_as_part_of_a_prompt(stack: RouterStack) -> None:
     tools = [{"type": "function", "function": {"name": "now"}}]
     template = "x{{ tools[0].function.name if tools }}"
