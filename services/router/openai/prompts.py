@@ -142,7 +142,8 @@ class PromptEncoder:
 
     def _compile(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._model.tokenizer.special_tokens)
+            special_tokens = self._model.tokenizer.special_tokens
+            return ChatTemplate(source, special_tokens, field="chat_template")
         except StartupError as error:
             raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
 
