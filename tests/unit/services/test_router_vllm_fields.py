@@ -84,6 +84,28 @@ async def test_messages_may_have_refusals_and_thoughts_under_either_name(
 
 
 @pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ({"add_generation_prompt": False}, "<|im_start|>user\nhi<|im_end|>\n"),
+        ({"continue_final_message": True}, "<|im_start|>user\nhi"),
+        (
+            {"messages": [{"role": "developer", "content": [{"type": "text", "text": "be"}]}]},
+            "<|im_start|>system\nbe<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            {"documents": [{"text": "a"}], "chat_template": "{{ documents[0].text }}"},
+            "a",
+        ),
+    ],
+)
+async def test_a_chat_says_how_it_becomes_a_prompt(
+    stack: RouterStack, fields: dict[str, Any], prompt: str
+) -> None:
+    assert await prompt_of(stack, CHAT, **({"messages": [USER]} | fields)) == prompt
+
+
+@pytest.mark.parametrize(
     ("fields", "thinks"),
     [
         ({}, ""),
@@ -178,6 +200,7 @@ async def test_no_alternatives_need_no_logprobs(stack: RouterStack) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"suffix": " end"}, "suffix"),
     ({"logprob_token_ids": [1]}, "logprob_token_ids"),
     ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
     ({"watermarking": True}, "watermarking"),
@@ -210,6 +233,7 @@ async def test_what_would_change_an_output_is_refused(
 
 
 HARMLESS: list[dict[str, Any]] = [
+    {"suffix": "", "length_penalty": 1},
     {"logprob_token_ids": []},
     {"watermarking": False, "return_prompt_text": False, "vllm_xargs": {}},
     {"structured_outputs": {"choice": ["a"], "disable_additional_properties": False}},
