@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.outputs import BeamSearchOutput, BeamSearchSequence
+from engine.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
 from protocol.request import FinishReason, TokenLogprobs
 from protocol.sampling import MAX_LOGPROBS
@@ -87,6 +89,21 @@ def beam_search(
         ]
         for beams, others in zip(ended, live, strict=True)
     ]
+
+
+def beam_output(beams: Sequence[Beam], tokenizer: Tokenizer) -> BeamSearchOutput:
+    """One prompt's beams with their texts."""
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                beam.token_ids,
+                tokenizer.decode(beam.token_ids),
+                beam.cum_logprob,
+                beam.finish_reason,
+            )
+            for beam in beams
+        ]
+    )
 
 
 def _pairs(known: TokenLogprobs) -> list[tuple[int, float]]:

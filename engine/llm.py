@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import msgspec
 from tqdm import tqdm
 
-from engine.beam_search import BeamSearchParams, beam_search
+from engine.beam_search import BeamSearchParams, beam_output, beam_search
 from engine.completion import Completion
 from engine.config import engine_config
 from engine.encoder import EncoderEngine
@@ -23,7 +23,6 @@ from engine.job import Job
 from engine.models.encoder_config import is_encoder
 from engine.outputs import (
     BeamSearchOutput,
-    BeamSearchSequence,
     Embedding,
     EmbeddingRequestOutput,
     RequestOutput,
@@ -34,6 +33,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
 from engine.tokenizer import ChatTemplate, Tokenizer
+from engine.weights.generation_defaults import read_generation_defaults
 from engine.weights.model_dir import resolve_model
 from engine.weights.pooling_config import read_encoder_pooling_type, read_pooling_type
 from protocol.errors import InvalidRequestError
@@ -63,6 +63,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_dir(model_dir)
         self._job_numbers = itertools.count()
         self._pooling_type: PoolingType
+        self._defaults = SamplingParams()
         self._engine: Engine | EncoderEngine
         if is_encoder(model_dir):
             self._pooling_type = read_encoder_pooling_type(model_dir)
@@ -70,6 +71,7 @@ class LLM:
         else:
             self._pooling_type = read_pooling_type(model_dir)
             self._engine = Engine.load(config, progress=True)
+            self._defaults = SamplingParams(**read_generation_defaults(model_dir))
             self._loop = StepLoop(self._engine)
 
     @property
@@ -83,6 +85,10 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend: used where none are given."""
+        return self._defaults
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached blocks."""
@@ -104,7 +110,7 @@ class LLM:
         """
         prompts = as_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+            sampling_params = [sampling_params or self._defaults] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise InvalidRequestError(
                 f"There are {len(prompts)} prompts, but {len(sampling_params)} sampling_params.",
@@ -188,20 +194,7 @@ class LLM:
             eos_token_ids=frozenset(self.engine.model.eos_token_ids),
             likeliest=self._likeliest,
         )
-        return [
-            BeamSearchOutput(
-                [
-                    BeamSearchSequence(
-                        beam.token_ids,
-                        self.tokenizer.decode(beam.token_ids),
-                        beam.cum_logprob,
-                        beam.finish_reason,
-                    )
-                    for beam in beams
-                ]
-            )
-            for beams in found
-        ]
+        return [beam_output(beams, self.tokenizer) for beams in found]
 
     def _likeliest(self, texts: list[list[int]], count: int) -> list[TokenLogprobs]:
         """What can follow each text; what they have in common comes from the prefix cache."""

@@ -124,6 +124,19 @@ def test_the_prefix_cache_can_be_forgotten(llm: LLM) -> None:
     assert llm.generate(prompt, sampling(), use_tqdm=False)[0].num_cached_tokens == 0
 
 
+def test_without_sampling_params_the_models_own_are_used(model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.25, "top_k": 7}')
+    llm = LLM(str(tmp_path), load_format="dummy", dtype="float32", num_threads=1, seed=3)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.25, top_k=7)
+    (output,) = llm.generate(PROMPT, use_tqdm=False)
+    same = LLM(str(tmp_path), load_format="dummy", dtype="float32", num_threads=1, seed=3)
+    (asked,) = same.generate(PROMPT, SamplingParams(temperature=0.25, top_k=7), use_tqdm=False)
+    assert output.outputs == asked.outputs
+
+
 def test_settings_that_are_not_there_are_named(model_dir: Path) -> None:
     with pytest.raises(StartupError, match="tensor_parallel_size can't be 2"):
         LLM(str(model_dir), tensor_parallel_size=2)
