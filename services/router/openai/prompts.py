@@ -19,6 +19,7 @@ from services.router.served_model import ServedModel
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+_INLINE_MESSAGES = 64
 # Of several texts, as many as a thread takes at once, some 30 ms; others' texts wait meanwhile.
 _PORTION_CHARS = 64 * 1024
 # An encoder's tokens don't cover its text: any number of spaces is none, an unknown word is one.
@@ -83,16 +84,13 @@ class PromptEncoder:
             self._check_template(source)
         render = template_options(options) | {"tools": tools}
         add_special_tokens = options.add_special_tokens is True
-        num_chars = sum(len(message["content"]) for message in chat if message["content"])
 
         def encode() -> Prompt:
             template = None if source is None else self._compiled(source)
             text = self._model.tokenizer.render_chat(chat, template=template, **render)
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        # A template of somebody else's may take its time.
-        is_quick = source is None and num_chars <= _INLINE_CHARS
-        return self._checked(await self._run(encode, is_quick=is_quick), field)
+        return self._checked(await self._run(encode, is_quick=_is_quick(chat, options)), field)
 
     async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
         """A text's tokens, maybe none."""
@@ -164,6 +162,16 @@ class PromptEncoder:
                 f"`{field}` has a token that this model doesn't know: {name!r:.80}.", field=field
             )
         return prompt
+
+
+def _is_quick(chat: Sequence[Mapping[str, Any]], options: ChatBody | TokenizeBody) -> bool:
+    """Whether it's a few short texts, and no more. A template of somebody else's may take its time,
+    and so may what others say of tools, documents and the like."""
+    if options.chat_template or options.tools or options.documents or options.chat_template_kwargs:
+        return False
+    if len(chat) > _INLINE_MESSAGES or any("tool_calls" in message for message in chat):
+        return False
+    return sum(len(text) for message in chat if (text := message["content"])) <= _INLINE_CHARS
 
 
 def _num_chars(prompts: Sequence[str | list[int]]) -> int:

@@ -8,11 +8,18 @@ import msgspec
 from protocol.errors import InvalidRequestError
 from services.router.openai.bodies import ChatBody, ContentPart, Message, TokenizeBody
 
+MAX_MESSAGES = 16_384
+
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Checked messages as the template sees them."""
     if not messages:
         raise InvalidRequestError("`messages` must not be empty.", field="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"`messages` may hold at most {MAX_MESSAGES} messages, got {len(messages)}.",
+            field="messages",
+        )
     for i, message in enumerate(messages):
         _check_message(message, f"messages[{i}]")
     return [_template_message(message) for message in messages]
