@@ -19,8 +19,11 @@ Every setting is a flag, an environment variable and a key of the settings file 
 `--max-num-seqs 64`, `TANDEM_MAX_NUM_SEQS=64`, `max-num-seqs: 64`. A flag wins over a variable, a
 variable over the file. The file is YAML; `--config FILE` or `{CONFIG_VARIABLE}` names it. On-off
 settings are `--enable-x` and `--no-enable-x`, or `true` and `false`. Lists are several words after
-a flag, commas in a variable, a list in the file. A value that can't be right stops the process
-with a sentence that says what it must be, and so does a flag of vLLM's that Tandem doesn't have.
+a flag, commas in a variable, a list in the file. Whole numbers may end in `k`, `m` or `g` (powers
+of ten) or `K`, `M` or `G` (powers of two): `4k` is 4,000. A value that can't be right stops the
+process with a sentence that says what it must be, and a flag of vLLM's that Tandem doesn't have
+with one that says what to do instead. As there, flags may be written with underscores, and on-off
+settings be given `true` or `false`.
 """
 
 

@@ -5,6 +5,7 @@ import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from protocol.errors import StartupError
@@ -21,6 +22,8 @@ _TYPE_NAMES = {
     str: "text",
     tuple: "a list of words without commas",
 }
+# vLLM's: small letters are powers of ten, large ones of two.
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _TRUE_TEXTS = ("1", "true", "yes", "on")
 _FALSE_TEXTS = ("0", "false", "no", "off")
 
@@ -59,8 +62,8 @@ class Option:
             value = tuple(part.strip() for part in text.split(",") if part.strip())
         elif self.kind in (int, float):
             try:
-                value = self.kind(text)
-            except ValueError:
+                value = _whole_number(text) if self.kind is int else float(text)
+            except (ArithmeticError, ValueError):
                 raise self._refusal(text, source) from None
         return self.check(value, source=source)
 
@@ -70,6 +73,9 @@ class Option:
             return None
         if isinstance(value, list):
             value = tuple(value)
+        if self.kind is int and isinstance(value, str) and value[-1:] in _SUFFIXES:
+            # In a file; a number there is one already.
+            return self.parse(value, source=source)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
@@ -128,6 +134,20 @@ class Option:
     def _refusal(self, value: object, source: str) -> StartupError:
         got = "something else" if self.info.secret else repr(value)
         return StartupError(f"{source} must be {self.wanted}, not {got}.")
+
+
+def _whole_number(text: str) -> int:
+    """Also `4k` (4,000) and `4K` (4,096), with a fraction if it comes to a whole number.
+
+    Raises ValueError.
+    """
+    scale = _SUFFIXES.get(text[-1:])
+    if scale is None:
+        return int(text)
+    number = Decimal(text[:-1]) * scale
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
 
 
 def options_of(config_class: type, *, omit: Iterable[str] = ()) -> list[Option]:

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import yaml
 
 from cli.options import VARIABLE_PREFIX, Option, OptionValue, options_of
-from cli.vllm_flags import VLLM_FLAGS
+from cli.vllm_flags import vllm_advice
 from protocol.errors import StartupError
 
 Config = TypeVar("Config")
@@ -77,7 +77,7 @@ def _flag_values(
     command: Command, options: Mapping[str, Option], argv: Sequence[str]
 ) -> dict[str, OptionValue]:
     parser = make_parser(command)
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(list(_vllm_spelled(argv, options)))
     if unknown:
         raise StartupError(_unknown_argument(unknown[0], command, options))
     values: dict[str, OptionValue] = {}
@@ -90,6 +90,23 @@ def _flag_values(
         else:
             values[name] = option.check(raw, source=option.flag)
     return values
+
+
+def _vllm_spelled(argv: Sequence[str], options: Mapping[str, Option]) -> Iterator[str]:
+    """Flags with underscores and switches with a value, which vLLM takes, too, as they are here."""
+    switches = {option.flag: option for option in options.values() if option.kind is bool}
+    words = list(argv)
+    while words:
+        flag, equals, text = words.pop(0).partition("=")
+        if flag.startswith("--"):
+            flag = flag.replace("_", "-")
+        switch = switches.get(flag)
+        if switch is None:
+            yield flag + equals + text
+            continue
+        if not equals and words and words[0].lower() in ("true", "false"):
+            equals, text = "=", words.pop(0)
+        yield from switch.arguments(switch.parse(text, source=flag) if equals else True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -151,8 +168,9 @@ def _unknown_argument(argument: str, command: Command, options: Mapping[str, Opt
     if not word.startswith("-"):
         return f"tandem {command.name} doesn't take the argument {word!r}."
     name = word.lstrip("-").replace("_", "-")
-    if name.removeprefix("no-") in VLLM_FLAGS:
-        return f"{word} is a vLLM flag that tandem {command.name} doesn't have."
+    advice = vllm_advice(name)
+    if advice is not None:
+        return f"{word} is a vLLM flag that tandem {command.name} doesn't have: {advice}."
     close = difflib.get_close_matches(name, [option.key for option in options.values()], n=1)
     hint = f"did you mean --{close[0]}?" if close else f"see tandem {command.name} --help."
     return f"tandem {command.name} has no flag {word}; {hint}"
@@ -173,8 +191,13 @@ def _file_values(options: Mapping[str, Option], path: Path) -> dict[str, OptionV
     by_key = {option.key: option for option in options.values()}
     values: dict[str, OptionValue] = {}
     for key, value in cast("dict[object, object]", content).items():
-        option = by_key.get(str(key))
+        spelled = str(key).replace("_", "-")
+        option = by_key.get(spelled)
         if option is None:
+            if advice := vllm_advice(spelled):
+                raise StartupError(
+                    f"The settings file {path} has vLLM's key {key}, which isn't here: {advice}."
+                )
             close = difflib.get_close_matches(str(key), by_key, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise StartupError(f"The settings file {path} has an unknown key {key}{hint}")

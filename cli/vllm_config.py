@@ -20,8 +20,8 @@ _NO_SPECULATION = "speculative decoding isn't there; leave it out"
 class VllmConfig:
     """vLLM's names and defaults."""
 
-    tensor_parallel_size: int = setting(1, help="1", only_default=_ONE_GPU)
-    pipeline_parallel_size: int = setting(1, help="1", only_default=_ONE_GPU)
+    tensor_parallel_size: int = setting(1, short="tp", help="1", only_default=_ONE_GPU)
+    pipeline_parallel_size: int = setting(1, short="pp", help="1", only_default=_ONE_GPU)
     distributed_executor_backend: str | None = setting(
         None, choices=("mp", "uni"), help="how workers are run: always as processes of this machine"
     )

@@ -1,4 +1,4 @@
-"""vLLM's flags, so that one that isn't here is refused by name instead of by a guess."""
+"""vLLM's flags, so that one that isn't here is refused by name, with what to do instead."""
 
 _NAMES = """
 additional-config aggregate-engine-logging all2all-backend allow-credentials
@@ -80,4 +80,85 @@ video-pruning-method video-pruning-rate watermark watermark-config weight-transf
 worker-cls worker-extension-cls
 """
 
-VLLM_FLAGS = frozenset(_NAMES.split())
+# Those of earlier releases, which scripts still give.
+_OLDER_NAMES = """
+collect-detailed-traces disable-async-output-proc disable-frontend-multiprocessing
+enable-prompt-adapter enable-reasoning engine-use-ray guided-decoding-disable-additional-properties
+guided-decoding-disable-any-whitespace guided-decoding-disable-fallback logits-processor-pattern
+long-lora-scaling-factors lora-extra-vocab-size max-context-len-to-capture
+max-num-partial-prefills max-prompt-adapter-token max-prompt-adapters max-seq-len-to-capture
+max-long-partial-prefills mm-cache-preprocessor multi-step-stream-outputs ngram-prompt-lookup-max
+ngram-prompt-lookup-min num-lookahead-slots override-neuron-config override-pooler-config
+qlora-adapter-name-or-path quantization-param-path rope-theta scheduler-delay-factor
+spec-decoding-acceptance-method speculative-disable-by-batch-size
+speculative-draft-tensor-parallel-size speculative-max-model-len task tokenizer-pool-size
+tokenizer-pool-type use-v2-block-manager worker-use-ray
+"""
+
+_LEAVE_OUT = "leave it out"
+_ALWAYS = "leave it out, as that is always so"
+_PROXY = "a proxy in front can do that"
+_IN_CONFIG = "write that into the config.json of the model's directory"
+_MORE_WORKERS = "--prefill-workers and --decode-workers say how many replicas there are"
+_WITH_MODEL = "it belongs in the model's directory"
+_ADVICE = {
+    "api-server-count": "--routers says how many processes take requests",
+    "chat-template-content-format": "leave it out, as templates get contents as text",
+    "convert": "--pooling-type says what is made of a text",
+    "cpu-offload-gb": "a model must fit its device",
+    "data-parallel-size": _MORE_WORKERS,
+    "data-parallel-size-local": _MORE_WORKERS,
+    "default-chat-template-kwargs": "requests bring their chat_template_kwargs",
+    "download-dir": "HF_HOME says where models from the hub are kept",
+    "enable-chunked-prefill": _ALWAYS,
+    "enable-log-requests": "requests are logged when they end, unless --disable-log-requests",
+    "enable-prompt-tokens-details": _ALWAYS,
+    "enable-reasoning": "--reasoning-parser is enough",
+    "enable-request-id-headers": _ALWAYS,
+    "enable-server-load-tracking": _ALWAYS,
+    "enable-force-include-usage": "requests say so in stream_options",
+    "generation-config": "the model's generation_config.json is followed",
+    "hf-overrides": _IN_CONFIG,
+    "hf-token": "HF_TOKEN is read",
+    "kv-transfer-config": "workers transfer KV by themselves; " + _MORE_WORKERS,
+    "lora-modules": "merge the adapter into the model's weights",
+    "max-logprobs": "requests may ask for 20",
+    "max-num-queued-reqs": "it's --max-queued-requests here",
+    "optimization-level": "--enforce-eager is all there is to choose",
+    "otlp-traces-endpoint": "/metrics and the log say what becomes of requests",
+    "override-generation-config": "write that into the model's generation_config.json",
+    "pooler-config": "it's --pooling-type here",
+    "quantization-config": "the checkpoint's own config.json is followed",
+    "reasoning-config": "it's --reasoning-parser here",
+    "revision": "fetch the revision that you want and name its directory",
+    "root-path": _PROXY,
+    "rope-theta": _IN_CONFIG,
+    "runner": "what a model does is seen by its config.json",
+    "scheduling-policy": "requests always go by their priority, then by their time",
+    "shutdown-timeout": "it's --drain-timeout-s here",
+    "spec-method": "speculative decoding isn't there; leave it out",
+    "spec-model": "speculative decoding isn't there; leave it out",
+    "spec-tokens": "speculative decoding isn't there; leave it out",
+    "speculative-config": "speculative decoding isn't there; leave it out",
+    "ssl-ca-certs": _PROXY,
+    "ssl-certfile": _PROXY,
+    "ssl-keyfile": _PROXY,
+    "structured-outputs-config": "it's --guided-decoding-backend here",
+    "task": "what a model does is seen by its config.json",
+    "tokenizer": _WITH_MODEL,
+    "tokenizer-mode": _WITH_MODEL,
+    "trust-remote-code": "code that comes with a model is never run; leave it out",
+    "use-v2-block-manager": _ALWAYS,
+    "uvicorn-log-level": "it's --log-level here",
+}
+
+VLLM_FLAGS = frozenset(_NAMES.split()) | frozenset(_OLDER_NAMES.split())
+
+
+def vllm_advice(key: str) -> str | None:
+    """What to do about a flag of vLLM's that isn't here; None if vLLM hasn't it either.
+
+    `key` is the flag without dashes in front; `a.b` is one field of `a`, as vLLM has it.
+    """
+    name = key.removeprefix("no-").split(".", 1)[0]
+    return _ADVICE.get(name, _LEAVE_OUT) if name in VLLM_FLAGS else None

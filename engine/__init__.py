@@ -15,10 +15,10 @@ if TYPE_CHECKING:
         EmbeddingRequestOutput,
         Logprob,
         RequestOutput,
-        TokensPrompt,
     )
+    from engine.prompts import TextPrompt, TokensPrompt
+    from engine.sampling_params import SamplingParams
     from protocol.pooling import PoolingParams
-    from protocol.sampling import SamplingParams
     from protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
     "TokensPrompt",
 ]
 
@@ -44,9 +45,10 @@ _MODULES = {
     "Logprob": "engine.outputs",
     "PoolingParams": "protocol.pooling",
     "RequestOutput": "engine.outputs",
-    "SamplingParams": "protocol.sampling",
+    "SamplingParams": "engine.sampling_params",
     "StructuredOutputsParams": "protocol.structured_outputs",
-    "TokensPrompt": "engine.outputs",
+    "TextPrompt": "engine.prompts",
+    "TokensPrompt": "engine.prompts",
 }
 
 

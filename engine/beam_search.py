@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.outputs import BeamSearchOutput, BeamSearchSequence
+from engine.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
 from protocol.request import FinishReason, TokenLogprobs
 from protocol.sampling import MAX_LOGPROBS
@@ -12,12 +14,16 @@ MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
-    """vLLM's names. Beams are ranked by log-probability / output length ** `length_penalty`."""
+    """vLLM's names. Beams are ranked by log-probability / output length ** `length_penalty`.
+
+    `temperature` has no effect, as in vLLM: beams are compared by what the model itself says.
+    """
 
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
     length_penalty: float = 1.0
+    temperature: float = 0.0
 
     def validate(self) -> None:
         """Raises InvalidRequestError that names the first field out of range."""
@@ -83,6 +89,21 @@ def beam_search(
         ]
         for beams, others in zip(ended, live, strict=True)
     ]
+
+
+def beam_output(beams: Sequence[Beam], tokenizer: Tokenizer) -> BeamSearchOutput:
+    """One prompt's beams with their texts."""
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                beam.token_ids,
+                tokenizer.decode(beam.token_ids),
+                beam.cum_logprob,
+                beam.finish_reason,
+            )
+            for beam in beams
+        ]
+    )
 
 
 def _pairs(known: TokenLogprobs) -> list[tuple[int, float]]:

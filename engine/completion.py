@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from engine.outputs import CompletionOutput, Logprob
+from engine.sampling_params import SamplingParams
 from engine.scheduler.plan import SequenceUpdate
 from engine.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from protocol.request import FinishReason, TokenLogprobs
-from protocol.sampling import SamplingParams
 
 _NOTHING_KNOWN = TokenLogprobs(0.0, 0, [], [])
 
@@ -48,7 +48,7 @@ class Completion:
         num_shown = len(update.new_token_ids) - hides_last
         for i, token_id in enumerate(update.new_token_ids):
             self.token_ids.append(token_id)
-            if i < num_shown:
+            if i < num_shown and self.sampling.detokenize:
                 self._push_text(self._detokenizer.push([token_id]))
             if self._matcher.matched is not None:
                 self.finish_reason, self._stop_reason = "stop", self._matcher.matched

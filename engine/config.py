@@ -1,9 +1,19 @@
 """Settings of one model replica, frozen after start."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from engine.grammar import BACKEND_NAMES
+from protocol.errors import StartupError
 from protocol.settings import setting
+
+# vLLM's settings that have one answer here. Code that comes with a model is never run.
+_ONE_ANSWER: Mapping[str, tuple[Any, ...]] = {
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "trust_remote_code": (False, True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +26,8 @@ class EngineConfig:
     )
     dtype: str = setting(
         "auto",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        help="type of weights and activations",
+        choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
+        help="type of weights and activations; 'half' is 'float16', 'float' is 'float32'",
     )
     kv_cache_dtype: str = setting(
         "auto",
@@ -33,6 +43,7 @@ class EngineConfig:
     )
     quantization: str | None = setting(
         None,
+        short="q",
         choices=("fp8", "compressed-tensors"),
         help="'fp8' quantizes an unquantized checkpoint's linear layers while loading; "
         "default: as the checkpoint is",
@@ -96,3 +107,15 @@ class EngineConfig:
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"
     )
+
+
+def engine_config(given: Mapping[str, Any]) -> EngineConfig:
+    """From what a caller gave by name. Raises StartupError for a name that there isn't, or one of
+    vLLM's with a value that can't be had."""
+    known = {field.name for field in fields(EngineConfig)}
+    for name, value in given.items():
+        if name in _ONE_ANSWER and value not in _ONE_ANSWER[name]:
+            raise StartupError(f"{name} can't be {value!r}: a model runs whole, on one device.")
+        if name not in known and name not in _ONE_ANSWER:
+            raise StartupError(f"There is no setting {name}, only {', '.join(sorted(known))}.")
+    return EngineConfig(**{name: value for name, value in given.items() if name in known})

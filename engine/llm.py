@@ -13,9 +13,9 @@ from typing import Any, TypeAlias, cast
 import msgspec
 from tqdm import tqdm
 
-from engine.beam_search import BeamSearchParams, beam_search
+from engine.beam_search import BeamSearchParams, beam_output, beam_search
 from engine.completion import Completion
-from engine.config import EngineConfig
+from engine.config import engine_config
 from engine.encoder import EncoderEngine
 from engine.engine import Engine
 from engine.grammar import check_grammar
@@ -23,25 +23,24 @@ from engine.job import Job
 from engine.models.encoder_config import is_encoder
 from engine.outputs import (
     BeamSearchOutput,
-    BeamSearchSequence,
     Embedding,
     EmbeddingRequestOutput,
     RequestOutput,
-    TokensPrompt,
 )
+from engine.prompts import Prompt, as_prompts, encode_prompt
 from engine.sampler.sampled import NO_REPORT
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import ChatTemplate, Tokenizer
+from engine.weights.generation_defaults import read_generation_defaults
 from engine.weights.model_dir import resolve_model
 from engine.weights.pooling_config import read_encoder_pooling_type, read_pooling_type
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
 from protocol.pooling import PoolingParams, PoolingType
 from protocol.request import Request, TokenLogprobs
-from protocol.sampling import SamplingParams
 
-Prompt: TypeAlias = str | TokensPrompt
 Message: TypeAlias = Mapping[str, Any]
 
 # Prefill samples a token whether anybody wants it or not.
@@ -55,22 +54,24 @@ class LLM:
     def __init__(
         self,
         model: str | None = None,
-        **config: Any,  # noqa: ANN401  (EngineConfig's fields)
+        **options: Any,  # noqa: ANN401  (EngineConfig's fields)
     ) -> None:
-        """`model` is a local directory, a hub id, or None for the built-in one; `config` are
-        `EngineConfig`'s fields. Raises StartupError if the model can't be loaded."""
-        engine_config = EngineConfig(model=model, **config)
+        """`model` is a local directory, a hub id, or None for the built-in one. Raises StartupError
+        if there's no such option, or the model can't be loaded."""
+        config = engine_config({"model": model, **options})
         model_dir = resolve_model(model)
         self.tokenizer = Tokenizer.from_dir(model_dir)
         self._job_numbers = itertools.count()
         self._pooling_type: PoolingType
+        self._defaults = SamplingParams()
         self._engine: Engine | EncoderEngine
         if is_encoder(model_dir):
             self._pooling_type = read_encoder_pooling_type(model_dir)
-            self._engine = EncoderEngine.load(engine_config, progress=True)
+            self._engine = EncoderEngine.load(config, progress=True)
         else:
             self._pooling_type = read_pooling_type(model_dir)
-            self._engine = Engine.load(engine_config, progress=True)
+            self._engine = Engine.load(config, progress=True)
+            self._defaults = SamplingParams(**read_generation_defaults(model_dir))
             self._loop = StepLoop(self._engine)
 
     @property
@@ -82,6 +83,18 @@ class LLM:
             )
         return self._engine
 
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's makers recommend: used where none are given."""
+        return self._defaults
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached blocks."""
+        self.engine.pool.reset_cache()
+        return True
+
     def generate(
         self,
         prompts: Prompt | ListOf[Prompt],
@@ -91,13 +104,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt; results are in the prompts' order.
 
-        A prompt is a text or `{"prompt_token_ids": [...]}`; `sampling_params` are for all prompts
-        or one for each. Raises InvalidRequestError before anything runs if one can't be served.
+        A prompt is a text, token ids, `{"prompt": text}` or `{"prompt_token_ids": [...]}`;
+        `sampling_params` are for all prompts or one for each. Raises InvalidRequestError before
+        anything runs if one can't be served.
         """
-        if isinstance(prompts, str | dict):
-            prompts = [prompts]
+        prompts = as_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+            sampling_params = [sampling_params or self._defaults] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise InvalidRequestError(
                 f"There are {len(prompts)} prompts, but {len(sampling_params)} sampling_params.",
@@ -116,9 +129,16 @@ class LLM:
         sampling_params: SamplingParams | ListOf[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_options: Any,  # noqa: ANN401  (options of ChatTemplate.render)
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, through the model's chat template."""
+        """Answers one conversation or several, through the model's chat template or the Jinja
+        source `chat_template`, which `chat_template_kwargs` are further names for."""
+        template_options["variables"] = chat_template_kwargs
+        if chat_template is not None:
+            special_tokens = self.tokenizer.special_tokens
+            template_options["template"] = ChatTemplate(chat_template, special_tokens)
         is_one = all(isinstance(message, Mapping) for message in messages)
         conversations = cast("ListOf[ListOf[Message]]", [messages] if is_one else messages)
         prompts: list[Prompt] = [
@@ -138,8 +158,7 @@ class LLM:
 
         Raises InvalidRequestError before anything runs if a prompt can't be served.
         """
-        if isinstance(prompts, str | dict):
-            prompts = [prompts]
+        prompts = as_prompts(prompts)
         pooling = pooling_params or PoolingParams(type=self._pooling_type)
         engine = self._engine
         pooling.validate(engine.model.hidden_size, is_encoder=isinstance(engine, EncoderEngine))
@@ -164,31 +183,18 @@ class LLM:
         ]
 
     def beam_search(
-        self, prompts: ListOf[Prompt], params: BeamSearchParams
+        self, prompts: Prompt | ListOf[Prompt], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The likeliest continuations of each prompt. Raises InvalidRequestError."""
         params.validate()
-        token_ids = [self._encoded(prompt)[1] for prompt in prompts]
+        token_ids = [self._encoded(prompt)[1] for prompt in as_prompts(prompts)]
         found = beam_search(
             token_ids,
             params,
             eos_token_ids=frozenset(self.engine.model.eos_token_ids),
             likeliest=self._likeliest,
         )
-        return [
-            BeamSearchOutput(
-                [
-                    BeamSearchSequence(
-                        beam.token_ids,
-                        self.tokenizer.decode(beam.token_ids),
-                        beam.cum_logprob,
-                        beam.finish_reason,
-                    )
-                    for beam in beams
-                ]
-            )
-            for beams in found
-        ]
+        return [beam_output(beams, self.tokenizer) for beams in found]
 
     def _likeliest(self, texts: list[list[int]], count: int) -> list[TokenLogprobs]:
         """What can follow each text; what they have in common comes from the prefix cache."""
@@ -198,22 +204,13 @@ class LLM:
         return [job.completions[0].last_logprobs for job in jobs]
 
     def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text, if there is one, and tokens. Raises InvalidRequestError for ids the model lacks."""
-        if isinstance(prompt, str):
-            # Some tokenizers have marks that their model was never given embeddings for.
-            text, token_ids = prompt, self.tokenizer.encode(prompt)
-        else:
-            text, token_ids = None, list(prompt["prompt_token_ids"])
-        vocab_size = self._engine.model.vocab_size
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            raise InvalidRequestError(
-                f"Token ids must be between 0 and {vocab_size - 1}.", field="prompt"
-            )
-        return text, token_ids
+        """As `encode_prompt`."""
+        return encode_prompt(prompt, self.tokenizer, vocab_size=self._engine.model.vocab_size)
 
     def _job(
         self, prompt: Prompt, sampling: SamplingParams, pooling: PoolingParams | None = None
     ) -> Job:
+        sampling = sampling.for_tokenizer(self.tokenizer)
         sampling.validate()
         grammars = self.engine.grammars
         if sampling.structured_outputs is not None and grammars is not None:

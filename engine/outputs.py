@@ -1,17 +1,11 @@
-"""What `LLM` takes and returns; vLLM's names."""
+"""What `LLM` returns; vLLM's names."""
 
 from dataclasses import dataclass
-from typing import Self, TypedDict
+from typing import Self
 
 import numpy as np
 
 from protocol.request import FinishReason
-
-
-class TokensPrompt(TypedDict):
-    """A prompt that is tokens already."""
-
-    prompt_token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +49,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = True  # nothing is returned before its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _REFUSAL = "doesn't satisfy the grammar"  # llguidance's words
+_NOTHING_FITS = "NoExtensionBias"  # its name for a grammar that nothing can follow
+_REASON = "error: "  # how the line begins in which its regex parser says why
 # One way to write each value: a small model given free whitespace may write nothing else.
 _JSON_STYLE: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -41,7 +43,7 @@ class LlguidanceMatcher(GrammarMatcher):
 
     @property
     def error(self) -> str:
-        return self._matcher.get_error().strip().split("\n", 1)[0]
+        return _in_one_line(self._matcher.get_error())
 
     @property
     def has_refused(self) -> bool:
@@ -75,6 +77,17 @@ class LlguidanceBackend(GrammarBackend):
             n_vocab=self._vocab_size,
             eos_token=list(self._eos_token_ids) or None,
         )
+
+
+def _in_one_line(error: str) -> str:
+    """Of several lines, most of which point at a place, those that say what is wrong there."""
+    first, *others = error.strip().split("\n")
+    if first == _NOTHING_FITS:
+        return "no output can obey it"
+    reason = next((line for line in others if line.startswith(_REASON)), None)
+    if reason is None or not first.endswith(":"):
+        return first
+    return f"{first} {reason.removeprefix(_REASON)}"
 
 
 def _grammar(params: StructuredOutputsParams) -> str:

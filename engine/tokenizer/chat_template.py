@@ -13,23 +13,33 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from protocol.errors import InvalidRequestError, StartupError
 
+# A stranger's template can be nested, can call itself, and can write what no parser reads.
+_PARSER_FAILURES = (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError)
+_TEMPLATE_FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError),
+    *(AttributeError, RecursionError, MemoryError),
+)
 _END_OF_CONTENT = "\ue000TANDEM-END-OF-CONTENT\ue001"
 
 
 class ChatTemplate:
     """A compiled chat template.
 
-    `special_tokens` (`bos_token` …) are visible to the template by their names.
+    `special_tokens` (`bos_token` …) are visible to the template by their names. `field` is what of
+    a request is wrong if the template fails; it's the template itself where that came with it.
     Raises StartupError if `source` isn't a Jinja template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, field: str = "messages"
+    ) -> None:
+        self._field = field
         self._special_tokens = dict(special_tokens)
         # A template that never heard of this role would drop the message or mislabel it.
         self._knows_developer_role = "developer" in source
         try:
             template = self._template = _make_environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except _PARSER_FAILURES as error:
             raise StartupError(f"The chat template can't be parsed: {error}.") from error
         # They come as a chain of dicts, which each rendering would walk through twice.
         template.globals = dict(template.globals)
@@ -62,9 +72,10 @@ class ChatTemplate:
         }
         try:
             text = self._template.render(dict(variables or {}) | names)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+        except _TEMPLATE_FAILURES as error:
+            whose = "The model's chat template" if self._field == "messages" else f"`{self._field}`"
             raise InvalidRequestError(
-                f"The model's chat template refuses these messages: {error}", field="messages"
+                f"{whose} refuses these messages: {error}", field=self._field
             ) from error
         return _cut_at_end_of_content(text) if continue_final_message else text
 

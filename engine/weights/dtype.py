@@ -12,6 +12,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's
 _KV_DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -28,7 +29,7 @@ def resolve_dtype(name: str, device: torch.device, *, checkpoint_dtype: str) -> 
     where that has instructions for it, else float32: emulated bfloat16 is slower than float32.
     """
     if name != "auto":
-        return _DTYPES[name]
+        return _DTYPES[_ALIASES.get(name, name)]
     if device.type == "cuda":
         return torch.float16 if checkpoint_dtype == "float16" else torch.bfloat16
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32

@@ -5,7 +5,7 @@ from typing import Any
 
 from protocol.request import PhaseTimings
 from services.router.dispatch.generation import Generation
-from services.runtime.metrics import RouterMetrics
+from services.runtime.router_metrics import EndedRequest, RouterMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +67,24 @@ class RequestReports:
     def ended(self, generation: Generation) -> None:
         assert generation.end_s is not None, "reported when it's over"
         first_s, start_s = generation.first_token_s, generation.start_s
+        phases = PhaseTimings(**generation.phases)
+        lengths = [output.choice.num_tokens for output in generation.outputs]
         self._metrics.request_ended(
-            finished_reason=outcome(generation),
-            num_prompt_tokens=generation.num_prompt_tokens,
-            num_cached_tokens=generation.num_cached_tokens,
-            num_output_tokens=generation.num_output_tokens,
-            e2e_s=generation.end_s - start_s,
-            ttft_s=None if first_s is None else first_s - start_s,
+            EndedRequest(
+                finished_reason=outcome(generation),
+                num_prompt_tokens=generation.num_prompt_tokens,
+                num_cached_tokens=generation.num_cached_tokens,
+                num_output_tokens=generation.num_output_tokens,
+                num_longest_output_tokens=min(max(lengths), generation.num_output_tokens),
+                n=generation.spec.sampling.n,
+                max_tokens=max(generation.spec.max_tokens),
+                e2e_s=generation.end_s - start_s,
+                ttft_s=None if first_s is None else first_s - start_s,
+                prefill_s=phases.prefill_s,
+            )
         )
         if generation.phases:
-            self._metrics.phases(PhaseTimings(**generation.phases))
+            self._metrics.phases(phases)
         for _ in range(generation.num_retries):
             self._metrics.retried()
         if self.log_requests:

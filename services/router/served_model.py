@@ -9,10 +9,10 @@ from engine.grammar import GrammarChecker, make_checker
 from engine.models.config import ModelConfig, read_model_config
 from engine.models.encoder_config import EncoderConfig, is_encoder, read_encoder_config
 from engine.tokenizer import Tokenizer
+from engine.weights.generation_defaults import read_generation_defaults
 from engine.weights.pooling_config import read_encoder_pooling_type, read_pooling_type
 from protocol.errors import ModelNotFoundError, StartupError
 from protocol.pooling import PoolingType
-from services.router.generation_defaults import read_generation_defaults
 from services.router.openai.sampling import SamplingLimits
 
 

@@ -61,9 +61,9 @@ from services.runtime.channel import ControlChannel
 from services.runtime.directory import WorkerDirectory
 from services.runtime.kv_feed import KVFeed
 from services.runtime.log import configure_logging
-from services.runtime.metrics import RouterMetrics
 from services.runtime.peers import ChannelEvent, Identity, PeerDown, PeerUp, Received
 from services.runtime.redis_client import open_redis
+from services.runtime.router_metrics import RouterMetrics
 from services.runtime.tasks import TaskOwner
 
 logger = logging.getLogger(__name__)

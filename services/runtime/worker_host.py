@@ -92,6 +92,8 @@ class WorkerHost:
             worker_id, identity.incarnation, f"tcp://{announced_host(config.host)}:{port}"
         )
         self.metrics = WorkerMetrics(model_name=model.name, worker_id=worker_id)
+        if num_blocks:
+            self.metrics.describe_pool(block_size=model.layout.block_size, num_blocks=num_blocks)
         self._metrics_server = MetricsServer(
             self.metrics.registry, host=config.host, port=config.metrics_port
         )

@@ -119,6 +119,7 @@ class AdminApi:
             )
         return _json(
             {
+                "success": True,
                 "num_dropped_blocks": sum(count or 0 for count in dropped.values()),
                 "workers": dropped,
             }

@@ -12,6 +12,7 @@ from services.router.openai.answers import encode_json
 from services.router.openai.bodies import DetokenizeBody, TokenizeBody
 from services.router.openai.prompts import PromptEncoder
 from services.router.openai.sampling import check_token_ids
+from services.router.openai.tool_choice import check_tools, tool_definitions
 from services.router.served_model import ServedModel
 
 
@@ -70,7 +71,11 @@ class StatusApi:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("Give either `prompt` or `messages`.", field="prompt")
         if body.messages is not None:
-            prompt = await self._encoder.chat_prompt(body.messages, body)
+            tools = body.tools or None
+            if tools is not None:
+                check_tools(tools)
+            definitions = None if tools is None else tool_definitions(tools)
+            prompt = await self._encoder.chat_prompt(body.messages, body, tools=definitions)
         else:
             prompt = await self._encoder.text_prompt(
                 body.prompt or "",

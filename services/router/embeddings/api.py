@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import mul
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from fastapi import Request, Response
 
@@ -36,8 +36,10 @@ from services.router.embeddings.lengths import (
 from services.router.http.body import BodyReader
 from services.router.openai.answers import AnswerHead, encode_json
 from services.router.openai.api import OpenAIApi
+from services.router.openai.chat_fields import required
 from services.router.openai.prompts import MAX_PROMPTS, Prompt, PromptEncoder
 from services.router.openai.sampling import check_priority
+from services.router.openai.unsupported import unsupported
 from services.router.served_model import ServedModel
 
 # In quotes: Python 3.11 has no array[float] at run time.
@@ -99,12 +101,13 @@ class EmbeddingsApi:
     async def score(self, request: Request) -> Response:
         body = await self._score_bodies.read(request)
         head = self._head(body, "score")
-        first, second = _listed(body.text_1, "text_1"), _listed(body.text_2, "text_2")
+        ours_name, theirs_name = _score_fields(body)
+        first, second = _listed(body, ours_name), _listed(body, theirs_name)
         if len(first) not in (1, len(second)):
             raise InvalidRequestError(
-                f"`text_1` must be one text, or as many as `text_2` has ({len(second)}), "
-                f"got {len(first)}.",
-                field="text_1",
+                f"`{ours_name}` must be one text, or as many as `{theirs_name}` has "
+                f"({len(second)}), got {len(first)}.",
+                field=ours_name,
             )
 
         def answer(vectors: Vectors, usage: dict[str, int]) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class EmbeddingsApi:
                 "usage": usage,
             }
 
-        texts = [_Texts("text_1", [*first]), _Texts("text_2", [*second])]
+        texts = [_Texts(ours_name, [*first]), _Texts(theirs_name, [*second])]
         return await self._pooled(request, body, head, texts, self._plain(), answer)
 
     async def rerank(self, request: Request) -> Response:
@@ -133,9 +136,9 @@ class EmbeddingsApi:
             document.text if isinstance(document, RerankDocument) else document
             for document in body.documents
         ]
-        if body.top_n is not None and body.top_n < 1:
+        if body.top_n is not None and body.top_n < 0:
             raise InvalidRequestError(
-                f"`top_n` must be at least 1, got {body.top_n}.", field="top_n"
+                f"`top_n` must be at least 0, got {body.top_n}.", field="top_n"
             )
 
         def answer(vectors: Vectors, usage: dict[str, int]) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class EmbeddingsApi:
             scores = [(_cosine(query, other), i) for i, other in enumerate(others)]
             scores.sort(key=lambda pair: (-pair[0], pair[1]))
             results: list[dict[str, Any]] = []
-            for score, i in scores[: body.top_n]:
+            for score, i in scores[: body.top_n or None]:
                 result: dict[str, Any] = {"index": i, "relevance_score": score}
                 if body.return_documents is not False:
                     result["document"] = {"text": documents[i]}
@@ -164,6 +167,11 @@ class EmbeddingsApi:
     ) -> Response:
         """`make_answer` gets all texts' vectors, in order."""
         check_priority(body.priority)
+        side = self._lengths.side
+        if body.truncation_side not in (None, side):
+            raise unsupported(
+                "truncation_side", f"A `truncation_side` other than {side!r}, for this model,"
+            )
         add_special_tokens = body.add_special_tokens is not False
         prompts: list[Prompt] = []
         for group in texts:
@@ -230,7 +238,23 @@ class _VectorAnswers:
         raise AssertionError("vectors aren't streamed")
 
 
-def _listed(texts: str | list[str], field: str) -> list[str]:
+# What vLLM calls one side and the other, the oldest first.
+_SCORE_FIELDS = (
+    ("text_1", "text_2"),
+    ("queries", "documents"),
+    ("queries", "items"),
+    ("data_1", "data_2"),
+)
+
+
+def _score_fields(body: ScoreBody) -> tuple[str, str]:
+    """The names that a body has both of; else, for the error, those that it has one of."""
+    given = [sum(getattr(body, name) is not None for name in pair) for pair in _SCORE_FIELDS]
+    return _SCORE_FIELDS[given.index(max(given))]
+
+
+def _listed(body: ScoreBody, field: str) -> list[str]:
+    texts = cast("str | list[str]", required(getattr(body, field), field))
     if texts == []:
         raise InvalidRequestError(f"`{field}` must not be an empty list.", field=field)
     return [texts] if isinstance(texts, str) else texts

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from services.router.openai.bodies import Side
+
 Texts = str | list[str | int | list[int]]
 
 
@@ -12,6 +14,7 @@ class PoolingBody(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Side | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None
     user: str | None = None
@@ -28,10 +31,15 @@ class EmbeddingBody(PoolingBody, kw_only=True):
 
 
 class ScoreBody(PoolingBody, kw_only=True):
-    """One text against each of several, or pair by pair."""
+    """One text against each of several, or pair by pair: under one of four pairs of names."""
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
 
 
 class RerankDocument(msgspec.Struct, kw_only=True):
@@ -39,7 +47,7 @@ class RerankDocument(msgspec.Struct, kw_only=True):
 
 
 class RerankBody(PoolingBody, kw_only=True):
-    """Jina's and Cohere's: which documents fit the query best."""
+    """Jina's and Cohere's: which documents fit the query best. vLLM's `top_n` of 0 is all."""
 
     query: str
     documents: list[str | RerankDocument]

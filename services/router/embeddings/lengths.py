@@ -5,6 +5,7 @@ from typing import Protocol
 from protocol.errors import ContextLengthError, InvalidRequestError
 from protocol.sampling import SamplingParams
 from services.router.embeddings.bodies import Texts
+from services.router.openai.bodies import Side
 from services.router.openai.prompts import Prompt, PromptEncoder, truncated
 from services.router.openai.sampling import bounded_max_tokens
 from services.router.served_model import ServedModel
@@ -14,7 +15,9 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 class TextLengths(Protocol):
-    """One kind of model's rules."""
+    """One kind of model's rules. A text is cut on this `side`."""
+
+    side: Side
 
     def shortened(self, texts: Texts, num_tokens: int | None) -> Texts:
         """`texts` without what is cut anyway, `num_tokens` meaning what it does to `fit`."""
@@ -32,6 +35,8 @@ class TextLengths(Protocol):
 class DecoderLengths:
     """A prompt keeps its end, as vLLM's does, and leaves room for a token."""
 
+    side: Side = "left"
+
     def __init__(self, model: ServedModel) -> None:
         self._model = model
 
@@ -48,6 +53,8 @@ class DecoderLengths:
 class EncoderLengths:
     """A text keeps its beginning, and the special token behind it: what the tokenizers of encoders
     do where they cut."""
+
+    side: Side = "right"
 
     def __init__(self, model: ServedModel, encoder: PromptEncoder) -> None:
         self._model = model

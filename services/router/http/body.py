@@ -17,6 +17,8 @@ from services.router.http.headers import header
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+# How it says that a value has the right type, and is too small or too large.
+_BOUND = re.compile(r" [<>]=? ")
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]+)`")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
@@ -97,7 +99,8 @@ def invalid_value(text: str) -> InvalidRequestError:
         return InvalidRequestError(f"There is no `{path}`.", field=path, code="unknown_parameter")
     if not path:
         return InvalidRequestError(f"The request body: {what}.", field=None, code="invalid_type")
-    code = "invalid_type" if what.startswith("Expected") else "invalid_value"
+    is_type = what.startswith("Expected") and not _BOUND.search(what)
+    code = "invalid_type" if is_type else "invalid_value"
     return InvalidRequestError(f"`{path}`: {what}.", field=path, code=code)
 
 

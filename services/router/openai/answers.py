@@ -104,12 +104,14 @@ class ChunkWriter:
         closing = b',"usage":null' if options.include_usage else b""
         self._closing = closing + b"}\n\n"
 
-    def choices(self, choices: bytes, generation: Generation) -> bytes:
-        """An event with these choices, a JSON array's inside."""
+    def choices(self, choices: bytes, generation: Generation, fields: bytes = b"") -> bytes:
+        """An event with these choices, a JSON array's inside, and further `fields`, if any."""
         if self._options.continuous_usage:
             usage = encode_json(usage_of(generation))
-            return b'%b,"choices":[%b],"usage":%b}\n\n' % (self._opening, choices, usage)
-        return b'%b,"choices":[%b]%b' % (self._opening, choices, self._closing)
+            return b'%b,"choices":[%b]%b,"usage":%b}\n\n' % (
+                *(self._opening, choices, fields, usage),
+            )
+        return b'%b,"choices":[%b]%b%b' % (self._opening, choices, fields, self._closing)
 
     def end(self, generation: Generation) -> bytes:
         """An error, or the usage if the stream was asked for it; then the mark of its end."""

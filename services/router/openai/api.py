@@ -34,6 +34,7 @@ from services.router.openai.sampling import (
     is_prompt_only,
 )
 from services.router.openai.structured_outputs import StructuredOutputs
+from services.router.openai.template_input import text_of
 from services.router.openai.tool_choice import NO_TOOLS, ChatRules, ToolUse
 from services.router.openai.unsupported import refuse_unsupported, unsupported
 from services.router.served_model import ServedModel
@@ -101,7 +102,7 @@ class OpenAIApi:
 
         def make(head: AnswerHead, names: TokenNames, reading: ReadingRules) -> AnswerFormat:
             options = _options(body, logprobs=body.logprobs is True)
-            return ChatAnswers(head, options, names, reading)
+            return ChatAnswers(head, options, names, reading, echoed=_echoed(body))
 
         return await self.answer_chat(request, body, make, id_prefix="chatcmpl-")
 
@@ -124,11 +125,19 @@ class OpenAIApi:
         tools = self._chat_rules.tools.read(body)
         sampling, structure_field = await self._constrained(body, sampling, tools)
         prompt = await self._encoder.chat_prompt(body.messages, body, tools=tools.definitions)
-        prompt = truncated(prompt, body.truncate_prompt_tokens, sampling, self._model.limits)
+        prompt = truncated(
+            prompt,
+            body.truncate_prompt_tokens,
+            sampling,
+            self._model.limits,
+            side=body.truncation_side,
+        )
         max_tokens = bounded_max_tokens(
             sampling, len(prompt.token_ids), self._model.limits, prompt_field="messages"
         )
-        reading = self._chat_rules.reading(tools, sampling)
+        reading = self._chat_rules.reading(
+            tools, sampling, shows_thoughts=body.include_reasoning is not False
+        )
         spec = GenerationSpec(
             [prompt],
             [max_tokens],
@@ -160,7 +169,13 @@ class OpenAIApi:
         sampling = completion_sampling(body, limits)
         sampling, structure_field = await self._constrained(body, sampling)
         prompts = [
-            truncated(prompt, body.truncate_prompt_tokens, sampling, limits)
+            truncated(
+                prompt,
+                body.truncate_prompt_tokens,
+                sampling,
+                limits,
+                side=body.truncation_side,
+            )
             for prompt in await self._encoder.prompts(
                 body.prompt,
                 field="prompt",
@@ -263,6 +278,12 @@ class OpenAIApi:
 
     def _names(self, body: SamplingBody) -> TokenNames:
         return TokenNames(self._model.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
+
+
+def _echoed(body: ChatBody) -> str:
+    """What an answer begins with."""
+    last = body.messages[-1]
+    return (text_of(last) or "") if body.echo and last.role == "assistant" else ""
 
 
 def _options(body: SamplingBody, *, logprobs: bool, echo: bool = False) -> AnswerOptions:

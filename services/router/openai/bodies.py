@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 Json = Any
+Side = Literal["left", "right"]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -39,8 +40,11 @@ class StructuredOutputsBody(msgspec.Struct, kw_only=True):
     choice: list[str] | None = None
     grammar: str | None = None
     backend: str | None = None
-    structural_tag: Json = None
     disable_any_whitespace: bool | None = None
+
+    disable_additional_properties: Json = None
+    structural_tag: Json = None
+    whitespace_pattern: Json = None
 
 
 class SharedFields(msgspec.Struct, kw_only=True):
@@ -89,20 +93,29 @@ class SamplingBody(SharedFields, kw_only=True):
     guided_grammar: str | None = None
     guided_decoding_backend: str | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Side | None = None
     thinking_token_budget: int | None = None
 
     audio: Json = None
+    ec_transfer_params: Json = None
     function_call: Json = None
     functions: Json = None
+    guided_whitespace_pattern: Json = None
     kv_transfer_params: Json = None
     length_penalty: Json = None
     logits_processors: Json = None
+    logprob_token_ids: Json = None
+    media_io_kwargs: Json = None
     mm_processor_kwargs: Json = None
     modalities: Json = None
     prompt_embeds: Json = None
+    repetition_detection: Json = None
+    return_prompt_text: Json = None
     structural_tag: Json = None
     suffix: Json = None
     use_beam_search: Json = None
+    vllm_xargs: Json = None
+    watermarking: Json = None
     web_search_options: Json = None
 
 
@@ -163,26 +176,35 @@ class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Text, or an assistant's refusal to write any."""
+
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """`reasoning` is the later name of `reasoning_content`."""
+
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatBody(SamplingBody, kw_only=True):
-    """The second half says how the messages become a prompt."""
+    """The second half says how the messages become a prompt. With `echo` an answer that goes on
+    with the last message repeats it first."""
 
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    echo: bool | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -209,6 +231,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     chat_template_kwargs: dict[str, Json] | None = None
     documents: list[dict[str, Json]] | None = None
     reasoning_effort: str | None = None
+    tools: list[Tool] | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):

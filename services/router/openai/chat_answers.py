@@ -24,9 +24,17 @@ class ChatAnswers:
     """One request's answer. An `AnswerFormat`."""
 
     def __init__(
-        self, head: AnswerHead, options: AnswerOptions, names: TokenNames, reading: ReadingRules
+        self,
+        head: AnswerHead,
+        options: AnswerOptions,
+        names: TokenNames,
+        reading: ReadingRules,
+        *,
+        echoed: str = "",
     ) -> None:
+        """Every output's content begins with `echoed`."""
         self._head = head
+        self._echoed = echoed
         self._reading = reading
         self._readers: dict[int, ChatReader] = {}
         self._options = options
@@ -58,7 +66,10 @@ class ChatAnswers:
         opening = b""
         if output.index not in self._opened:
             self._opened.add(output.index)
-            opening = self._event(output, _ROLE_DELTA, b"")
+            opening = self._event(output, _ROLE_DELTA, b"", self._prompt_fields(output))
+            if self._echoed:
+                content = b'{"content":%b}' % encode_json(self._echoed)
+                opening += self._event(output, content, b"")
         if self._reading.is_plain:
             content = b'{"content":%b}' % encode_json(delta.text)
             return opening + self._event(output, content, self._extras(delta))
@@ -74,7 +85,7 @@ class ChatAnswers:
         reading = reader.read(delta.text, is_last=is_last)
         parts: list[dict[str, Any]] = []
         if reading.reasoning:
-            parts.append({"reasoning_content": reading.reasoning})
+            parts.append(_thoughts(reading))
         if reading.content:
             parts.append({"content": reading.content})
         parts += [{"tool_calls": [_call_delta(piece)]} for piece in reading.calls]
@@ -96,13 +107,19 @@ class ChatAnswers:
             return "tool_calls"
         return delta.finish_reason
 
-    def _event(self, output: Output, delta: bytes, extras: bytes) -> bytes:
+    def _prompt_fields(self, output: Output) -> bytes:
+        """What an output's first event says of the prompt."""
+        if not self._options.return_token_ids:
+            return b""
+        return b',"prompt_token_ids":' + encode_json(output.generation.spec.prompts[0].token_ids)
+
+    def _event(self, output: Output, delta: bytes, extras: bytes, fields: bytes = b"") -> bytes:
         choice = b'{"index":%d,"delta":%b%b}' % (
             output.index,
             delta,
             extras or b',"logprobs":null,"finish_reason":null',
         )
-        return self._writer.choices(choice, output.generation)
+        return self._writer.choices(choice, output.generation, fields)
 
     def _extras(self, delta: Delta, finish_reason: str | None = None) -> bytes:
         """What most events don't have: logprobs, token ids, the end, whose reason may differ."""
@@ -125,6 +142,8 @@ class ChatAnswers:
             reader = self._reader(output)
             message |= _message(reader.read(delta.text, is_last=True))
             finish_reason = self._finish_reason(delta, reader)
+        if self._echoed:
+            message["content"] = self._echoed + (message["content"] or "")
         choice: dict[str, Any] = {
             "index": index,
             "message": message,
@@ -146,11 +165,16 @@ def _message(reading: Reading) -> dict[str, Any]:
     """The fields of a message that come of reading its whole text."""
     fields: dict[str, Any] = {"content": reading.content}
     if reading.reasoning:
-        fields["reasoning_content"] = reading.reasoning
+        fields |= _thoughts(reading)
     if reading.calls:
         fields["tool_calls"] = [_call(piece) for piece in reading.calls]
         fields["content"] = reading.content or None
     return fields
+
+
+def _thoughts(reading: Reading) -> dict[str, Any]:
+    """Under both names that vLLM has had for them."""
+    return {"reasoning_content": reading.reasoning, "reasoning": reading.reasoning}
 
 
 def _call(piece: ToolCallPiece) -> dict[str, Any]:

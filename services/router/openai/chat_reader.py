@@ -20,10 +20,17 @@ class Reading:
 
 
 class ChatReader:
-    """Thoughts come first; what follows them may be calls."""
+    """Thoughts come first, and may be left out; what follows them may be calls."""
 
-    def __init__(self, thoughts: ThinkParser | None, calls: ToolParser | None) -> None:
+    def __init__(
+        self,
+        thoughts: ThinkParser | None,
+        calls: ToolParser | None,
+        *,
+        shows_thoughts: bool = True,
+    ) -> None:
         self._thoughts = thoughts
+        self._shows_thoughts = shows_thoughts
         self._calls = calls
         self.has_calls = False
 
@@ -34,7 +41,8 @@ class ChatReader:
             thoughts = [self._thoughts.push(text)]
             if is_last:
                 thoughts.append(self._thoughts.finish())
-            reading.reasoning = "".join(thought.reasoning for thought in thoughts)
+            if self._shows_thoughts:
+                reading.reasoning = "".join(thought.reasoning for thought in thoughts)
             text = "".join(thought.content for thought in thoughts)
         if self._calls is None:
             reading.content = text
@@ -53,6 +61,7 @@ class ReadingRules(msgspec.Struct, frozen=True):
 
     make_thoughts: Callable[[], ThinkParser] | None = None
     make_calls: Callable[[], ToolParser] | None = None
+    shows_thoughts: bool = True
     says_tool_calls: bool = True
     ends_with_call: bool = False
 
@@ -73,4 +82,5 @@ class ReadingRules(msgspec.Struct, frozen=True):
         return ChatReader(
             None if self.make_thoughts is None else self.make_thoughts(),
             None if self.make_calls is None else self.make_calls(),
+            shows_thoughts=self.shows_thoughts,
         )

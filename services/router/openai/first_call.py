@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from services.router.openai.listed_calls import Brackets
 from services.router.openai.tool_parsers import Parsed, ToolCallPiece, ToolParser
 
 
@@ -15,7 +16,7 @@ class FirstCallParser:
         self._closings = closings
         self._parser = make()
         self._held = ""
-        self._brackets = _Brackets()
+        self._brackets = Brackets()
         self._is_over = False
 
     def push(self, text: str) -> Parsed:
@@ -27,7 +28,7 @@ class FirstCallParser:
         self._held += text
         if parsed.content:
             self._held = text = self._held[len(parsed.content) :]
-            self._brackets = _Brackets()
+            self._brackets = Brackets()
         end = self._brackets.end_in(text)
         if end is not None:
             call = self._call_in(self._held[: len(self._held) - len(text) + end])
@@ -53,34 +54,3 @@ class FirstCallParser:
         self._is_over = True
         call = parsed.calls[0]
         return Parsed(parsed.content[: call.num_chars_before], [call])
-
-
-class _Brackets:
-    """Looks for the first bracket's partner, in JSON or Python: what is quoted doesn't count."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._quote = ""
-        self._is_escaped = False
-        self._is_over = False
-
-    def end_in(self, text: str) -> int | None:
-        """The place behind it, found once; `text` is what follows that of the calls before."""
-        if self._is_over:
-            return None
-        for i, char in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._quote:
-                self._is_escaped = char == "\\"
-                self._quote = "" if char == self._quote else self._quote
-            elif char in "\"'":
-                self._quote = char
-            elif char in "{(":
-                self._depth += 1
-            elif char in "})":
-                self._depth -= 1
-                if self._depth == 0:
-                    self._is_over = True
-                    return i + 1
-        return None

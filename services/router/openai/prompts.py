@@ -11,13 +11,15 @@ import msgspec
 from engine.tokenizer import ChatTemplate
 from protocol.errors import ContextLengthError, InvalidRequestError, StartupError
 from protocol.sampling import SamplingParams
-from services.router.openai.bodies import ChatBody, Message, TokenizeBody
+from services.router.openai.bodies import ChatBody, Message, Side, TokenizeBody
 from services.router.openai.sampling import SamplingLimits, check_token_ids
+from services.router.openai.template_input import template_messages, template_options
 from services.router.served_model import ServedModel
 
 MAX_PROMPTS = 2048
 # A shorter text is encoded in less time than it takes to hand it to a thread.
 _INLINE_CHARS = 2048
+_INLINE_MESSAGES = 64
 # Of several texts, as many as a thread takes at once, some 30 ms; others' texts wait meanwhile.
 _PORTION_CHARS = 64 * 1024
 # An encoder's tokens don't cover its text: any number of spaces is none, an unknown word is one.
@@ -82,16 +84,13 @@ class PromptEncoder:
             self._check_template(source)
         render = template_options(options) | {"tools": tools}
         add_special_tokens = options.add_special_tokens is True
-        num_chars = sum(len(message["content"]) for message in chat if message["content"])
 
         def encode() -> Prompt:
             template = None if source is None else self._compiled(source)
             text = self._model.tokenizer.render_chat(chat, template=template, **render)
             return Prompt(text, self._encode(text, field, add_special_tokens=add_special_tokens))
 
-        # A template of somebody else's may take its time.
-        is_quick = source is None and num_chars <= _INLINE_CHARS
-        return self._checked(await self._run(encode, is_quick=is_quick), field)
+        return self._checked(await self._run(encode, is_quick=_is_quick(chat, options)), field)
 
     async def text_prompt(self, text: str, *, field: str, add_special_tokens: bool) -> Prompt:
         """A text's tokens, maybe none."""
@@ -141,7 +140,8 @@ class PromptEncoder:
 
     def _compile(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._model.tokenizer.special_tokens)
+            special_tokens = self._model.tokenizer.special_tokens
+            return ChatTemplate(source, special_tokens, field="chat_template")
         except StartupError as error:
             raise InvalidRequestError(f"`chat_template`: {error}", field="chat_template") from error
 
@@ -164,6 +164,16 @@ class PromptEncoder:
         return prompt
 
 
+def _is_quick(chat: Sequence[Mapping[str, Any]], options: ChatBody | TokenizeBody) -> bool:
+    """Whether it's a few short texts, and no more. A template of somebody else's may take its time,
+    and so may what others say of tools, documents and the like."""
+    if options.chat_template or options.tools or options.documents or options.chat_template_kwargs:
+        return False
+    if len(chat) > _INLINE_MESSAGES or any("tool_calls" in message for message in chat):
+        return False
+    return sum(len(text) for message in chat if (text := message["content"])) <= _INLINE_CHARS
+
+
 def _num_chars(prompts: Sequence[str | list[int]]) -> int:
     return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
 
@@ -179,9 +189,15 @@ def _portions(prompts: Sequence[str | list[int]]) -> Iterator[Sequence[str | lis
 
 
 def truncated(
-    prompt: Prompt, num_tokens: int | None, sampling: SamplingParams, limits: SamplingLimits
+    prompt: Prompt,
+    num_tokens: int | None,
+    sampling: SamplingParams,
+    limits: SamplingLimits,
+    *,
+    side: Side | None = None,
 ) -> Prompt:
-    """The prompt's last `num_tokens` tokens; -1 is as many as leave room for the output.
+    """The prompt's last `num_tokens` tokens, or its first where `side`, which is cut, is the right;
+    -1 is as many as leave room for the output.
 
     Raises InvalidRequestError for a number that makes no sense.
     """
@@ -197,6 +213,8 @@ def truncated(
         )
     if len(prompt.token_ids) <= num_tokens:
         return prompt
+    if side == "right":
+        return Prompt(None, prompt.token_ids[:num_tokens])
     return Prompt(None, prompt.token_ids[-num_tokens:])
 
 
@@ -223,62 +241,3 @@ def split_prompt(
             f"`{field}` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", field=field
         )
     return prompts
-
-
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Checked messages as the template sees them."""
-    if not messages:
-        raise InvalidRequestError("`messages` must not be empty.", field="messages")
-    for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]")
-    return [msgspec.to_builtins(message) | {"content": _text(message)} for message in messages]
-
-
-def template_options(body: ChatBody | TokenizeBody) -> dict[str, Any]:
-    """Options of `ChatTemplate.render`. Raises InvalidRequestError if two contradict."""
-    continues = body.continue_final_message is True
-    if continues and body.add_generation_prompt:
-        raise InvalidRequestError(
-            "`continue_final_message` and `add_generation_prompt` exclude each other.",
-            field="continue_final_message",
-        )
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    return {
-        "add_generation_prompt": body.add_generation_prompt is not False and not continues,
-        "continue_final_message": continues,
-        "documents": body.documents,
-        "variables": variables,
-    }
-
-
-def _check_message(message: Message, path: str) -> None:
-    if not message.role:
-        raise InvalidRequestError(f"`{path}.role` must not be empty.", field=f"{path}.role")
-    if message.content is None and message.role != "assistant":
-        raise InvalidRequestError(
-            f"`{path}.content` is required.",
-            field=f"{path}.content",
-            code="missing_required_parameter",
-        )
-    if isinstance(message.content, list):
-        for j, part in enumerate(message.content):
-            if part.type not in ("text", "input_text", "output_text"):
-                raise InvalidRequestError(
-                    f"`{path}.content[{j}]` has type {part.type[:40]!r}; "
-                    "this model takes text only.",
-                    field=f"{path}.content[{j}].type",
-                )
-            if part.text is None:
-                raise InvalidRequestError(
-                    f"`{path}.content[{j}].text` is required.",
-                    field=f"{path}.content[{j}].text",
-                    code="missing_required_parameter",
-                )
-
-
-def _text(message: Message) -> str | None:
-    if isinstance(message.content, list):
-        return "\n".join(part.text or "" for part in message.content)
-    return message.content

@@ -69,7 +69,7 @@ def is_prompt_only(body: CompletionBody) -> bool:
 
 def chat_sampling(body: ChatBody, limits: SamplingLimits) -> SamplingParams:
     """As `completion_sampling`; `max_completion_tokens` wins over its older name."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.", field="logprobs")
     renamed: dict[str, str] = {}
     max_tokens = body.max_tokens

@@ -13,10 +13,17 @@ from services.router.openai.bodies import (
     SamplingBody,
     StructuredOutputsBody,
 )
+from services.router.openai.unsupported import refuse_fields
 
 # Compiling takes a few milliseconds; what takes so long is meant to.
 COMPILE_TIMEOUT_S = 5.0
 _NUM_REMEMBERED = 1024
+# Options that would change outputs, with the values that ask for what happens anyway.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "disable_additional_properties": (False,),
+    "structural_tag": (),
+    "whitespace_pattern": (),
+}
 
 
 class StructuredOutputs:
@@ -110,12 +117,7 @@ def _response_format(wanted: ResponseFormat) -> StructuredOutputsParams | None:
 
 
 def _vllm(wanted: StructuredOutputsBody) -> StructuredOutputsParams:
-    if wanted.structural_tag is not None:
-        raise InvalidRequestError(
-            "`structured_outputs.structural_tag` is not supported by this server.",
-            field="structured_outputs.structural_tag",
-            code="unsupported_parameter",
-        )
+    refuse_fields(wanted, _UNSUPPORTED, prefix="structured_outputs.")
     return StructuredOutputsParams(
         json=wanted.json,
         json_object=wanted.json_object is True,

@@ -14,13 +14,13 @@ from services.router.openai.bodies import ChatBody, Tool, ToolChoice
 from services.router.openai.chat_fields import required
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.first_call import FirstCallParser
+from services.router.openai.listed_calls import ListedCallsParser
 from services.router.openai.reasoning_parsers import ThinkParser
 from services.router.openai.thoughts import ThoughtPolicy
 from services.router.openai.tool_formats import TOOL_FORMATS, ToolFormat
 from services.router.openai.tool_parsers import (
     NamedCallParser,
     ToolParser,
-    required_calls_parser,
 )
 
 MAX_TOOLS = 128
@@ -65,7 +65,7 @@ class ToolPolicy:
             if choice in (None, "none", "auto"):
                 return NO_TOOLS
             raise InvalidRequestError("`tool_choice` needs `tools`.", field="tool_choice")
-        _check(body.tools)
+        check_tools(body.tools)
         if choice == "none":
             return NO_TOOLS
         several = body.parallel_tool_calls is not False
@@ -77,11 +77,11 @@ class ToolPolicy:
             if required(choice.allowed_tools, _ALLOWED).mode == "required":
                 # The grammar keeps it from calling others, so it may know of them: the prompt
                 # stays the same, and its blocks cached, whichever are allowed.
-                return _required(allowed, _definitions(body.tools), several=several)
+                return _required(allowed, tool_definitions(body.tools), several=several)
             return self._auto([*allowed.values()], several=several, is_all=False)
         if choice == "required":
             tools = dict(enumerate(body.tools))
-            return _required(tools, _definitions(body.tools), several=several)
+            return _required(tools, tool_definitions(body.tools), several=several)
         return self._auto(body.tools, several=several, is_all=True)
 
     def _auto(self, tools: list[Tool], *, several: bool, is_all: bool) -> ToolUse:
@@ -96,7 +96,7 @@ class ToolPolicy:
         make = partial(self._format.parser, None if is_all else {t.function.name for t in tools})
         closings = self._format.closings
         return ToolUse(
-            _definitions(tools),
+            tool_definitions(tools),
             make_parser=make if several else lambda: FirstCallParser(make, closings),
             keeps_special_tokens=self._format.uses_special_tokens,
             ends_with_call=not several,
@@ -111,18 +111,22 @@ class ChatRules:
     thoughts: ThoughtPolicy
     make_thoughts: Callable[[], ThinkParser] | None = None
 
-    def reading(self, tools: ToolUse, sampling: SamplingParams) -> ReadingRules:
+    def reading(
+        self, tools: ToolUse, sampling: SamplingParams, *, shows_thoughts: bool = True
+    ) -> ReadingRules:
         # A grammar leaves no room for thoughts.
         thinks = sampling.structured_outputs is None
         return ReadingRules(
             make_thoughts=self.make_thoughts if thinks else None,
+            shows_thoughts=shows_thoughts,
             make_calls=tools.make_parser,
             says_tool_calls=tools.says_tool_calls,
             ends_with_call=tools.ends_with_call,
         )
 
 
-def _check(tools: list[Tool]) -> None:
+def check_tools(tools: list[Tool]) -> None:
+    """Raises InvalidRequestError if there are too many, or they can't be told apart."""
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(
             f"`tools` may hold at most {MAX_TOOLS} tools, got {len(tools)}.", field="tools"
@@ -136,7 +140,8 @@ def _check(tools: list[Tool]) -> None:
             raise InvalidRequestError(f"`{field}` is there twice: {name!r:.80}.", field=field)
 
 
-def _definitions(tools: list[Tool]) -> list[dict[str, Any]]:
+def tool_definitions(tools: list[Tool]) -> list[dict[str, Any]]:
+    """As templates want them."""
     return [msgspec.to_builtins(tool) for tool in tools]
 
 
@@ -162,7 +167,7 @@ def _required(
 ) -> ToolUse:
     return ToolUse(
         definitions,
-        make_parser=required_calls_parser,
+        make_parser=ListedCallsParser,
         structure=StructuredOutputsParams(json=_calls_schema(tools, several=several)),
     )
 
@@ -174,7 +179,7 @@ def _named(name: str, tools: list[Tool]) -> ToolUse:
             f"`tool_choice` names {name!r:.80}, which isn't in `tools`.", field="tool_choice"
         )
     return ToolUse(
-        _definitions(tools),
+        tool_definitions(tools),
         make_parser=lambda: NamedCallParser(name),
         structure=StructuredOutputsParams(json=_parameters(found)),
         says_tool_calls=False,

@@ -247,8 +247,3 @@ class WholeCallsParser:
         self._is_text = True
         held, self._held = self._held, ""
         return Parsed(content=held)
-
-
-def required_calls_parser() -> ToolParser:
-    """For an output that a grammar has made a list of calls."""
-    return MarkedCallsParser(read_json_calls, opening="", closing="")

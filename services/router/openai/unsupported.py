@@ -11,17 +11,25 @@ from services.router.openai.bodies import SamplingBody
 # Fields with no effect here, each with the values besides null that ask for what happens anyway.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "ec_transfer_params": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prompt_embeds": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
     "structural_tag": (),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
     "web_search_options": (),
 }
 
@@ -31,12 +39,15 @@ def refuse_unsupported(body: SamplingBody) -> None:
     refuse_fields(body, UNSUPPORTED)
 
 
-def refuse_fields(body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]]) -> None:
-    """As `refuse_unsupported`, for these fields; null is harmless, too."""
+def refuse_fields(
+    body: msgspec.Struct, harmless: Mapping[str, tuple[Any, ...]], *, prefix: str = ""
+) -> None:
+    """As `refuse_unsupported`, for these fields, which errors name behind `prefix`; null is
+    harmless, too."""
     for name, values in harmless.items():
         value = getattr(body, name)
         if value is not None and not any(_same_json(value, other) for other in values):
-            raise unsupported(name)
+            raise unsupported(prefix + name)
 
 
 def unsupported(field: str, what: str | None = None) -> InvalidRequestError:

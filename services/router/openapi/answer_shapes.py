@@ -63,6 +63,7 @@ class ChatMessage(msgspec.Struct):
     content: str | None
     refusal: None
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: list[CalledTool] | UnsetType = UNSET
 
 
@@ -102,6 +103,7 @@ class ChatDelta(msgspec.Struct):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
     tool_calls: list[CalledPiece] | UnsetType = UNSET
 
 
@@ -123,6 +125,7 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -272,6 +275,7 @@ class ChangedSettings(msgspec.Struct):
 
 
 class DroppedBlocks(msgspec.Struct):
+    success: Literal[True]
     num_dropped_blocks: int
     workers: dict[str, int]
 

@@ -53,6 +53,14 @@ ACCEPTED = """
 --chat-template file.jinja
 --load-format dummy
 --num-gpu-blocks-override 100
+-tp 1 -pp 1
+-q fp8
+--max_model_len 2048
+--max_model_len=2048 --no_enable_prefix_caching
+--enable-chunked-prefill True
+--enable-chunked-prefill=true
+--dtype half
+--dtype float
 """
 
 REFUSED = {
@@ -73,7 +81,19 @@ REFUSED = {
     "--distributed-executor-backend ray": "one of mp, uni",
     "--preemption-mode drop": "one of recompute, swap",
     '--limit-mm-per-prompt {"image":1}': "text only",
-    "--data-parallel-size 2": "a vLLM flag that tandem serve doesn't have",
+    "--data-parallel-size 2": "doesn't have: --prefill-workers and --decode-workers",
+    "-tp 2": "--prefill-workers and --decode-workers",
+    "--enable-chunked-prefill False": "--max-num-batched-tokens says how large",
+    "--enforce-eager=maybe": "true or false",
+    "--trust-remote-code": "never run; leave it out",
+    "--structured-outputs-config.backend xgrammar": "it's --guided-decoding-backend here",
+    "--uvicorn-log-level info": "it's --log-level here",
+    "--task generate": "seen by its config.json",
+    "--mm-processor-kwargs {}": "leave it out",
+    "--use-v2-block-manager": "leave it out",
+    "--max-model-len 4.5": "a whole number",
+    "--max-model-len 0.3K": "a whole number",
+    "--max-model-len k": "a whole number",
 }
 
 
@@ -91,9 +111,38 @@ def test_what_is_refused(line: str) -> None:
     with pytest.raises(StartupError) as caught:
         serve(line)
     text = str(caught.value)
-    assert line.split()[0].replace("--no-", "--") in text
+    flag = line.split()[0].split("=")[0].replace("--no-", "--")
+    assert {"-tp": "--tensor-parallel-size"}.get(flag, flag) in text
     assert REFUSED[line] in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("4k", 4_000), ("4K", 4_096), ("1.5K", 1_536), ("0.002m", 2_000)]
+)
+def test_lengths_may_be_written_as_people_do(tmp_path, text: str, number: int) -> None:
+    assert serve(f"--max-model-len {text}").config(EngineConfig).max_model_len == number
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"max_model_len: {text}\n")
+    settings = resolve(SERVE, ["--config", str(file)], environ={})
+    assert settings.config(EngineConfig).max_model_len == number
+
+
+def test_a_switch_with_a_value_is_no_model() -> None:
+    config = serve("--enable-prefix-caching False --enforce-eager true a/model").config(
+        EngineConfig
+    )
+    assert (config.model, config.enable_prefix_caching, config.enforce_eager) == (
+        *("a/model", False),
+        True,
+    )
+
+
+def test_a_file_of_vllm_is_told_what_to_do(tmp_path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("trust-remote-code: true\n")
+    with pytest.raises(StartupError, match=r"vLLM's key trust-remote-code, .* leave it out"):
+        resolve(SERVE, ["--config", str(file)], environ={})
 
 
 def test_variables_and_files_are_held_to_the_same(tmp_path) -> None:

@@ -117,6 +117,21 @@ def sampler_with(compiler: GrammarCompiler) -> Sampler:
     )
 
 
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (StructuredOutputsParams(regex="("), "unclosed group"),
+        (StructuredOutputsParams(json={"type": "string", "pattern": "(?=a)b"}), "look-around"),
+        (StructuredOutputsParams(json={"$ref": "#"}), "no output can obey it"),
+        (StructuredOutputsParams(grammar="start: nowhere"), "nowhere"),
+    ],
+)
+def test_a_refusal_says_why_in_one_line(params: StructuredOutputsParams, reason: str) -> None:
+    error = compiler_of("llguidance").error_of(params)
+    assert reason in error
+    assert "\n" not in error
+
+
 def test_a_sequence_that_comes_with_outputs_goes_on_behind_them(
     sampler: Sampler, tokenizer: Tokenizer
 ) -> None:

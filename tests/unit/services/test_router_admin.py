@@ -80,7 +80,7 @@ async def test_a_changed_timeout_holds_for_the_next_request(stack: RouterStack) 
         ({"api_key": ["x"]}, "api_key", "fixed_setting"),
         ({"colour": "red"}, "colour", "unknown_setting"),
         ({"max_queued_requests": 9, "port": 1}, "port", "fixed_setting"),
-        ({"max_queued_requests": -1}, "max_queued_requests", "invalid_type"),
+        ({"max_queued_requests": -1}, "max_queued_requests", "invalid_value"),
         ({"max_queued_requests": 1.5}, "max_queued_requests", "invalid_type"),
         ({"max_queued_requests": None}, "max_queued_requests", "invalid_type"),
         ({"log_level": "loud"}, "log_level", "invalid_value"),
@@ -156,7 +156,11 @@ async def test_what_waits_in_the_queue_is_aborted_too(
 async def test_all_workers_reset_their_caches(stack: RouterStack) -> None:
     await stack.add_worker("prefill")
     answer = await stack.client.post("/reset_prefix_cache")
-    assert answer.json() == {"num_dropped_blocks": 0, "workers": {"decode-0": 0, "prefill-1": 0}}
+    assert answer.json() == {
+        "success": True,
+        "num_dropped_blocks": 0,
+        "workers": {"decode-0": 0, "prefill-1": 0},
+    }
 
 
 async def test_without_workers_there_is_nothing_to_reset(
@@ -167,7 +171,7 @@ async def test_without_workers_there_is_nothing_to_reset(
             assert (await stack.client.post(path)).status_code == 401
         key = {"Authorization": "Bearer k"}
         answer = await stack.client.post("/reset_prefix_cache", headers=key)
-        assert answer.json() == {"num_dropped_blocks": 0, "workers": {}}
+        assert answer.json() == {"success": True, "num_dropped_blocks": 0, "workers": {}}
 
 
 class Wire:

@@ -177,7 +177,7 @@ async def test_what_embeddings_ask_workers_for(stack: RouterStack) -> None:
         ("/v1/score", {"text_1": [], "text_2": "b"}, "text_1"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
         ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
         ("/v1/rerank", {"query": "", "documents": ["b"]}, "query"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from router_stack import RouterStack, open_router_stack, write_toy_model
 
 from services.router.openai.prompts import MAX_PROMPTS
+from services.router.openai.template_input import MAX_MESSAGES
 
 # More tokens than the model has embeddings for, as published tokenizers have them.
 UNKNOWN = "<|unknown|>"
@@ -51,9 +52,9 @@ async def test_what_is_only_counted_may_have_them(stack: RouterStack) -> None:
     assert response.json()["tokens"] == [258]
 
 
-async def test_many_short_texts_are_encoded_beside_the_event_loop(
-    stack: RouterStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def threads(stack: RouterStack, monkeypatch: pytest.MonkeyPatch) -> set[threading.Thread]:
+    """Those that encode."""
     tokenizer = stack.model.tokenizer
     encode, threads = tokenizer.encode, set[threading.Thread]()
 
@@ -62,6 +63,12 @@ async def test_many_short_texts_are_encoded_beside_the_event_loop(
         return encode(text, add_special_tokens=add_special_tokens)
 
     monkeypatch.setattr(tokenizer, "encode", watched)
+    return threads
+
+
+async def test_many_short_texts_are_encoded_beside_the_event_loop(
+    stack: RouterStack, threads: set[threading.Thread]
+) -> None:
     texts = [f"{i:0200}" for i in range(MAX_PROMPTS)]
     response = await stack.post("/v1/completions", {"prompt": texts, "max_tokens": 1})
     assert response.status_code == 200, response.text
@@ -73,3 +80,35 @@ async def test_many_short_texts_are_encoded_beside_the_event_loop(
     threads.clear()
     await stack.post("/v1/completions", {"prompt": texts[:2], "max_tokens": 1})
     assert threads == {threading.main_thread()}, "a thread isn't worth it"
+
+
+CALL = {"function": {"name": "f", "arguments": '{"a": 1}'}}
+LENGTHY: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": ""}] * 65},
+    {"messages": [{"role": "assistant", "content": "a", "tool_calls": [CALL]}]},
+    {"tools": [{"function": {"name": "f"}}]},
+    {"documents": [{"text": "a"}]},
+    {"chat_template_kwargs": {"a": "b"}},
+]
+
+
+@pytest.mark.parametrize("fields", LENGTHY, ids=lambda fields: str(fields)[:40])
+async def test_chats_of_any_size_are_rendered_beside_the_event_loop(
+    stack: RouterStack, threads: set[threading.Thread], fields: dict[str, Any]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    assert (await stack.post("/tokenize", chat)).status_code == 200
+    assert threads == {threading.main_thread()}
+    threads.clear()
+    response = await stack.post("/tokenize", chat | fields)
+    assert response.status_code == 200, response.text
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+async def test_messages_are_counted_before_anything_is_made_of_them(stack: RouterStack) -> None:
+    messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = (await stack.post(path, {"messages": messages})).json()["error"]
+        assert error["param"] == "messages"
+        assert f"at most {MAX_MESSAGES}" in error["message"]

@@ -39,6 +39,12 @@ async def test_its_own_template_makes_the_prompt(stack: RouterStack) -> None:
         ("{{ raise_exception('no') }}", "refuses these messages: no"),
         ("{{ messages.__class__.__mro__ }}", "refuses these messages"),
         ("{{ messages.append(1) }}", "refuses these messages"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses these messages"),
+        ("{{ 'a'.encode('nothing') }}", "refuses these messages"),
+        ("{{ " + "(" * 20_000 + " }}", "can't be parsed"),
+        ("{{ " + "-" * 20_000 + "1 }}", "can't be parsed"),
+        ("{% if 1 %}" * 200 + "{% endif %}" * 200, "can't be parsed"),
+        ("{{ " + "9" * 5_000 + " }}", "can't be parsed"),
         ("x" * 70_000, "at most 65536 characters"),
         ("", "at least one token"),
     ],
@@ -46,7 +52,9 @@ async def test_its_own_template_makes_the_prompt(stack: RouterStack) -> None:
 async def test_bad_templates(stack: RouterStack, template: str, words: str) -> None:
     response = await stack.post(CHAT, BODY | {"chat_template": template})
     assert response.status_code == 400, response.text
-    assert words in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == ("chat_template" if template else "messages")
 
 
 async def test_nobody_brings_one_unless_that_is_allowed(tmp_path: Path) -> None:

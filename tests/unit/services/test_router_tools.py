@@ -258,8 +258,10 @@ async def test_thoughts_are_answered_apart(tmp_path: Any) -> None:
         await stack.add_worker()
         choice = await ask(stack, **says("hmm</think>yes"))
         assert choice["message"]["reasoning_content"] == "user\nhmm"
+        assert choice["message"]["reasoning"] == "user\nhmm"
         assert choice["message"]["content"] == "yes"
         events = await stack.stream(CHAT, says("hmm</think>yes"))
         deltas = [event["choices"][0]["delta"] for event in events]
-        assert "".join(d.get("reasoning_content", "") for d in deltas) == "user\nhmm"
+        for name in ("reasoning_content", "reasoning"):
+            assert "".join(d.get(name, "") for d in deltas) == "user\nhmm"
         assert "".join(d.get("content", "") for d in deltas) == "yes"

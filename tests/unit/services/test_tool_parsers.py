@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from services.router.openai.chat_reader import ReadingRules
 from services.router.openai.first_call import FirstCallParser
+from services.router.openai.listed_calls import ListedCallsParser
 from services.router.openai.reasoning_parsers import REASONING_FORMATS, Thought
 from services.router.openai.tool_formats import TOOL_FORMATS
 from services.router.openai.tool_parsers import (
     NamedCallParser,
     Parsed,
     ToolParser,
-    required_calls_parser,
 )
 
 WEATHER = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
@@ -24,7 +24,7 @@ TIME = '{"name": "get_time", "parameters": {}}'
 PARSERS: dict[str, Callable[[], ToolParser]] = {
     **{name: tool_format.parser for name, tool_format in TOOL_FORMATS.items()},
     "named": lambda: NamedCallParser("f"),
-    "required": required_calls_parser,
+    "required": ListedCallsParser,
 }
 
 
@@ -67,6 +67,9 @@ EXAMPLES = [
     ("pythonic", "[f(x=g())]", "[f(x=g())]", []),
     ("pythonic", "no list", "no list", []),
     ("required", f"[{WEATHER}, {TIME}]", "", TWO),
+    ("required", f"[{WEATHER}, {TIME[:-3]}", f", {TIME[:-3]}", ONE),
+    ("required", WEATHER[:-3], WEATHER[:-3], []),
+    ("required", f"[{WEATHER}, {{}}]", ", {}]", ONE),
 ]
 
 
@@ -210,3 +213,13 @@ def test_cuts_make_no_difference_to_thoughts(name: str, text: str, places: list[
 def test_thoughts_are_not_held_back() -> None:
     parser = REASONING_FORMATS["qwen3"]()
     assert parser.push("<think>I wonder <") == Thought(reasoning="I wonder ")
+
+
+def test_a_required_call_does_not_wait_for_the_next() -> None:
+    parser = ListedCallsParser()
+    (call,) = parser.push(f"[{WEATHER}, ").calls
+    assert (call.index, call.name) == (0, "get_weather")
+    assert parser.push(TIME[:-1]) == Parsed()
+    (call,) = parser.push("}").calls
+    assert (call.index, call.name) == (1, "get_time")
+    assert parser.push("]") == parser.finish() == Parsed()
