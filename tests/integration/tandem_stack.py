@@ -1,6 +1,6 @@
 """A real stack for tests: `tandem serve` as a user starts it, seen through `tandem ps` and HTTP."""
 
-import json
+import asyncio
 import os
 import signal
 import socket
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,6 +16,8 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from cli.child import die_with_parent
+from cli.ps import describe_all
+from cli.runtime_dir import local_stacks
 
 START_DEADLINE_S = 120.0
 SETTLE_DEADLINE_S = 30.0
@@ -75,11 +78,12 @@ class TandemStack:
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """What `tandem ps --json` says about this stack, by process name."""
-        done = subprocess.run(
-            [sys.executable, "-m", "cli", "ps", "--json"], capture_output=True, check=True
-        )
         assert self._process is not None
-        for stack in json.loads(done.stdout):
+        # In this process: a command a look would take more of the cores than the stack itself. On
+        # a thread, since some tests have a loop of their own.
+        with ThreadPoolExecutor(1) as thread:
+            stacks = thread.submit(lambda: asyncio.run(describe_all(local_stacks()))).result()
+        for stack in stacks:
             if stack["supervisor_pid"] == self._process.pid:
                 return {process["name"]: process for process in stack["processes"]}
         return {}
@@ -125,9 +129,10 @@ class TandemStack:
     def _is_ready(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"the stack ended at once:\n{self.output()}"
-        if not self.processes():
+        if "\nReady after " not in self.output():
             return False
-        if any(process["state"] != "ready" for process in self.processes().values()):
+        processes = self.processes()
+        if not processes or any(process["state"] != "ready" for process in processes.values()):
             return False
         try:
             return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200

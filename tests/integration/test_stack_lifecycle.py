@@ -89,7 +89,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TandemStack]:
 
 
 def test_ps_tells_who_runs_where_and_how_loaded(stack: TandemStack):
-    processes = stack.processes()
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "ps", "--json"], capture_output=True, check=True
+    )
+    (found,) = [found for found in json.loads(done.stdout) if found["url"] == stack.url]
+    processes = {process["name"]: process for process in found["processes"]}
     assert {name: process["role"] for name, process in processes.items()} == {
         "redis": "redis",
         "prefill-0": "prefill",
