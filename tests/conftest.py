@@ -1,10 +1,16 @@
 """Fixtures that tests of several packages share."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+# OpenMP reads it when torch is imported, here and in whatever the tests start: long spins starve
+# what else runs on the same few cores, a stack's other worker or another process of tests.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 from redis_process import RedisServer
 
@@ -24,6 +30,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.kill()
+
+
+def pytest_collection_finish() -> None:
+    # Modules and tests stay till the end. To walk them all stalls whatever runs beside in a thread,
+    # for as long as makes a router doubt its workers.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
