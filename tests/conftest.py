@@ -24,6 +24,10 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What is imported and collected stays till the end: see `pytest_collection_finish`.
+gc.disable()
+
+
 @pytest.fixture
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path_factory.mktemp("redis"))
@@ -33,10 +37,10 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 def pytest_collection_finish() -> None:
-    # Modules and tests stay till the end. To walk them all stalls whatever runs beside in a thread,
-    # for as long as makes a router doubt its workers.
-    gc.collect()
+    # To walk all modules and tests stalls whatever runs beside in a thread, for as long as makes a
+    # router doubt its workers.
     gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
