@@ -67,7 +67,7 @@ def ask(stack: TandemStack, prompts: list[list[int]]) -> Answers:
 
 
 def test_alone(stack: TandemStack, prompts: list[list[int]], reference: GreedyReference) -> None:
-    """The longest ones, which take half a minute each, through one stack of each kind."""
+    """The longest ones, which take many seconds, through one stack of each kind."""
     for prompt in prompts[: None if stack.name != "2 routers, 2P2D" else -2]:
         [found] = ask(stack, [prompt]).token_ids
         assert found == reference(prompt, found), len(prompt)
