@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,12 +29,14 @@ ValueT = TypeVar("ValueT")
 class TandemStack:
     """Runs `tandem serve` with these arguments inside `with`; its output goes to `log`."""
 
+    url: str
+    port: int
+
     def __init__(self, log: Path, *arguments: str, name: str = "") -> None:
         self.name = name
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._command = [sys.executable, "-m", "cli", "serve", "--port", str(self.port), *arguments]
+        # Whichever port is free by then.
+        self._command = [sys.executable, "-m", "cli", "serve", "--port", "0", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -134,6 +135,8 @@ class TandemStack:
         processes = self.processes()
         if not processes or any(process["state"] != "ready" for process in processes.values()):
             return False
+        self.url = processes["router-0"]["addresses"]["service"]
+        self.port = int(self.url.rpartition(":")[2])
         try:
             return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
         except httpx.TransportError:
@@ -166,9 +169,3 @@ def wait_for(
             state = "" if describe is None else f": {describe()}"
             raise AssertionError(f"waited {deadline_s:g} s for {what}{state}")
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
