@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +15,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from redis_process import RedisServer
 
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. Here, because it's decided when Triton is imported,
     # and Triton's own functions with it: whichever test's libraries do that first.
@@ -23,6 +27,9 @@ if not torch.cuda.is_available():
 # them; but that's how stacks under test are stopped.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+# Files that share a stack, or what a reference has computed, and so a process.
+SHARING = ("tests/clients/", "tests/integration/test_parity_")
 
 # What is imported and collected stays till the end: see `pytest_collection_finish`.
 gc.disable()
@@ -41,6 +48,19 @@ def pytest_collection_finish() -> None:
     # router doubt its workers.
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling":
+    """Whole files to each process that runs tests, and those of `SHARING` to one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = (start for start in SHARING if nodeid.startswith(start))
+            return next(shared, super()._split_scope(nodeid))
+
+    return BySharing(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
