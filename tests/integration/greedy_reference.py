@@ -1,5 +1,6 @@
 """What the parity tests compare with: prompts of all lengths and transformers' own answers."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ WORDS = [
 
 
 class GreedyReference:
-    """transformers' greedy continuations in float32, each computed once a session."""
+    """transformers' own answers in float32, each computed once a session."""
 
     max_tokens = MAX_TOKENS
 
@@ -30,6 +31,8 @@ class GreedyReference:
         eos = self._model.generation_config.eos_token_id
         self._ends = {eos} if isinstance(eos, int) else set(eos or ())
         self._known: dict[tuple[int, ...], list[int]] = {}
+        self._logprobs = functools.cache(self._compute_logprobs)
+        self._embedding = functools.cache(self._compute_embedding)
 
     def __call__(self, prompt: list[int], guess: Sequence[int] = ()) -> list[int]:
         """`guess` makes it quicker if it's right, and no difference if it's wrong."""
@@ -64,13 +67,19 @@ class GreedyReference:
 
     def prompt_logprobs(self, prompt: list[int]) -> list[float]:
         """Of each token but the first, behind those in front of it."""
+        return self._logprobs(tuple(prompt))
+
+    def embedding(self, prompt: list[int]) -> list[float]:
+        """The last token's state, with length 1."""
+        return self._embedding(tuple(prompt))
+
+    def _compute_logprobs(self, prompt: tuple[int, ...]) -> list[float]:
         with torch.inference_mode():
             logits = self._model(torch.tensor([prompt])).logits[0, :-1]
         chosen = torch.tensor(prompt[1:]).unsqueeze(-1)
         return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).tolist()
 
-    def embedding(self, prompt: list[int]) -> list[float]:
-        """The last token's state, with length 1."""
+    def _compute_embedding(self, prompt: tuple[int, ...]) -> list[float]:
         with torch.inference_mode():
             hidden = self._model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
         return torch.nn.functional.normalize(hidden, dim=0).tolist()
