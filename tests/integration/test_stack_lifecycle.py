@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from shared_memory import abandoned_memory
 from tandem_stack import MODEL, SETTLE_DEADLINE_S, START_DEADLINE_S, TandemStack, wait_for
 
 SMALL = ("--max-model-len", "1024", "--num-gpu-blocks-override", "256", "--disable-log-requests")
@@ -70,17 +71,6 @@ def _is_zombie(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def abandoned_memory() -> set[str]:
-    """Shared memory that no process has: what stacks beside these tests use isn't."""
-    found = {str(path) for path in Path("/dev/shm").iterdir()}
-    for process in Path("/proc").glob("[0-9]*"):
-        # Many end while they're looked at.
-        with suppress(OSError):
-            found -= {line.split()[-1] for line in (process / "maps").read_text().splitlines()}
-            found -= {str(fd.readlink()) for fd in (process / "fd").iterdir()}
-    return found
 
 
 def chat(url: str, **more: object) -> httpx.Response:
