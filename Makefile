@@ -53,8 +53,11 @@ setup: $(DEV_STAMP)
 serve: $(SERVE_STAMP)
 	@exec $(BIN)/tandem serve $(ARGS)
 
+# All tests in two processes, of which one often waits, by file: a file's tests share a stack or a
+# model. Those of a part in one, which starts sooner; so do all where they would share a GPU.
 test: $(DEV_STAMP)
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest $(if $(ARGS)$(HAS_GPU),$(ARGS),\
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 fuzz: $(DEV_STAMP)
 	@exec $(BIN)/python -m pytest tests/fuzz/test_raw_http.py -s --timeout 0 -o faulthandler_timeout=0 \

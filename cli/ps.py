@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="a JSON list of stacks")
     arguments = parser.parse_args(argv)
-    stacks = asyncio.run(_describe_all(local_stacks()))
+    stacks = asyncio.run(describe_all(local_stacks()))
     if arguments.json:
         sys.stdout.write(json.dumps(stacks, indent=2) + "\n")
     else:
@@ -32,7 +32,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-async def _describe_all(records: Sequence[StackRecord]) -> list[dict[str, Any]]:
+async def describe_all(records: Sequence[StackRecord]) -> list[dict[str, Any]]:
+    """What `--json` prints of these stacks."""
     return [await _describe(record) for record in records]
 
 

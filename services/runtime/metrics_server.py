@@ -1,6 +1,7 @@
 """/metrics and /health of a worker, over HTTP on a thread of their own."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -37,6 +38,8 @@ class MetricsServer:
         self.address = f"http://{announced_host(host)}:{self._server.server_port}"
 
     def close(self) -> None:
+        # Wakes the thread, which would see the end only at its next look, each half second.
+        self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -8,6 +8,7 @@
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -143,6 +144,10 @@ class WorkerHost:
         self._worker = worker
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        # Modules and weights live for ever: the collector need not walk torch's 200,000 objects
+        # again, neither between two steps (0.1 s) nor at the process's end (0.4 s).
+        gc.collect()
+        gc.freeze()
         engine_thread.start()
         registering = self.tasks.start(self._registration.run())
         reporting = self.tasks.start(self._report_regularly(worker))

@@ -12,14 +12,14 @@ from tandem_stack import TandemStack
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TandemStack]:
     log = tmp_path_factory.mktemp("stack") / "log"
     with TandemStack(log, "--disable-log-requests", "--api-key", KEY) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api_url(stack: TandemStack) -> str:
     return f"{stack.url}/v1"
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from shared_memory import abandoned_memory, own_memory, own_segments
 from transfer_cluster import BLOCK_BYTES, CONFIG, NUM_BLOCKS, Cluster, Node, push, settle
 
 from kvtransfer import Connection
@@ -220,8 +221,8 @@ def resources() -> dict[str, int]:
         "descriptors": num_entries("/proc/self/fd"),
         "threads": num_entries("/proc/self/task"),
         "python threads": threading.active_count(),
-        "/dev/shm": num_entries("/dev/shm"),
-        "System V segments": len(Path("/proc/sysvipc/shm").read_text().splitlines()),
+        "/dev/shm": len(own_memory() | abandoned_memory()),
+        "System V segments": len(own_segments()),
         "mapped segments": Path("/proc/self/maps").read_text().count("/SYSV"),
     }
 

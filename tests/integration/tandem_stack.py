@@ -1,13 +1,13 @@
 """A real stack for tests: `tandem serve` as a user starts it, seen through `tandem ps` and HTTP."""
 
-import json
+import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,6 +15,8 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from cli.child import die_with_parent
+from cli.ps import describe_all
+from cli.runtime_dir import local_stacks
 
 START_DEADLINE_S = 120.0
 SETTLE_DEADLINE_S = 30.0
@@ -27,12 +29,14 @@ ValueT = TypeVar("ValueT")
 class TandemStack:
     """Runs `tandem serve` with these arguments inside `with`; its output goes to `log`."""
 
+    url: str
+    port: int
+
     def __init__(self, log: Path, *arguments: str, name: str = "") -> None:
         self.name = name
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
-        self._command = [sys.executable, "-m", "cli", "serve", "--port", str(self.port), *arguments]
+        # Whichever port is free by then.
+        self._command = [sys.executable, "-m", "cli", "serve", "--port", "0", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -75,11 +79,12 @@ class TandemStack:
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """What `tandem ps --json` says about this stack, by process name."""
-        done = subprocess.run(
-            [sys.executable, "-m", "cli", "ps", "--json"], capture_output=True, check=True
-        )
         assert self._process is not None
-        for stack in json.loads(done.stdout):
+        # In this process: a command a look would take more of the cores than the stack itself. On
+        # a thread, since some tests have a loop of their own.
+        with ThreadPoolExecutor(1) as thread:
+            stacks = thread.submit(lambda: asyncio.run(describe_all(local_stacks()))).result()
+        for stack in stacks:
             if stack["supervisor_pid"] == self._process.pid:
                 return {process["name"]: process for process in stack["processes"]}
         return {}
@@ -125,10 +130,13 @@ class TandemStack:
     def _is_ready(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, f"the stack ended at once:\n{self.output()}"
-        if not self.processes():
+        if "\nReady after " not in self.output():
             return False
-        if any(process["state"] != "ready" for process in self.processes().values()):
+        processes = self.processes()
+        if not processes or any(process["state"] != "ready" for process in processes.values()):
             return False
+        self.url = processes["router-0"]["addresses"]["service"]
+        self.port = int(self.url.rpartition(":")[2])
         try:
             return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
         except httpx.TransportError:
@@ -161,9 +169,3 @@ def wait_for(
             state = "" if describe is None else f": {describe()}"
             raise AssertionError(f"waited {deadline_s:g} s for {what}{state}")
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

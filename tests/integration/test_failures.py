@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -176,20 +175,19 @@ def test_a_client_that_leaves_frees_both_workers(
     assert stack.metric("vllm:request_success_total") >= counted + 1
 
 
-def test_redis_may_die_while_requests_run(tmp_path: Path) -> None:
-    with TandemStack(tmp_path / "log", "--disable-log-requests") as stack:
-        request = Streamed(stack, [1, 2, 3], max_tokens=200)
-        assert request.first_token.wait(60.0)
-        old_pid = stack.kill("redis")
-        assert request.ended.wait(60.0)
-        assert request.outcome == "done"
-        assert_serves(stack)
+def test_redis_may_die_while_requests_run(stack: TandemStack) -> None:
+    request = Streamed(stack, [1, 2, 3], max_tokens=200)
+    assert request.first_token.wait(60.0)
+    old_pid = stack.kill("redis")
+    assert request.ended.wait(60.0)
+    assert request.outcome == "done"
+    assert_serves(stack)
 
-        def is_back() -> bool:
-            workers = stack.workers().values()
-            redis = stack.processes()["redis"]
-            return redis["pid"] not in (None, old_pid) and all(w["load"] for w in workers)
+    def is_back() -> bool:
+        workers = stack.workers().values()
+        redis = stack.processes()["redis"]
+        return redis["pid"] not in (None, old_pid) and all(w["load"] for w in workers)
 
-        wait_for(is_back, "Redis and its records to come back", 60.0, stack.processes)
-        assert_serves(stack)
-        stack.wait_idle()
+    wait_for(is_back, "Redis and its records to come back", 60.0, stack.processes)
+    assert_serves(stack)
+    stack.wait_idle()

@@ -5,6 +5,7 @@ path of the mounted secret.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,17 @@ import httpx
 import pytest
 import yaml
 from redis_process import RedisServer
-from tandem_stack import START_DEADLINE_S, free_port, wait_for
+from tandem_stack import START_DEADLINE_S, wait_for
 
 COMPOSE = Path(__file__).resolve().parents[2] / "deploy" / "compose.yaml"
 KEY = "a-key-of-the-test"
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class ComposeStack:

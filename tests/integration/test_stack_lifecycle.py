@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from shared_memory import abandoned_memory
 from tandem_stack import MODEL, SETTLE_DEADLINE_S, START_DEADLINE_S, TandemStack, wait_for
 
 SMALL = ("--max-model-len", "1024", "--num-gpu-blocks-override", "256", "--disable-log-requests")
@@ -72,10 +73,6 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
 def chat(url: str, **more: object) -> httpx.Response:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     return httpx.post(f"{url}/v1/chat/completions", json=body | more, timeout=60.0)
@@ -89,7 +86,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TandemStack]:
 
 
 def test_ps_tells_who_runs_where_and_how_loaded(stack: TandemStack):
-    processes = stack.processes()
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "ps", "--json"], capture_output=True, check=True
+    )
+    (found,) = [found for found in json.loads(done.stdout) if found["url"] == stack.url]
+    processes = {process["name"]: process for process in found["processes"]}
     assert {name: process["role"] for name, process in processes.items()} == {
         "redis": "redis",
         "prefill-0": "prefill",
@@ -138,22 +139,22 @@ def test_what_crashes_comes_back(stack: TandemStack, name: str):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything(number: signal.Signals):
-    before = shared_memory()
+    before = abandoned_memory()
     with supervised(*SMALL) as (process, ready):
         assert chat(ready["url"]).status_code == 200
         process.send_signal(number)
         assert process.wait(SETTLE_DEADLINE_S) == 0
         assert nothing_left(ready)
-        assert shared_memory() <= before
+        assert abandoned_memory() <= before
 
 
 def test_kill_9_of_the_supervisor_ends_everything():
-    before = shared_memory()
+    before = abandoned_memory()
     with supervised(*SMALL) as (process, ready):
         process.kill()
         process.wait()
         wait_for(lambda: nothing_left(ready), "everything to end", SETTLE_DEADLINE_S)
-        assert shared_memory() <= before
+        assert abandoned_memory() <= before
 
 
 def test_a_running_answer_ends_before_the_stack_and_a_second_signal_cuts_it():

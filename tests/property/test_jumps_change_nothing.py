@@ -147,7 +147,7 @@ def told(answers: list[RequestOutput]) -> list[Any]:
 
 @pytest.mark.parametrize("name", WORKERS)
 @given(requests=st.lists(requests, min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_same_outputs_and_no_block_left(
     model_dir: Path, name: str, requests: list[Request]
 ) -> None:

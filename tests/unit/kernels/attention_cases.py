@@ -46,10 +46,10 @@ def make_pool(batch: AttentionBatch, heads: int, block_size: int, head_dim: int)
     """A pool of two layers, NaN wherever no token of the batch lives."""
     num_blocks = int(batch.block_tables.max()) + 1
     pool = torch.full((num_blocks, 2, 2, heads, block_size, head_dim), float("nan"))
-    for table, kv_len in zip(batch.block_tables.tolist(), batch.kv_lens.tolist(), strict=True):
-        for position in range(kv_len):
-            block, offset = table[position // block_size], position % block_size
-            pool[block, :, :, :, offset] = torch.randn(2, 2, heads, head_dim)
+    for table, kv_len in zip(batch.block_tables.long(), batch.kv_lens.tolist(), strict=True):
+        position = torch.arange(kv_len)
+        block, offset = table[position // block_size], position % block_size
+        pool[block, :, :, :, offset] = torch.randn(kv_len, 2, 2, heads, head_dim)
     return pool
 
 
@@ -70,16 +70,17 @@ def attend_naively(
         first, last = batch.query_starts[i : i + 2].tolist()
         kv_len = int(batch.kv_lens[i])
         kv = pool[batch.block_tables[i].long(), layer].double()
-        kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, heads, kv, head_dim]
+        kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :kv_len]  # [2, heads, kv, head_dim]
         kv = kv * torch.tensor([kv_scales.k, kv_scales.v]).double().view(2, 1, 1, 1)
-        for row in range(first, last):
-            end = kv_len - (last - row) + 1
-            begin = max(0, end - sliding_window) if sliding_window else 0
-            k, v = kv[:, :, begin:end].repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,hkd->hk", q[row].double(), k) * scale
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            out[row] = torch.einsum("hk,hkd->hd", scores.softmax(-1), v)
+        k, v = kv.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,hkd->qhk", q[first:last].double(), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        # How far each key lies back, seen from each query.
+        distance = torch.arange(kv_len - (last - first), kv_len)[:, None] - torch.arange(kv_len)
+        is_seen = (distance >= 0) & (distance < (sliding_window or kv_len))
+        scores = scores.masked_fill(~is_seen[:, None], -torch.inf)
+        out[first:last] = torch.einsum("qhk,hkd->qhd", scores.softmax(-1), v)
     return out
 
 

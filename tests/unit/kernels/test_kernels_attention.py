@@ -1,4 +1,4 @@
-"""Paged attention against a per-query loop in float64, over mixed batches."""
+"""Paged attention against a per-sequence loop in float64, over mixed batches."""
 
 from dataclasses import replace
 
