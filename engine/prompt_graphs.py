@@ -5,7 +5,6 @@ device, and everybody in it waits. So there is a graph for some numbers of runni
 with each, for a ladder of prompt tokens; a step is padded to the next that has room for it.
 """
 
-import itertools
 import time
 from bisect import bisect_left
 
@@ -21,8 +20,10 @@ from engine.upload import to_device
 
 # Sequences with one token each; multiples of 16, so that what lies behind them is aligned.
 _SINGLES = (0, 16, 64, 128, 256)
-# Tokens of the others.
+# Tokens of the others; beside many sequences only some of these.
 _TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+_MANY_SINGLES = 128
+_TOKENS_BESIDE_MANY = (128, 256, 512, 1024, 2048)
 # Sequences with several tokens in a step, and their contexts: beyond, it's attention that takes
 # the time.
 MAX_CHUNKS = 16
@@ -33,9 +34,16 @@ _LAUNCH_SHARE = 0.75
 
 def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int]]:
     """(sequences with one token, tokens of others) that may be worth a graph, the largest first."""
-    singles = _SINGLES[: bisect_left(_SINGLES, max_num_seqs) + 1]
+    most_singles = min(max_num_seqs, max_num_batched_tokens)
+    singles = _SINGLES[: bisect_left(_SINGLES, most_singles) + 1]
     tokens = _TOKENS[: bisect_left(_TOKENS, max_num_batched_tokens) + 1]
-    return sorted(itertools.product(singles, tokens), key=sum, reverse=True)
+    shapes = (
+        (num_singles, num_tokens)
+        for num_singles in singles
+        for num_tokens in tokens
+        if num_singles < _MANY_SINGLES or num_tokens in _TOKENS_BESIDE_MANY
+    )
+    return sorted(shapes, key=sum, reverse=True)
 
 
 class PromptGraphs:
@@ -56,21 +64,23 @@ class PromptGraphs:
 
         `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
-        self._singles = sorted({num_singles for num_singles, _ in shapes})
-        self._tokens = sorted({num_tokens for _, num_tokens in shapes})
         self._model = model
         self._kv_pool = kv_pool
         self._inputs = GraphInputs(
-            max_seqs=self._singles[-1] + MAX_CHUNKS,
-            max_tokens=self._singles[-1] + self._tokens[-1],
+            max_seqs=max(num_singles for num_singles, _ in shapes) + MAX_CHUNKS,
+            max_tokens=sum(shapes[0]),
             max_blocks=-(-model.config.max_model_len // kv_pool.shape[4]),
             device=kv_pool.device,
         )
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._hidden: dict[tuple[int, int], Tensor] = {}
         if not always:
-            self._tokens = self._slow_to_launch()
-            shapes = [shape for shape in shapes if shape[1] in self._tokens]
+            longest = self._longest_slow_to_launch([num for single, num in shapes if not single])
+            shapes = [shape for shape in shapes if shape[1] <= longest]
+        # By numbers of sequences with one token, ascending, as the numbers of tokens are.
+        self._ladders: dict[int, list[int]] = {}
+        for num_singles, num_tokens in sorted(shapes):
+            self._ladders.setdefault(num_singles, []).append(num_tokens)
         shown = tqdm(shapes, "CUDA graphs of prompts", disable=not progress, leave=False)
         for shape in shown:
             self._forward(*shape)
@@ -87,15 +97,14 @@ class PromptGraphs:
         num_decodes = arrays.num_decodes
         num_prompts = len(arrays.kv_lens) - num_decodes
         num_tokens = len(arrays.token_ids) - num_decodes
-        if not self._tokens or (
-            not 0 < num_prompts <= MAX_CHUNKS
-            or num_tokens > self._tokens[-1]
-            or num_decodes > self._singles[-1]
+        shape = self._shape_for(num_decodes, num_tokens)
+        if (
+            shape is None
+            or not 0 < num_prompts <= MAX_CHUNKS
             or arrays.kv_lens[num_decodes:].max() > _MAX_KV_LEN
         ):
             return None
-        singles = self._singles[bisect_left(self._singles, num_decodes)]
-        tokens = self._tokens[bisect_left(self._tokens, num_tokens)]
+        singles, tokens = shape
         self._inputs.write(
             arrays,
             sampled,
@@ -103,19 +112,26 @@ class PromptGraphs:
             num_seqs=singles + MAX_CHUNKS,
             num_tokens=singles + tokens,
         )
-        self._graphs[singles, tokens].replay()
-        hidden, at = self._hidden[singles, tokens], arrays.sample_tokens
+        self._graphs[shape].replay()
+        hidden, at = self._hidden[shape], arrays.sample_tokens
         if not len(at):
             return hidden[:0]
         at = at + (at >= num_decodes) * (singles - num_decodes)
         return hidden.index_select(0, to_device(at, hidden.device))
 
-    def _slow_to_launch(self) -> list[int]:
-        """Up to which of the numbers of prompt tokens the device waits for the host."""
-        for last in range(len(self._tokens), 0, -1):
-            if self._launch_share(self._tokens[last - 1]) > _LAUNCH_SHARE:
-                return self._tokens[:last]
-        return []
+    def _shape_for(self, num_decodes: int, num_tokens: int) -> tuple[int, int] | None:
+        """The smallest that has room for so many sequences with one token and tokens of others."""
+        for num_singles, ladder in self._ladders.items():
+            if num_singles >= num_decodes:
+                fitting = bisect_left(ladder, num_tokens)
+                return None if fitting == len(ladder) else (num_singles, ladder[fitting])
+        return None
+
+    def _longest_slow_to_launch(self, nums_tokens: list[int]) -> int:
+        """Which of these, descending, is the largest number of prompt tokens for which the device
+        waits for the host; 0 if it never does."""
+        slow = (num for num in nums_tokens if self._launch_share(num) > _LAUNCH_SHARE)
+        return next(slow, 0)
 
     def _launch_share(self, num_tokens: int) -> float:
         """Of the time that a step of prompts alone takes, kernel by kernel."""

@@ -16,7 +16,13 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
-from kernels.gpu.decode_tiles import ASSEMBLY_HEAD_DIM, DecodeTile, splits_for, tile_for
+from kernels.gpu.decode_tiles import (
+    ASSEMBLY_HEAD_DIM,
+    MAX_FUSED_SPLITS,
+    DecodeTile,
+    splits_for,
+    tile_for,
+)
 from kernels.gpu.dependent_launch import (
     LINE_BITS,
     launch_options,
@@ -211,7 +217,7 @@ def decode_attention(
     new: NewTokens | None = None,
     num_splits: int | None = None,
     tile: DecodeTile | None = None,
-    is_fused: bool = True,
+    is_fused: bool | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
@@ -229,6 +235,8 @@ def decode_attention(
     num_pairs = num_seqs * num_kv_heads
     splits = num_splits or splits_for(num_pairs, batch.max_kv_len, kv_pool)
     tile = tile or tile_for(head_dim, kv_pool.element_size(), num_pairs)
+    if is_fused is None:
+        is_fused = splits <= MAX_FUSED_SPLITS
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial_out, partial_lse, arrivals = out, out, out

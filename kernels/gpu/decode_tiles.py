@@ -8,6 +8,8 @@ from torch import Tensor
 from kernels.kv_format import FP8_DTYPES
 
 MAX_SPLITS = 32
+# More parts are merged faster by programs of their own than by one of each head.
+MAX_FUSED_SPLITS = 16
 # Programs on the card at a time that keep its memory busy, over those that start one after another.
 _PROGRAMS_PER_PROCESSOR = 4
 _FEW_PAIRS = 32
@@ -25,7 +27,7 @@ class DecodeTile:
     tokens: int
     num_warps: int
     num_stages: int
-    prefetched: int = 1
+    prefetched: int = 0
 
 
 def tile_for(head_dim: int, kv_bytes: int, num_pairs: int) -> DecodeTile:

@@ -12,10 +12,6 @@ _MOST_WARPGROUPS = 3
 LOADING_REGISTERS = 24
 # As in `kernels.gpu.linear_tiles`.
 _MANY_ROWS = 16384
-_LONG_ROWS = 8192
-
-MOST_TOKENS: int | None = None
-"""Up to which the kernel is used rather than torch's; None until it has been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +69,29 @@ class HopperTile:
         return _rounded(min(shared // self.warpgroups, _MOST_REGISTERS))
 
 
-# By the most tokens they are for: of layers with many outputs, with long sums, with no more outputs
-# than inputs, and of all others.
+# What measured fastest on an H100 (benchmarks/gpu/hopper_linear.py), by the most tokens it is for:
+# of layers with many outputs, and of others, in one part or two.
 _WIDE = {
-    128: HopperTile(stages=6),
+    128: HopperTile(tokens_are_rows=False, stages=6),
     192: HopperTile(warpgroups=3, stages=5),
-    256: HopperTile(rows=128),
+    256: HopperTile(columns=256, stages=4),
 }
-_LONG = {tokens: replace(tile, splits=4) for tokens, tile in _WIDE.items()}
-_SQUARE = _LONG
-_OTHERS = {tokens: replace(tile, splits=2) for tokens, tile in _WIDE.items()}
+_WHOLE = {
+    128: HopperTile(columns=64, stages=8),
+    192: HopperTile(warpgroups=3, columns=64, stages=6),
+}
+_SPLIT = {tokens: replace(tile, splits=2) for tokens, tile in _WHOLE.items()} | {
+    256: HopperTile(rows=128, columns=64, stages=5, splits=2)
+}
 
 
 def tile_for(num_tokens: int, out_features: int, in_features: int) -> HopperTile | None:
     """The tile for a product of this shape; None where torch's is faster."""
-    if MOST_TOKENS is None or num_tokens > MOST_TOKENS:
-        return None
-    tiles = _OTHERS
+    tiles = _WHOLE
     if out_features >= _MANY_ROWS:
         tiles = _WIDE
-    elif in_features >= _LONG_ROWS:
-        tiles = _LONG
     elif out_features <= in_features:
-        tiles = _SQUARE
+        tiles = _SPLIT
     return next((tile for tokens, tile in tiles.items() if num_tokens <= tokens), None)
 
 

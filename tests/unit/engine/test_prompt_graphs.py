@@ -12,13 +12,13 @@ def test_shapes_have_room_for_what_a_step_may_hold(
 ) -> None:
     shapes = graph_shapes(max_num_seqs, max_num_batched_tokens)
     assert sum(shapes[0]) == max(sum(shape) for shape in shapes), "the largest comes first"
+    assert len(set(shapes)) == len(shapes)
     singles = {num_singles for num_singles, _ in shapes}
-    tokens = {num_tokens for _, num_tokens in shapes}
-    assert len(shapes) == len(singles) * len(tokens)
     assert 0 in singles
-    assert max(singles) >= max_num_seqs
-    assert max(tokens) >= min(max_num_batched_tokens, 2048)
     assert all(num_singles % 16 == 0 for num_singles in singles)
+    most_singles = min(max_num_seqs, max_num_batched_tokens)
+    most_tokens = min(max_num_batched_tokens, 2048)
+    assert any(num >= most_singles and tokens >= most_tokens for num, tokens in shapes)
 
 
 def test_a_small_worker_captures_little() -> None:

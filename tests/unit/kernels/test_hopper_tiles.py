@@ -2,7 +2,6 @@
 
 import pytest
 
-from kernels.gpu.hopper import linear_tiles
 from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS, HopperTile, tile_for
 
 REGISTERS = 65536
@@ -26,17 +25,15 @@ def test_registers_that_are_handed_on_were_there(warpgroups: int, programs: int)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_tokens", [65, 128, 129, 192, 193, 256])
-def test_tiles_hold_all_tokens_and_fit(
-    num_tokens: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear_tiles, "MOST_TOKENS", 256)
+def test_tiles_fit_a_multiprocessor(num_tokens: int, shape: tuple[int, int]) -> None:
     tile = tile_for(num_tokens, *shape)
-    assert tile is not None
-    assert tile.tokens >= num_tokens
+    if tile is None:
+        out_features, in_features = shape
+        assert num_tokens > 192, "torch's is faster nowhere else"
+        assert in_features < out_features < 16384
+        return
     assert tile.shared_bytes + tile.warpgroups * STORED_BYTES <= SHARED_BYTES - BARRIER_BYTES
     assert tile_for(257, *shape) is None
-    monkeypatch.setattr(linear_tiles, "MOST_TOKENS", None)
-    assert tile_for(num_tokens, *shape) is None
 
 
 def test_a_ring_of_one_stage_would_stand_still() -> None:
