@@ -7,14 +7,10 @@ from torch import Tensor
 
 from kernels.activation import silu_and_mul, silu_and_mul_fp8
 from kernels.fp8 import Fp8Rows, quantize_rows
-from kernels.norm import Unnormalised, add_rms_norm_fp8
 
 # Tensor cores multiply fp8 from here on (Ada, Hopper); the library wants whole 16-byte rows.
 _FIRST_CAPABILITY = (8, 9)
 _MULTIPLE = 16
-
-Fp8Input = Tensor | Fp8Rows | Unnormalised
-"""[num_tokens, in_features]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,16 +41,7 @@ def fits_fp8(out_features: int, in_features: int) -> bool:
     return out_features % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
 
 
-def normalises_fp8(rows: Tensor, packed: Fp8Linear) -> bool:
-    """Whether products had better take the norm of so many rows on their way."""
-    if not rows.is_cuda or rows.stride(1) != 1 or packed.input_scale is not None:
-        return False
-    from kernels.gpu import linear_tiles
-
-    return linear_tiles.normalises(len(rows), *packed.weight.values.shape, is_fp8=True)
-
-
-def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T + bias` in `dtype`: [num_tokens, in_features] to [num_tokens, out_features].
 
     An `x` that isn't quantized yet is quantized on the way: with a scale for each token, or finer.
@@ -67,7 +54,7 @@ def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     return fp8_linear_reference(x, packed, dtype=dtype)
 
 
-def add_fp8_linear(x: Fp8Input, packed: Fp8Linear, residual: Tensor) -> bool:
+def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
     """`residual += fp8_linear(x, packed)` where the product adds on its way; elsewhere nothing,
     False.
 
@@ -82,7 +69,7 @@ def add_fp8_linear(x: Fp8Input, packed: Fp8Linear, residual: Tensor) -> bool:
 
 
 def gated_fp8_linear(
-    x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype, then: Fp8Linear | None
+    x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype, then: Fp8Linear | None
 ) -> Tensor | Fp8Rows:
     """`silu_and_mul` of `fp8_linear`, whose first half of output channels are the gates.
 
@@ -101,7 +88,7 @@ def gated_fp8_linear(
     return silu_and_mul_fp8(gate_up, scale=then.input_scale)
 
 
-def fp8_linear_reference(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def fp8_linear_reference(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """`fp8_linear` in torch: products of 8 bits, summed in float32."""
     rows = quantized(x, packed)
     sums = rows.values.float() @ packed.weight.values.float().T
@@ -111,28 +98,12 @@ def fp8_linear_reference(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) 
     return out.to(dtype)
 
 
-def quantized(x: Fp8Input, packed: Fp8Linear) -> Fp8Rows:
-    """`x` as the product of 8 bits takes it, by kernels before it."""
-    match x:
-        case Fp8Rows():
-            return x
-        case Unnormalised():
-            return add_rms_norm_fp8(None, x.rows, x.weight, x.eps, scale=packed.input_scale)[0]
-        case _:
-            return quantize_rows(x, packed.input_scale)
+def quantized(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Fp8Rows:
+    """`x` as the product of 8 bits takes it, by a kernel before it."""
+    return x if isinstance(x, Fp8Rows) else quantize_rows(x, packed.input_scale)
 
 
-def shape_of(x: Fp8Input) -> torch.Size:
-    match x:
-        case Fp8Rows():
-            return x.values.shape
-        case Unnormalised():
-            return x.rows.shape
-        case _:
-            return x.shape
-
-
-def _check(x: Fp8Input, packed: Fp8Linear) -> None:
-    shape = shape_of(x)
+def _check(x: Tensor | Fp8Rows, packed: Fp8Linear) -> None:
+    shape = x.values.shape if isinstance(x, Fp8Rows) else x.shape
     if shape[1] != packed.weight.values.shape[1]:
         raise ValueError(f"x is {tuple(shape)} but weight {tuple(packed.weight.values.shape)}")

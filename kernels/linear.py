@@ -9,7 +9,6 @@ from torch import Tensor
 from kernels.memory import HugePageArena
 from kernels.native.arguments import LinearArgs, PackedRowsArgs, PackWeightArgs
 from kernels.native.library import Operation, native_kernel
-from kernels.norm import Unnormalised
 
 _PANEL = 32
 _arena = HugePageArena()
@@ -89,30 +88,11 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     return PackedLinear(out_features, in_features, packed, bias, is_native=True)
 
 
-def normalises(rows: Tensor, packed: PackedLinear) -> bool:
-    """Whether `linear` had better take the norm of so many rows on its way.
-
-    Not of float16, where a row times the norm's weight may be too large as long as it isn't
-    divided by its length.
-    """
-    if not rows.is_cuda or rows.dtype is not torch.bfloat16 or rows.stride(1) != 1:
-        return False
-    from kernels.gpu import linear_tiles
-
-    return linear_tiles.normalises(len(rows), *packed.weight.shape, is_fp8=False)
-
-
-def linear(x: Tensor | Unnormalised, packed: PackedLinear) -> Tensor:
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """`x @ weight.T + bias`: [num_tokens, in_features] to [num_tokens, out_features].
 
     In the native layout a token's result is the same to the bit in any batch.
     """
-    if isinstance(x, Unnormalised):
-        if not normalises(x.rows, packed):
-            return linear(x.normalised(), packed)
-        from kernels.gpu import linear as gpu
-
-        return gpu.linear(x, packed.weight, packed.bias)
     num_tokens, in_features = x.shape
     if in_features != packed.in_features:
         raise ValueError(f"x is {tuple(x.shape)}, expected [num_tokens, {packed.in_features}]")

@@ -1,7 +1,6 @@
 """RMS normalisation, alone and fused with the residual addition before it."""
 
 from ctypes import byref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,21 +8,6 @@ from torch import Tensor
 from kernels.fp8 import Fp8Rows, quantize_rows_reference
 from kernels.native.arguments import AddRmsNormArgs, RmsNormArgs
 from kernels.native.library import Operation, native_kernel
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Unnormalised:
-    """`rms_norm(rows, weight, eps)`, which a product of few tokens computes on its way.
-
-    `rows` are [num_tokens, hidden]. Who writes to them writes to this.
-    """
-
-    rows: Tensor
-    weight: Tensor
-    eps: float
-
-    def normalised(self) -> Tensor:
-        return rms_norm(self.rows, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,18 +10,16 @@ from engine.weights.source import WeightSource
 from kernels.activation import silu_and_mul, silu_and_mul_fp8
 from kernels.fp8 import Fp8Rows
 from kernels.fp8_linear import (
-    Fp8Input,
     Fp8Linear,
     add_fp8_linear,
     fits_fp8,
     fp8_linear,
     gated_fp8_linear,
-    normalises_fp8,
 )
-from kernels.linear import add_linear, linear, normalises, pack_linear
-from kernels.norm import Unnormalised, add_rms_norm, add_rms_norm_fp8
+from kernels.linear import add_linear, linear, pack_linear
+from kernels.norm import add_rms_norm, add_rms_norm_fp8
 
-ProjectionInput = Fp8Input
+ProjectionInput = Tensor | Fp8Rows
 """[num_tokens, in_features]."""
 
 
@@ -40,7 +38,7 @@ class Projection(Protocol):
         self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
         """The input that `add_rms_norm` makes, and the new residual; `x` and `residual` are
-        overwritten. The input may be of that residual, so it's used before what is added next."""
+        overwritten."""
         ...
 
     def forward_gated(self, x: ProjectionInput, *, then: "Projection") -> ProjectionInput:
@@ -58,7 +56,7 @@ class DenseProjection:
         self._packed = pack_linear(weight, bias)
 
     def forward(self, x: ProjectionInput) -> Tensor:
-        assert not isinstance(x, Fp8Rows)
+        assert isinstance(x, Tensor)
         return linear(x, self._packed)
 
     def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
@@ -68,12 +66,11 @@ class DenseProjection:
     def normed(
         self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
-        if x is None and normalises(residual, self._packed):
-            return Unnormalised(residual, norm, eps), residual
         return add_rms_norm(x, residual, norm, eps)
 
     def forward_gated(self, x: ProjectionInput, *, then: Projection) -> ProjectionInput:
-        gate_up = self.forward(x)
+        assert isinstance(x, Tensor)
+        gate_up = linear(x, self._packed)
         if isinstance(then, Fp8Projection):
             return silu_and_mul_fp8(gate_up, scale=then.packed.input_scale)
         return silu_and_mul(gate_up)
@@ -95,8 +92,6 @@ class Fp8Projection:
     def normed(
         self, x: Tensor | None, residual: Tensor, norm: Tensor, eps: float
     ) -> tuple[ProjectionInput, Tensor]:
-        if x is None and normalises_fp8(residual, self.packed):
-            return Unnormalised(residual, norm, eps), residual
         return add_rms_norm_fp8(x, residual, norm, eps, scale=self.packed.input_scale)
 
     def forward_gated(self, x: ProjectionInput, *, then: Projection) -> ProjectionInput:

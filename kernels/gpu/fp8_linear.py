@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows
-from kernels.fp8_linear import Fp8Input, Fp8Linear, quantized, shape_of
+from kernels.fp8_linear import Fp8Linear, quantized
 from kernels.gpu import linear as few_tokens
 from kernels.gpu.hopper import linear_tiles as hopper_tiles
 from kernels.gpu.hopper.linear_tiles import HopperTile
@@ -12,7 +12,7 @@ from kernels.gpu.hopper.support import is_hopper
 from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
 
 
-def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """`kernels.fp8_linear.fp8_linear` for shapes that are multiples of 16."""
     if _num_tokens(x) <= MAX_TOKENS:
         return few_tokens.fp8_linear(_input(x, packed), packed.weight, packed.bias, dtype=dtype)
@@ -23,7 +23,7 @@ def fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     return library_linear(rows, packed.weight, packed.bias, dtype=dtype)
 
 
-def add_fp8_linear(x: Fp8Input, packed: Fp8Linear, residual: Tensor) -> bool:
+def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
     """`kernels.fp8_linear.add_fp8_linear`, which our kernels alone can."""
     if _num_tokens(x) > MAX_TOKENS:
         tile = _hopper_tile(x, packed)
@@ -37,12 +37,12 @@ def add_fp8_linear(x: Fp8Input, packed: Fp8Linear, residual: Tensor) -> bool:
     return True
 
 
-def gates_at_once(x: Fp8Input) -> bool:
+def gates_at_once(x: Tensor | Fp8Rows) -> bool:
     """Whether `gated_fp8_linear` is faster than the product and then the gates."""
     return _num_tokens(x) <= FEW_TOKENS
 
 
-def gated_fp8_linear(x: Fp8Input, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
+def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
     """Output in `dtype`; for few tokens."""
     given = _input(x, packed)
     return few_tokens.fp8_linear(given, packed.weight, packed.bias, dtype=dtype, gated=True)
@@ -65,14 +65,14 @@ def library_linear(
     return out.to(dtype)
 
 
-def _input(x: Fp8Input, packed: Fp8Linear) -> Fp8Input:
+def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
     """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
     of its own."""
     is_quantized_on_the_way = _num_tokens(x) <= FEW_TOKENS and packed.input_scale is None
     return x if is_quantized_on_the_way else quantized(x, packed)
 
 
-def _hopper_tile(x: Fp8Input, packed: Fp8Linear) -> HopperTile | None:
+def _hopper_tile(x: Tensor | Fp8Rows, packed: Fp8Linear) -> HopperTile | None:
     tile = hopper_tiles.tile_for(_num_tokens(x), *packed.weight.values.shape)
     return tile if is_hopper(packed.weight.values.device) else None
 
@@ -93,5 +93,5 @@ def _hopper_linear(
     )
 
 
-def _num_tokens(x: Fp8Input) -> int:
-    return shape_of(x)[0]
+def _num_tokens(x: Tensor | Fp8Rows) -> int:
+    return (x.values if isinstance(x, Fp8Rows) else x).shape[0]

@@ -9,8 +9,6 @@ last one of a tile to finish adds up what the others left, in a fixed order, so 
 # What kernels call is compiled with them, whatever types its decorator has.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +24,10 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.fp8 import quantize
-from kernels.gpu.linear_tiles import LinearTile, fp8_tile_for, normed_tile_for, tile_for
+from kernels.gpu.linear_tiles import LinearTile, fp8_tile_for, tile_for
 from kernels.gpu.sizes import ceil_div, next_power_of_2
-from kernels.norm import Unnormalised
+
+_MIN_TOKENS = 16
 
 
 @triton.jit
@@ -49,17 +48,11 @@ def _load_weight(weight_rows, columns, in_features, IS_EVEN: tl.constexpr):
 
 
 @triton.jit
-def _load_gain(gain, columns, in_features, IS_EVEN: tl.constexpr):
-    if IS_EVEN:
-        return tl.load(gain + columns).to(tl.float32)
-    return tl.load(gain + columns, mask=columns < in_features, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _add_product(w, values, scales, sums, SUMMED: tl.constexpr):
-    """`scales` of tokens are a tile's own, or None."""
-    if scales is not None:
-        sums += tl.dot(w, values, max_num_imprecise_acc=SUMMED) * scales
+def _add_product(w, values, sums, SUMMED: tl.constexpr):
+    """Inputs of 16 bits are quantized for weights of 8, with a scale for each token and tile."""
+    if w.dtype != values.dtype:
+        quantized, scale = quantize(values.to(tl.float32), axis=0)
+        sums += tl.dot(w, quantized, max_num_imprecise_acc=SUMMED) * scale
     elif w.dtype.primitive_bitwidth == 8:
         sums = tl.dot(w, values, sums, max_num_imprecise_acc=SUMMED)
     else:
@@ -84,7 +77,6 @@ def _linear_kernel(
     weight,
     weight_scales,
     bias,
-    gain,
     residual,
     out,
     partial,
@@ -93,14 +85,12 @@ def _linear_kernel(
     out_features,
     in_features,
     x_stride,
-    eps,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
     SUMMED: tl.constexpr,
     PREFETCHED: tl.constexpr,
-    QUANTIZES: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     PDL: tl.constexpr,
@@ -131,23 +121,14 @@ def _linear_kernel(
     let_successor_start(PDL)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     up_sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    squares = tl.zeros([INNER, TOKENS], tl.float32)
     for tile in range(first, last):
         columns = tile * INNER + inner
         w = _load_weight(weight_rows, columns, in_features, IS_EVEN)
         values = _load_x(x, tokens, columns, x_stride, num_tokens, in_features, IS_EVEN)
-        scales = None
-        if gain is not None:
-            wide = values.to(tl.float32)
-            squares += wide * wide
-            wide *= _load_gain(gain, columns, in_features, IS_EVEN)[:, None]
-            values = wide if QUANTIZES else wide.to(values.dtype)
-        if QUANTIZES:
-            values, scales = quantize(values.to(tl.float32), axis=0)
-        sums = _add_product(w, values, scales, sums, SUMMED)
+        sums = _add_product(w, values, sums, SUMMED)
         if IS_GATED:
             up = _load_weight(up_rows, columns, in_features, IS_EVEN)
-            up_sums = _add_product(up, values, scales, up_sums, SUMMED)
+            up_sums = _add_product(up, values, up_sums, SUMMED)
     out_at = tokens[None, :] * out_features + rows[:, None]
     mask = is_row[:, None] & (tokens < num_tokens)[None, :]
     if SPLITS > 1:
@@ -165,11 +146,6 @@ def _linear_kernel(
                 partial + other * size + out_at, mask=mask, other=0.0, cache_modifier=".cg"
             )
         tl.store(arrivals + row_tile, 0)
-    if gain is not None:
-        # A product of rows that still have their length: it comes off here.
-        norms = tl.rsqrt(tl.sum(squares, 0) / in_features + eps)[None, :]
-        sums *= norms
-        up_sums *= norms
     if x_scales is not None:
         token_scales = tl.load(x_scales + tokens, mask=tokens < num_tokens, other=0.0)[None, :]
         sums *= token_scales
@@ -184,7 +160,7 @@ def _linear_kernel(
 
 
 def linear(
-    x: Tensor | Unnormalised,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
@@ -195,19 +171,13 @@ def linear(
 
     All are of one type of 16 bits. `weight` is [out_features, in_features], contiguous. The result
     is added to `residual`, in place, if there is one. `tile` is for benchmarks.
-
-    Rows that are `Unnormalised` are multiplied with the norm's weight on their way, and the sums
-    divided by the rows' lengths, which nobody knows before the rows have been read.
     """
-    shape = (_rows(x).shape[0], *weight.shape)
-    if tile is None and isinstance(x, Unnormalised):
-        tile = normed_tile_for(*shape, is_fp8=False)
-    options = _Options(dtype=weight.dtype, gated=False, tile=tile or tile_for(*shape))
-    return _launch(x, weight, None, bias, residual, options)
+    tile = tile or tile_for(x.shape[0], *weight.shape)
+    return _launch(x, None, weight, None, bias, residual, dtype=x.dtype, gated=False, tile=tile)
 
 
 def fp8_linear(
-    x: Tensor | Fp8Rows | Unnormalised,
+    x: Tensor | Fp8Rows,
     weight: Fp8Rows,
     bias: Tensor | None,
     *,
@@ -218,65 +188,55 @@ def fp8_linear(
 ) -> Tensor:
     """`linear` with a weight of 8 bits, and `x` of 8 or 16, to a result in `dtype`.
 
-    What has 16 bits is quantized on the way, with a scale for each token and tile. If the product
-    is `gated`, the weight's first half are the gates of the second: the result is
+    If it is `gated`, the weight's first half are the gates of the second: the result is
     `silu(gate) * up`, half as wide.
     """
-    shape = (_rows(x).shape[0], *weight.values.shape)
-    if tile is None and isinstance(x, Unnormalised):
-        tile = normed_tile_for(*shape, is_fp8=True, gated=gated)
-    tile = tile or fp8_tile_for(*shape, gated=gated)
-    options = _Options(dtype=dtype, gated=gated, tile=tile)
-    return _launch(x, weight.values, weight.scales, bias, residual, options)
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    dtype: torch.dtype
-    gated: bool
-    tile: LinearTile
-
-
-def _rows(x: Tensor | Fp8Rows | Unnormalised) -> Tensor:
-    match x:
-        case Fp8Rows():
-            return x.values
-        case Unnormalised():
-            return x.rows
-        case _:
-            return x
+    values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
+    tile = tile or fp8_tile_for(values.shape[0], *weight.values.shape, gated=gated)
+    return _launch(
+        values,
+        scales,
+        weight.values,
+        weight.scales,
+        bias,
+        residual,
+        dtype=dtype,
+        gated=gated,
+        tile=tile,
+    )
 
 
 def _launch(
-    x: Tensor | Fp8Rows | Unnormalised,
+    x: Tensor,
+    x_scales: Tensor | None,
     weight: Tensor,
     weight_scales: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    options: _Options,
+    *,
+    dtype: torch.dtype,
+    gated: bool,
+    tile: LinearTile,
 ) -> Tensor:
-    rows, tile, gated = _rows(x), options.tile, options.gated
-    num_tokens, in_features = rows.shape
+    num_tokens, in_features = x.shape
     out_features = weight.shape[0] // 2 if gated else weight.shape[0]
     out = residual
     if out is None:
-        out = torch.empty((num_tokens, out_features), dtype=options.dtype, device=rows.device)
+        out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.device)
     partial, arrivals = out, out
     num_row_tiles = ceil_div(out_features, tile.rows)
-    is_normed = isinstance(x, Unnormalised)
     if tile.splits > 1:
-        if gated or is_normed:
-            raise ValueError("a product that is gated or normalises is not split")
+        if gated:
+            raise ValueError("a gated product is not split")
         shape = (tile.splits, num_tokens, out_features)
-        partial = torch.empty(shape, dtype=torch.float32, device=rows.device)
-        arrivals = arrival_counters(num_row_tiles, rows.device)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        arrivals = arrival_counters(num_row_tiles, x.device)
     _linear_kernel[(num_row_tiles, tile.splits)](
-        rows,
-        x.scales if isinstance(x, Fp8Rows) else None,
+        x,
+        x_scales,
         weight,
         weight_scales,
         bias,
-        x.weight if is_normed else None,
         residual,
         out,
         partial,
@@ -284,19 +244,17 @@ def _launch(
         num_tokens,
         out_features,
         in_features,
-        rows.stride(0),
-        x.eps if is_normed else 0.0,
+        x.stride(0),
         ROWS=tile.rows,
         INNER=tile.inner,
-        TOKENS=max(tile.least_tokens, next_power_of_2(num_tokens)),
+        TOKENS=max(_MIN_TOKENS, next_power_of_2(num_tokens)),
         SPLITS=tile.splits,
         SUMMED=min(tile.summed, tile.inner),
         PREFETCHED=tile.prefetched,
-        QUANTIZES=rows.element_size() > weight.element_size(),
         IS_GATED=gated,
         IS_EVEN=in_features % tile.inner == 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(rows.device),
+        **launch_options(x.device),
     )
     return out

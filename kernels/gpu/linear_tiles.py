@@ -1,15 +1,11 @@
 """How linear layers of few tokens are cut into programs, by their shape."""
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MAX_TOKENS = 64
 FEW_TOKENS = 32
 _MANY_ROWS = 16384
 _LONG_ROWS = 8192
-# Up to so many tokens, products of 16 and of 8 bits take the norm of their inputs themselves.
-NORM_IN_PRODUCT_TOKENS = 4
-NORM_IN_FP8_PRODUCT_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +13,7 @@ class LinearTile:
     """Weight rows and inner elements of a tile, programs a row tile, and how it is compiled.
 
     `prefetched` tiles are asked for before the predecessor has ended. Products of 8 bits are summed
-    in the tensor cores' short accumulators over `summed` elements, then in float32. Fewer tokens
-    than `least_tokens`, a power of two from 8 on, are padded to that.
+    in the tensor cores' short accumulators over `summed` elements, then in float32.
     """
 
     rows: int = 64
@@ -28,7 +23,6 @@ class LinearTile:
     summed: int = 128
     num_warps: int = 4
     num_stages: int = 6
-    least_tokens: int = 16
 
 
 def is_fastest(num_tokens: int, out_features: int, in_features: int) -> bool:
@@ -60,22 +54,3 @@ def fp8_tile_for(
     if num_tokens <= FEW_TOKENS:
         return LinearTile(inner=256, splits=splits)
     return LinearTile(splits=splits)
-
-
-def normalises(num_tokens: int, out_features: int, in_features: int, *, is_fp8: bool) -> bool:
-    """Whether a product that takes the norm itself is faster than a kernel for that before it."""
-    limit = NORM_IN_FP8_PRODUCT_TOKENS if is_fp8 else NORM_IN_PRODUCT_TOKENS
-    if not 0 < num_tokens <= limit:
-        return False
-    choose = functools.partial(fp8_tile_for, gated=False) if is_fp8 else tile_for
-    return choose(num_tokens, out_features, in_features).splits == 1
-
-
-def normed_tile_for(
-    num_tokens: int, out_features: int, in_features: int, *, is_fp8: bool, gated: bool = False
-) -> LinearTile:
-    """For products that take the norm of their inputs, of which a program needs whole rows."""
-    if is_fp8:
-        return replace(fp8_tile_for(num_tokens, out_features, in_features, gated=gated), splits=1)
-    # Of tiles that are less long, the norm's weights are too few for copies ahead of time.
-    return LinearTile(inner=256, num_stages=4)

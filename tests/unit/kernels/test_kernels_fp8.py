@@ -19,6 +19,7 @@ from kernels.norm import add_rms_norm_fp8, add_rms_norm_fp8_reference, add_rms_n
 
 pytest.importorskip("triton")
 from kernels.gpu import activation, fp8, linear, norm
+from kernels.gpu import fp8_linear as fp8_dispatch
 from kernels.gpu.linear_tiles import LinearTile
 
 HAS_GPU = torch.cuda.is_available()
@@ -144,12 +145,13 @@ class TestLinear:
         actual = self.run(given, weight, bias, tile=tile, residual=residual)
         torch.testing.assert_close(actual, expected + residual, atol=2e-3, rtol=2e-3)
 
-    def test_gated(self, num_tokens: int, shape: tuple[int, int]) -> None:
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_gated(self, num_tokens: int, shape: tuple[int, int], bits: int) -> None:
         x, weight, bias = self.inputs(num_tokens, shape)
         rows = quantize_rows_reference(x)
         packed = Fp8Linear(weight, bias, None)
         product = fp8_linear_reference(rows, packed, dtype=torch.float32)
-        actual = self.run(rows, weight, bias, tile=SMALL, gated=True)
+        actual = self.run(rows if bits == 8 else x, weight, bias, tile=SMALL, gated=True)
         torch.testing.assert_close(actual, silu_and_mul_reference(product), atol=2e-2, rtol=2e-3)
 
     def inputs(self, num_tokens: int, shape: tuple[int, int]) -> tuple[Tensor, Fp8Rows, Tensor]:
@@ -187,3 +189,15 @@ class TestLinear:
             tile=tile,
         )
         return out.cpu()
+
+
+@needs_triton
+def test_gated_products_keep_to_a_static_scale() -> None:
+    """One that the largest inputs are far beyond."""
+    x, weight = torch.randn(3, 64), quantize_rows_reference(torch.randn(32, 64))
+    scale = torch.tensor([0.001])
+    product = fp8_linear_reference(x, Fp8Linear(weight, None, scale), dtype=torch.float32)
+    moved_weight = Fp8Rows(weight.values.to(DEVICE), weight.scales.to(DEVICE))
+    packed = Fp8Linear(moved_weight, None, scale.to(DEVICE))
+    actual = fp8_dispatch.gated_fp8_linear(x.to(DEVICE), packed, dtype=torch.float32)
+    torch.testing.assert_close(actual.cpu(), silu_and_mul_reference(product), atol=2e-2, rtol=2e-3)
