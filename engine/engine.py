@@ -103,7 +103,7 @@ class Engine:
         self._host_blocks: HostBlocks | None = None
         self._thread: int | None = None
         self._num_threads = torch.get_num_threads()
-        warm_up(self._runner, self.kv_pool)
+        warm_up(self._runner, self.kv_pool, max_model_len=max_model_len)
         if self.kv_pool.is_cuda and not config.enforce_eager:
             self._runner.capture_graphs(
                 graph_sizes(config.max_num_seqs),

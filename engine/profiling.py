@@ -18,7 +18,7 @@ from protocol.layout import KVLayout
 from protocol.request import Request
 from protocol.sampling import SamplingParams
 
-_WARM_UP_TOKENS = 64
+_WARM_UP_TOKENS, _WARM_UP_TOKENS_ON_GPU = 64, 512
 # A process's CUDA context, its libraries' and our kernels (0.75 GiB on an H100), and its staging
 # memory for transfers (0.25). Not measured: workers that start at the same time on one card can't
 # tell whose memory is whose.
@@ -27,12 +27,18 @@ _OUTSIDE_TORCH_BYTES = 1 << 30
 _GRAPH_LAYER_BYTES = 1 << 16
 
 
-def warm_up(runner: ModelRunner, kv_pool: Tensor) -> None:
+def warm_up(runner: ModelRunner, kv_pool: Tensor, *, max_model_len: int) -> None:
     """A prompt and a decode step, greedy, random and filtered, in a pool that holds nothing yet."""
     num_blocks, block_size = kv_pool.shape[0], kv_pool.shape[4]
-    num_tokens = min(_WARM_UP_TOKENS, num_blocks * block_size - 1)
-    block_ids = list(range(-(-(num_tokens + 1) // block_size)))
-    for sampling in (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_p=0.9)):
+    # On a GPU, kernels of their own attend for long prompts.
+    longest = _WARM_UP_TOKENS_ON_GPU if kv_pool.is_cuda else _WARM_UP_TOKENS
+    for wanted, sampling in (
+        (longest, SamplingParams(temperature=0.0)),
+        (_WARM_UP_TOKENS, SamplingParams()),
+        (_WARM_UP_TOKENS, SamplingParams(top_p=0.9)),
+    ):
+        num_tokens = min(wanted, num_blocks * block_size - 1, max_model_len - 1)
+        block_ids = list(range(-(-(num_tokens + 1) // block_size)))
         sequence = _made_up(num_tokens, block_ids, sampling)
         _run(runner, [sequence], [num_tokens])
         sequence.num_computed_tokens = num_tokens

@@ -64,8 +64,8 @@ class AttentionBatch:
             # Copies: kernels are compiled anew for addresses that aren't multiples of 16.
             kv_lens=self.kv_lens[num_decodes:].clone(),
             block_tables=self.block_tables[num_decodes:].clone(),
-            slots=self.slots[num_decodes:],
-            positions=self.positions[num_decodes:],
+            slots=self.slots[num_decodes:].clone(),
+            positions=self.positions[num_decodes:].clone(),
             max_kv_len=max_kv_lens[1],
             num_seqs=self.num_seqs - num_decodes,
         )

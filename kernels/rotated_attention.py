@@ -1,5 +1,8 @@
 """RoPE, storing keys and values, and attention: what comes between two products of a layer."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch, paged_attention
@@ -21,23 +24,49 @@ def rotate_and_attend(
     kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """`kernels.rope.rope_and_store_kv`, then `kernels.attention.paged_attention`, whose result it
-    returns; one kernel where each sequence has one query. `q` may be overwritten.
+    returns; one kernel for the sequences of one query. `q` may be overwritten.
 
     No sequence's context may hold another's new token.
     """
     if q.is_cuda:
-        from kernels.gpu import attention as gpu
-
         check_rope(q, k, v, cos_sin, kv_pool)
         assert 0 <= layer < kv_pool.shape[1]
-        if gpu.rotates(q, cos_sin, batch):
-            scales = scales_of(kv_pool, kv_scales)
-            new = gpu.NewTokens(k, v, cos_sin, scales)
-            options = {"sliding_window": sliding_window, "v_scale": scales.v}
-            return gpu.decode_attention(
-                q, kv_pool, layer, batch, scale=scale * scales.k, new=new, softcap=None, **options
-            )
+        return _on_gpu(q, k, v, cos_sin, batch, kv_pool, layer, scale, sliding_window, kv_scales)
     rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, layer, kv_scales=kv_scales)
     return paged_attention(
         q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, kv_scales=kv_scales
     )
+
+
+def _on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    batch: AttentionBatch,
+    kv_pool: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None,
+    kv_scales: KVScales,
+) -> Tensor:
+    from kernels.gpu import attention as gpu
+
+    scales = scales_of(kv_pool, kv_scales)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None}
+    first = 0
+    for part in gpu.parts_to_attend(q, kv_pool, batch, **limits):
+        rows = slice(first, first + part.num_tokens)
+        options: dict[str, Any] = {"scale": scale * scales.k, "v_scale": scales.v, **limits}
+        options["out"] = out[rows]
+        if gpu.rotates(q, cos_sin, part):
+            new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales)
+            gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
+        else:
+            rope_and_store_kv(
+                q[rows], k[rows], v[rows], cos_sin, part, kv_pool, layer, kv_scales=kv_scales
+            )
+            gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
+        first = rows.stop
+    return out

@@ -12,7 +12,7 @@ from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.prefill_attention import prefill_attention
 
-__all__ = ["NewTokens", "decode_attention", "paged_attention", "rotates"]
+__all__ = ["NewTokens", "decode_attention", "paged_attention", "parts_to_attend", "rotates"]
 
 # Whether attention of one query a sequence rotates it, or a kernel of its own before it does.
 ROTATES_IN_ATTENTION = True
@@ -27,6 +27,25 @@ def rotates(q: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> bool:
     )
 
 
+def parts_to_attend(
+    q: Tensor,
+    kv_pool: Tensor,
+    batch: AttentionBatch,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[AttentionBatch, ...]:
+    """Parts of `batch` that have a kernel of their own each, its rows in order."""
+    if batch.parts is None:
+        return (batch,)
+    # Hopper's kernel reads decode rows' blocks while it computes prompts; the portable one is
+    # slower at both than kernels of their own.
+    is_whole = not batch.attends_in_parts and is_supported(
+        q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap
+    )
+    return (batch,) if is_whole else batch.parts
+
+
 def paged_attention(
     q: Tensor,
     kv_pool: Tensor,
@@ -37,19 +56,14 @@ def paged_attention(
     v_scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention`; `scale` includes that of keys in an 8-bit pool."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
-    parts: tuple[AttentionBatch, ...] = (batch,)
-    # Hopper's kernel reads decode rows' blocks while it computes prompts; the portable one is
-    # slower at both than kernels of their own.
-    if batch.parts is not None and (
-        batch.attends_in_parts or not is_supported(q, kv_pool, batch, **limits)
-    ):
-        parts = batch.parts
     first = 0
-    for part in parts:
+    for part in parts_to_attend(q, kv_pool, batch, **limits):
         end = first + part.num_tokens
         rows, target = q[first:end], out[first:end]
         if part.max_query_len == 1:
