@@ -62,10 +62,13 @@ def test_in_graphs(kv_dtype: torch.dtype) -> None:
             out = decode_attention(q, pool, layer, batch, **options)
         return out
 
+    # A graph keeps its own memory, not what it reads.
+    inputs: list[Tensor] = []
     cases: list[tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = []
     for batch, num_splits in zip(batches, (32, 16, 4), strict=True):
         heads = (batch.num_seqs, HEADS + 2 * KV_HEADS, HEAD_DIM)
         qkv = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+        inputs.append(qkv)
         expected = attend(qkv, batch, num_splits, is_fused=False)
         attend(qkv, batch, num_splits, is_fused=True)
         torch.cuda.synchronize()

@@ -27,7 +27,7 @@ TILES = [
     HopperTile(inner=256, stages=3, splits=2),
     HopperTile(tokens_are_rows=False, columns=256, splits=2),
     HopperTile(tokens_are_rows=False, rows=128, splits=6),
-    HopperTile(tokens_are_rows=False, warpgroups=3, stages=5),
+    HopperTile(tokens_are_rows=False, warpgroups=3, stages=4),
     HopperTile(tokens_are_rows=False, rows=128, warpgroups=1, stages=3, programs=2, splits=9),
 ]
 # Of the tensor cores' 14 bits, over sums of thousands; of sums that are added up in float32.
