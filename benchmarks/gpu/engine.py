@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.models.causal_lm import CausalLM
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.sequence import Sequence
@@ -142,6 +143,33 @@ def fill_with_noise(kv_pool: Tensor) -> None:
         piece.copy_(torch.randn(piece.shape, dtype=torch.bfloat16, device=piece.device))
 
 
+def make_engine(
+    model_dir: Path,
+    num_layers: int,
+    *,
+    quantization: str | None,
+    kv_cache_dtype: str,
+    **options: Any,  # noqa: ANN401
+) -> tuple[Engine, CausalLM]:
+    """Llama-3.1-8B's shape with random weights; `options` are `EngineConfig`'s."""
+    (model_dir / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": num_layers}))
+    config = EngineConfig(
+        model=str(model_dir),
+        max_num_batched_tokens=BATCHED_TOKENS,
+        enable_prefix_caching=False,
+        kv_cache_dtype=kv_cache_dtype,
+        **options,
+    )
+    model = load_model(
+        read_model_config(model_dir).quantized(quantization),
+        model_dir,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        load_format="dummy",
+    )
+    return Engine(config, "dummy", model, progress=True), model
+
+
 class Bench:
     """One engine, and what its model's steps need at least."""
 
@@ -157,23 +185,14 @@ class Bench:
         skip_prompts: bool,
     ) -> None:
         shape = LLAMA_8B | {"num_hidden_layers": num_layers}
-        (model_dir / "config.json").write_text(json.dumps(shape))
-        config = EngineConfig(
-            model=str(model_dir),
-            max_num_batched_tokens=BATCHED_TOKENS,
-            enable_prefix_caching=False,
+        started = time.perf_counter()
+        self.engine, model = make_engine(
+            model_dir,
+            num_layers,
+            quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             async_scheduling=not one_by_one,
         )
-        started = time.perf_counter()
-        model = load_model(
-            read_model_config(model_dir).quantized(quantization),
-            model_dir,
-            dtype=torch.bfloat16,
-            device=torch.device("cuda"),
-            load_format="dummy",
-        )
-        self.engine = Engine(config, "dummy", model, progress=True)
         self.start_s = time.perf_counter() - started
         if skip_prompts:
             fill_with_noise(self.engine.kv_pool)
