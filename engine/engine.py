@@ -23,7 +23,6 @@ from engine.profiling import measure_gpu_memory, warm_up
 from engine.prompt_graphs import MAX_CHUNKS, graph_shapes
 from engine.runner import ModelRunner
 from engine.running_step import RunningStep
-from engine.sampler.sampled import SampledToken
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import StepPlan
 from engine.sequence import Sequence
@@ -204,13 +203,6 @@ class Engine:
         if self._host_blocks is not None:
             self._host_blocks.run(plan.copies)
         return self._runner.launch(plan)
-
-    def execute(self, plan: StepPlan) -> list[SampledToken]:
-        """Runs a step from launch to result: one token for each scheduled sequence that samples,
-        in order."""
-        step = self.launch(plan)
-        step.sample()
-        return step.result()
 
     @property
     def jumps_ahead(self) -> bool:
