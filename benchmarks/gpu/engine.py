@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from engine.config import EngineConfig
@@ -126,13 +127,20 @@ def run_step(loop: StepLoop) -> tuple[int, float]:
     return num_sampled, time.perf_counter() - started
 
 
-def idle_share(call: Callable[[], object]) -> float:
-    """For which share of the time from its first to its last kernel or copy the device has none."""
+def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """Start, end (µs) and name of all kernels and copies of a call, by their start."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
-    spans = sorted((event.time_range.start, event.time_range.end) for event in profiler.events())
+    # The host's calls to the driver are events, too, and a wait for the device lasts long.
+    events = [event for event in profiler.events() if event.device_type is DeviceType.CUDA]
+    return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+
+
+def idle_share(call: Callable[[], object]) -> float:
+    """For which share of the time from its first to its last kernel or copy the device has none."""
+    spans = device_spans(call)
     busy, until = 0.0, spans[0][0]
-    for start, end in spans:
+    for start, end, _ in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
     return 1 - busy / (until - spans[0][0])
