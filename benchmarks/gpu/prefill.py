@@ -45,7 +45,10 @@ def compute(engine: Engine, num_seqs: int, prompt_len: int) -> float:
     """Seconds until all prompts have their tokens."""
     loop = StepLoop(engine)
     add_requests(loop, num_seqs, prompt_len, 1)
-    return sum(run_step(loop)[1] for _ in iter(lambda: loop.has_work, False))
+    total_s = 0.0
+    while loop.has_work:
+        total_s += run_step(loop)[1]
+    return total_s
 
 
 def kernel_ms(engine: Engine, num_seqs: int, prompt_len: int) -> dict[str, float]:
