@@ -6,17 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.fp8 import FP8, FP8_MAX
 from kernels.kv_format import UNSCALED, KVScales, native_format, scales_of
 from kernels.native.arguments import PagedAttentionArgs
 from kernels.native.library import Operation, native_kernel
 
 # A group of gathered decode contexts stays under this many elements, about 128 MiB in bfloat16.
 _MAX_GATHERED_ELEMENTS = 1 << 26
-QUERY_PARTS = 2
-"""Numbers of 8 bits that an element of a query is the sum of, where they are multiplied: one alone
-would have 4 digits, and costs half a per cent of perplexity."""
-_FP8_WEIGHT = 256.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +179,8 @@ def paged_attention_reference(
     sliding_window: int | None = None,
     softcap: float | None = None,
     kv_scales: KVScales = UNSCALED,
-    in_fp8: bool = False,
 ) -> Tensor:
-    """`paged_attention` in torch: gathers the blocks, decode rows of many sequences at a time.
-
-    `in_fp8` rounds what a kernel rounds that multiplies a pool of e4m3 as it is.
-    """
+    """`paged_attention` in torch: gathers the blocks, decode rows of many sequences at a time."""
     scales = scales_of(kv_pool, kv_scales)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts, kv_lens = batch.query_starts.tolist(), batch.kv_lens.tolist()
@@ -208,7 +199,6 @@ def paged_attention_reference(
             scale=scale * scales.k,
             window=window,
             softcap=softcap,
-            in_fp8=in_fp8,
         ).flatten(0, 1)
     return out if scales.v == 1.0 else out.mul_(scales.v)
 
@@ -240,7 +230,6 @@ def _attend(
     scale: float,
     window: int,
     softcap: float | None,
-    in_fp8: bool,
 ) -> Tensor:
     """Attention of `queries` [num_seqs, num_queries, num_heads, head_dim], as many each."""
     num_seqs, num_queries, num_heads, head_dim = queries.shape
@@ -264,9 +253,7 @@ def _attend(
     group = num_heads // num_kv_heads
     rows = queries.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     mask = visible[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-    if in_fp8:
-        out = _attend_in_fp8(rows, k, v, mask, scale).to(queries.dtype)
-    elif softcap is None:
+    if softcap is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             rows, k, v, attn_mask=mask, scale=scale
         )
@@ -279,17 +266,3 @@ def _attend(
         .permute(0, 3, 1, 2, 4)
         .reshape(num_seqs, num_queries, num_heads, head_dim)
     )
-
-
-def _attend_in_fp8(rows: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """A weight of 1 becomes `_FP8_WEIGHT`, so that small ones keep their digits."""
-    q_scales = rows.float().abs().amax(-1, keepdim=True).clamp_(min=1e-12) / FP8_MAX
-    scaled = rows.float() / q_scales
-    rounded = torch.zeros_like(scaled)
-    for _ in range(QUERY_PARTS):
-        rounded += (scaled - rounded).to(FP8).float()
-    scores = (rounded * q_scales) @ k.float().mT * scale
-    scores.masked_fill_(~mask, float("-inf"))
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    total = weights.sum(-1, keepdim=True)
-    return (weights * _FP8_WEIGHT).to(FP8).float() @ v.float() / (total * _FP8_WEIGHT)

@@ -23,7 +23,7 @@ from benchmarks.gpu.kernels import ROTATION_BYTES, Call, time_s
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.gpu.fp8_linear import library_linear
 from kernels.gpu.linear import fp8_linear
-from kernels.gpu.linear_tiles import FEW_TOKENS, LinearTile
+from kernels.gpu.linear_tiles import FEW_FP8_TOKENS, LinearTile
 
 # (out_features, in_features) of a layer's projections.
 LINEARS = {
@@ -104,7 +104,7 @@ def bench_few() -> list[dict[str, Any]]:
                 except Exception:  # noqa: BLE001  (a tile that doesn't fit the card)
                     torch.cuda.synchronize()
             timed.sort(key=lambda pair: pair[0])
-            if bits == "8" or num_tokens <= FEW_TOKENS:
+            if bits == "8" or num_tokens <= FEW_FP8_TOKENS:
                 default = calls(given, weights, name, None)
                 row[f"default_{bits}"] = round(num_bytes / time_s(default) / 1e9)
             row[f"best_{bits}"] = [

@@ -9,7 +9,7 @@ from kernels.gpu import linear as few_tokens
 from kernels.gpu.hopper import linear_tiles as hopper_tiles
 from kernels.gpu.hopper.linear_tiles import HopperTile
 from kernels.gpu.hopper.support import is_hopper
-from kernels.gpu.linear_tiles import FEW_TOKENS, MAX_TOKENS
+from kernels.gpu.linear_tiles import FEW_FP8_TOKENS, MAX_TOKENS
 
 
 def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
@@ -39,7 +39,7 @@ def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> 
 
 def gates_at_once(x: Tensor | Fp8Rows) -> bool:
     """Whether `gated_fp8_linear` is faster than the product and then the gates."""
-    return _num_tokens(x) <= FEW_TOKENS
+    return _num_tokens(x) <= FEW_FP8_TOKENS
 
 
 def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ def library_linear(
 def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
     """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
     of its own."""
-    is_quantized_on_the_way = _num_tokens(x) <= FEW_TOKENS and packed.input_scale is None
+    is_quantized_on_the_way = _num_tokens(x) <= FEW_FP8_TOKENS and packed.input_scale is None
     return x if is_quantized_on_the_way else quantized(x, packed)
 
 

@@ -21,6 +21,8 @@ _TILE = 4096
 # At most this much is widened at once; 131,072 tokens of 8 heads of 128 elements.
 _MAX_BYTES = 1 << 29
 _MAX_TOKENS = 1 << 17
+# Queries a sequence, on average, from which on it is faster than to widen while attending.
+_MIN_QUERIES = 256
 
 
 @triton.jit(do_not_specialize=["table_stride", "max_blocks", "block_size"])
@@ -47,14 +49,15 @@ def _widen_blocks_kernel(
         tl.store(widened + target * size + elements, values.to(widened.dtype.element_ty), mask=mask)
 
 
-def fits(kv_pool: Tensor, dtype: torch.dtype, batch: AttentionBatch) -> bool:
-    """Whether there is memory to widen a layer's blocks of this batch to `dtype`.
+def pays_off(q: Tensor, kv_pool: Tensor, batch: AttentionBatch) -> bool:
+    """Whether to widen a layer's blocks of this batch, and there is memory to do so.
 
-    It is taken at the first call, whatever its answer, and kept: the measured largest step
+    The memory is taken at the first call, whatever its answer, and kept: the measured largest step
     includes it.
     """
+    widened = _memory(kv_pool, q.dtype)
     num_blocks = batch.num_seqs * ceil_div(batch.max_kv_len, kv_pool.shape[4])
-    return num_blocks <= len(_memory(kv_pool, dtype))
+    return num_blocks <= len(widened) and len(q) >= _MIN_QUERIES * batch.num_seqs
 
 
 def widen_blocks(
@@ -63,7 +66,7 @@ def widen_blocks(
     """One layer of the batch's blocks in `dtype`, and the batch over them.
 
     The result is [num_blocks, 1, 2, num_kv_heads, block_size, head_dim], not multiplied with any
-    scales, and overwritten by the next call. `fits` must have said yes.
+    scales, and overwritten by the next call. `pays_off` must have said yes.
     """
     widened = _memory(kv_pool, dtype)
     block_size = kv_pool.shape[4]

@@ -27,17 +27,15 @@ from kernels.gpu.hopper.loading import (
     FIRST_TOKEN,
     KV_HEAD,
     KV_LEN,
+    LINE,
     NUM_LEFT,
     NUM_SCALARS,
     ROWS,
-    line_elements,
 )
 
 # Below every score; not infinite, so that a row which has seen nothing yet needs no case, and a
 # power of two, so that its product with the scale is the same rounded or fused.
 UNSEEN = gl.constexpr(-(2.0**100))
-# Weights of 8 bits are 2 to this times as large, up to 256, so that small ones keep their digits.
-WEIGHT_SHIFT = gl.constexpr(8)
 
 
 @gluon.jit
@@ -54,7 +52,6 @@ def _zero_past_end(
     kv_len,
     BOX: gl.constexpr,
     TOKENS: gl.constexpr,
-    LINE: gl.constexpr,
     num_lines: gl.constexpr,
 ):
     """Values of the block that a sequence ends in: past the end they may be anything, NaN
@@ -73,66 +70,59 @@ def _zero_past_end(
 
 @gluon.jit
 def _mask(scores, first, positions, TOKENS: gl.constexpr, layout: gl.constexpr):
-    tokens = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
-    return gl.where(positions[:, None] >= tokens[None, :], scores, UNSEEN)
+    tokens = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
+    return gl.where((positions - first)[:, None] >= tokens[None, :], scores, UNSEEN)
 
 
 @gluon.jit
-def _softmax(scores, highest, total, scale, SHIFT: gl.constexpr):
+def _softmax(scores, highest, total, scale):
     """Weights of a tile, the new maxima and totals, and how far earlier sums fade."""
     new_highest = gl.maximum(highest, gl.max(scores, 1))
     subtracted = new_highest * scale
     faded = gl.exp2(highest * scale - subtracted)
-    weights = gl.exp2(scores * scale[:, None] - (subtracted - SHIFT)[:, None])
+    weights = gl.exp2(scores * scale - subtracted[:, None])
     return weights, new_highest, total * faded + gl.sum(weights, 1), faded
 
 
 @gluon.jit
-def _as_operand(weights, dtype: gl.constexpr, TOKENS: gl.constexpr, operand: gl.constexpr):
-    """Weights as the matrix instruction takes them. Of 8 bits, a thread keeps what it has, in the
-    order of `kernels.gpu.fp8_operands.turned_order`."""
-    weights = weights.to(dtype)
-    if dtype.primitive_bitwidth == 8:
-        pairs = weights.reshape([ROWS, TOKENS // 16, 2, 4, 2])
-        weights = pairs.permute([0, 1, 3, 2, 4]).reshape([ROWS, TOKENS])
-        return gl.convert_layout(weights, operand, assert_trivial=True)
-    return gl.convert_layout(weights, operand)
+def _as_operand(weights, dtype: gl.constexpr, operand: gl.constexpr):
+    """Weights as the matrix instruction takes them: a thread keeps what it has.
+
+    Rounded here, by pairs, they go there as they are: as tensors of 16 bits they would be taken
+    apart and put together again, four instructions a pair.
+    """
+    weights = gl.convert_layout(weights, operand, assert_trivial=True)
+    if dtype == gl.bfloat16:
+        rounded = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f", [weights], dtype=gl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        rounded = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            "=r,f,f", [weights], dtype=gl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return rounded
 
 
 @gluon.jit
-def _start_scores(queries, at, keys, full, count, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-                  PARTS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _start_scores(query, keys, full, count, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+                  layout: gl.constexpr):  # fmt: skip
     stage = count % STAGES
     mbarrier.wait(full.index(stage), count // STAGES & 1)
-    scores = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, layout=layout))
+    zeros = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, layout=layout))
     key = keys.index(stage).permute((1, 0))
-    for part in gl.static_range(PARTS):
-        query = queries.index(at + part)
-        scores = warpgroup_mma(query, key, scores, use_acc=part > 0, is_async=True)
-    return scores
-
-
-@gluon.jit
-def _start_sums(weights, values, stage, sums, IS_8_BIT: gl.constexpr, layout: gl.constexpr):
-    if IS_8_BIT:
-        zeros = warpgroup_mma_init(gl.zeros(sums.shape, gl.float32, layout=layout))
-        turned = values.index(stage).permute((1, 0))
-        product = warpgroup_mma(weights, turned, zeros, use_acc=False, is_async=True)
-    else:
-        product = warpgroup_mma(weights, values.index(stage), sums, is_async=True)
-    return product
+    return warpgroup_mma(query, key, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _step(
-    queries,
-    query_at,
+    query,
     keys,
     values,
     barriers,
     weights,
     sums,
-    faded,
     highest,
     total,
     count,
@@ -141,42 +131,36 @@ def _step(
     scale,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
-    PARTS: gl.constexpr,
     layout: gl.constexpr,
     operand: gl.constexpr,
     IS_MASKED: gl.constexpr,
 ):
     """Scores and weights of tile `count`, and the weighted sum of the tile before it.
 
-    Sums of 16-bit weights have faded already. For those of 8 the matrix units sum one tile with few
-    digits, which is added to the sums of all here; they have yet to fade by `faded`.
+    Weights stay in float32 from step to step; rounded at the start of the next one, they need
+    fewer registers than beside the scores.
     """
     k_full, k_empty, v_full, v_empty = barriers
     before = (count - 1) % STAGES
-    scores = _start_scores(queries, query_at, keys, k_full, count, TOKENS, STAGES, PARTS, layout)
+    weights = _as_operand(weights, keys.dtype, operand)
+    scores = _start_scores(query, keys, k_full, count, TOKENS, STAGES, layout)
     mbarrier.wait(v_full.index(before), (count - 1) // STAGES & 1)
-    is_8_bit: gl.constexpr = keys.dtype.primitive_bitwidth == 8
-    sum_layout: gl.constexpr = operand.parent
-    product = _start_sums(weights, values, before, sums, is_8_bit, sum_layout)
+    sums = warpgroup_mma(weights, values.index(before), sums, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(count % STAGES), count=1)
     if IS_MASKED:
         scores = _mask(scores, first, positions, TOKENS, layout)
-    shift: gl.constexpr = WEIGHT_SHIFT if is_8_bit else 0
-    new_weights, highest, total, new_faded = _softmax(scores, highest, total, scale, shift)
-    product = warpgroup_mma_wait(0, deps=[product])
+    new_weights, highest, total, faded = _softmax(scores, highest, total, scale)
+    sums = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(v_empty.index(before), count=1)
-    new_faded = gl.convert_layout(new_faded, gl.SliceLayout(1, sum_layout))
-    sums = sums * faded[:, None] + product if is_8_bit else product * new_faded[:, None]
-    weights = _as_operand(new_weights, keys.dtype, TOKENS, operand)
-    return weights, sums, new_faded, highest, total
+    sums = sums * gl.convert_layout(faded, gl.SliceLayout(1, operand.parent))[:, None]
+    return new_weights, sums, highest, total
 
 
 @gluon.jit
 def attend(
     half: gl.constexpr,
     out,
-    q_scales,
     buffers,
     barriers,
     scale,
@@ -190,28 +174,19 @@ def attend(
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
-    PARTS: gl.constexpr,
 ) -> None:
     scalars, query_boxes, key_boxes, value_boxes = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     dtype: gl.constexpr = key_boxes.dtype
-    bits: gl.constexpr = dtype.primitive_bitwidth
-    is_8_bit: gl.constexpr = bits == 8
-    shift: gl.constexpr = WEIGHT_SHIFT if is_8_bit else 0
-    inner: gl.constexpr = 256 // bits
-    line: gl.constexpr = line_elements(HEAD_DIM, bits)
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(line * bits // 8, bits, 2)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, inner])
-    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, inner])
-    operand: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 32 // bits)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    queries = query_boxes._reinterpret(dtype, [SLOTS * 2 * PARTS, ROWS, HEAD_DIM], swizzled)
+    queries = query_boxes._reinterpret(dtype, [SLOTS * 2, ROWS, HEAD_DIM], swizzled)
     keys = key_boxes._reinterpret(dtype, [STAGES, TOKENS, HEAD_DIM], swizzled)
-    if is_8_bit:
-        values = value_boxes
-    else:
-        values = value_boxes._reinterpret(dtype, [STAGES, TOKENS, HEAD_DIM], swizzled)
+    values = value_boxes._reinterpret(dtype, [STAGES, TOKENS, HEAD_DIM], swizzled)
     kv_barriers = (k_full, k_empty, v_full, v_empty)
     my_first: gl.constexpr = half * (QUERIES // 2)
     my_queries = my_first + gl.arange(0, ROWS, layout=row_layout) // PADDED_GROUP
@@ -226,62 +201,50 @@ def attend(
         num_left = _get_scalar(scalars, slot * NUM_SCALARS + NUM_LEFT)
         first_position = _get_scalar(scalars, slot * NUM_SCALARS + FIRST_POSITION)
         kv_len = _get_scalar(scalars, slot * NUM_SCALARS + KV_LEN)
-        query_at = (slot * 2 + half) * PARTS
+        query = queries.index(slot * 2 + half)
         positions = first_position + my_queries
-        row_scale = gl.full([ROWS], scale, gl.float32, layout=row_layout)
-        if is_8_bit:
-            row_head = gl.arange(0, ROWS, layout=row_layout) % PADDED_GROUP
-            at = (first_token + my_queries).to(gl.int64) * num_heads + kv_head * GROUP + row_head
-            is_query = (my_queries < num_left) & (row_head < GROUP)
-            row_scale *= gl.load(q_scales + at, mask=is_query, other=0.0)
         end = gl.minimum(first_position + QUERIES, kv_len)
         num = (end + TOKENS - 1) // TOKENS
         num_clear = gl.minimum((first_position + my_first + 1) // TOKENS, num - 1)
         first = (num - 1) * TOKENS
 
-        scores = _start_scores(
-            queries, query_at, keys, k_full, count, TOKENS, STAGES, PARTS, layout
-        )
+        scores = _start_scores(query, keys, k_full, count, TOKENS, STAGES, layout)
         scores = warpgroup_mma_wait(0, deps=[scores])
         stage = count % STAGES
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = _mask(scores, first, positions, TOKENS, layout)
         highest = gl.full([ROWS], UNSEEN, gl.float32, layout=row_layout)
         total = gl.zeros([ROWS], gl.float32, layout=row_layout)
-        new_weights, highest, total, faded = _softmax(scores, highest, total, row_scale, shift)
-        faded = gl.convert_layout(faded, gl.SliceLayout(1, sum_layout))
-        weights = _as_operand(new_weights, dtype, TOKENS, operand)
+        weights, highest, total, _ = _softmax(scores, highest, total, scale)
         sums = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=sum_layout)
-        ends_within = (kv_len < first + TOKENS) & (kv_len % BOX != 0)
-        if not is_8_bit and ends_within:
+        if (kv_len < first + TOKENS) & (kv_len % BOX != 0):
             mbarrier.wait(v_full.index(stage), count // STAGES & 1)
-            _zero_past_end(value_boxes, stage, first, kv_len, BOX, TOKENS, line, HEAD_DIM // line)
+            _zero_past_end(value_boxes, stage, first, kv_len, BOX, TOKENS, HEAD_DIM // LINE)
         count += 1
         for i in range(1, num - num_clear):
-            weights, sums, faded, highest, total = _step(
-                queries, query_at, keys, values, kv_barriers, weights, sums, faded, highest, total,
-                count, first - i * TOKENS, positions, row_scale, TOKENS, STAGES, PARTS, layout,
-                operand, IS_MASKED=True,
+            weights, sums, highest, total = _step(
+                query, keys, values, kv_barriers, weights, sums, highest, total, count,
+                first - i * TOKENS, positions, scale, TOKENS, STAGES, layout, operand,
+                IS_MASKED=True,
             )  # fmt: skip
             count += 1
         for _ in range(num_clear):
-            weights, sums, faded, highest, total = _step(
-                queries, query_at, keys, values, kv_barriers, weights, sums, faded, highest, total,
-                count, 0, positions, row_scale, TOKENS, STAGES, PARTS, layout, operand,
+            weights, sums, highest, total = _step(
+                query, keys, values, kv_barriers, weights, sums, highest, total, count,
+                0, positions, scale, TOKENS, STAGES, layout, operand,
                 IS_MASKED=False,
             )  # fmt: skip
             count += 1
         mbarrier.arrive(q_empty.index(slot), count=1)
         last = (count - 1) % STAGES
         mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-        product = _start_sums(weights, values, last, sums, is_8_bit, sum_layout)
-        product = warpgroup_mma_wait(0, deps=[product])
+        weights = _as_operand(weights, dtype, operand)
+        sums = warpgroup_mma(weights, values.index(last), sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(last), count=1)
-        sums = sums * faded[:, None] + product if is_8_bit else product
 
         total = gl.convert_layout(total, gl.SliceLayout(1, sum_layout))
-        result = (sums * (v_scale / total)[:, None]).to(out.dtype.element_ty)
-        result = gl.convert_layout(result, store_layout)
+        result = gl.convert_layout((sums * (v_scale / total)[:, None]).to(dtype), store_layout)
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
         query_at = my_first + rows // PADDED_GROUP

@@ -8,7 +8,6 @@ time, where the matrix instructions read them.
 
 # Gluon's compiler gives kernels their types, not Python.
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportArgumentType=false
 
 import torch
 from torch import Tensor
@@ -18,17 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention import AttentionBatch
-from kernels.gpu.fp8_operands import TOKENS, quantize_heads, turn_values
 from kernels.gpu.hopper.attending import attend
-from kernels.gpu.hopper.loading import NUM_SCALARS, ROWS, line_elements, load
-from kernels.gpu.hopper.support import multiplies_8_bits, num_multiprocessors
-from kernels.gpu.sizes import ceil_div, next_power_of_2
+from kernels.gpu.hopper.loading import LINE, NUM_SCALARS, ROWS, load
+from kernels.gpu.hopper.support import num_multiprocessors
+from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widened_blocks import widen_blocks
 
 # The hardware's exponential is to base 2.
 _LOG2_E = 1.4426950408889634
-# Tiles of keys, and of values, in shared memory, by the bits of an element.
-_STAGES = {8: 4, 16: 2}
+_TOKENS = 128
+_STAGES = 2
 _SLOTS = 2
 _NUM_WARPGROUPS = 2
 # Beyond, programs work on one KV head after the other, which stays in the L2 cache; up to here, on
@@ -42,16 +40,13 @@ LOADING_REGISTERS = gl.constexpr(24)
 
 @gluon.jit(
     do_not_specialize=[
-        "num_seqs", "table_stride", "num_tiles", "num_blocks", "num_tokens", "max_v_tiles",
-        "first_row", "heads_together",
+        "num_seqs", "table_stride", "num_tiles", "num_blocks", "first_row", "heads_together"
     ]
 )  # fmt: skip
 def _hopper_attention_kernel(
     q_desc,
     kv_desc,
-    v_desc,
     out,
-    q_scales,
     query_starts,
     kv_lens,
     block_tables,
@@ -60,8 +55,6 @@ def _hopper_attention_kernel(
     table_stride,
     num_tiles,
     num_blocks,
-    num_tokens,
-    max_v_tiles,
     first_row,
     heads_together,
     scale,
@@ -77,24 +70,15 @@ def _hopper_attention_kernel(
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
-    PARTS: gl.constexpr,
 ):
-    bits: gl.constexpr = kv_desc.dtype.primitive_bitwidth
-    line: gl.constexpr = line_elements(HEAD_DIM, bits)
-    num_lines: gl.constexpr = HEAD_DIM // line
-    kv_shape: gl.constexpr = [STAGES * num_lines * (TOKENS // BOX), 1, 1, BOX, line]
-    q_shape: gl.constexpr = [
-        SLOTS * 2 * PARTS * num_lines, ROWS // PADDED_GROUP, PADDED_GROUP, line
-    ]  # fmt: skip
+    num_lines: gl.constexpr = HEAD_DIM // LINE
+    kv_shape: gl.constexpr = [STAGES * num_lines * (TOKENS // BOX), 1, 1, BOX, LINE]
+    q_shape: gl.constexpr = [SLOTS * 2 * num_lines, ROWS // PADDED_GROUP, PADDED_GROUP, LINE]
     plain: gl.constexpr = mbarrier.MBarrierLayout()
     scalars = gl.allocate_shared_memory(gl.int32, [SLOTS * NUM_SCALARS, 1], plain)
     queries = gl.allocate_shared_memory(q_desc.dtype, q_shape, q_desc.layout)
     keys = gl.allocate_shared_memory(kv_desc.dtype, kv_shape, kv_desc.layout)
-    if bits == 8:
-        turned: gl.constexpr = gl.NVMMASharedLayout(TOKENS, 8, 2)
-        values = gl.allocate_shared_memory(kv_desc.dtype, [STAGES, HEAD_DIM, TOKENS], turned)
-    else:
-        values = gl.allocate_shared_memory(kv_desc.dtype, kv_shape, kv_desc.layout)
+    values = gl.allocate_shared_memory(kv_desc.dtype, kv_shape, kv_desc.layout)
     # A buffer is full when its copies have arrived, and empty when both warpgroups say so.
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], plain)
     q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], plain)
@@ -117,24 +101,24 @@ def _hopper_attention_kernel(
             (
                 attend,
                 (
-                    0, out, q_scales, buffers, barriers, scale, v_scale, num_heads, GROUP,
-                    PADDED_GROUP, QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS, PARTS,
+                    0, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
+                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
                 attend,
                 (
-                    1, out, q_scales, buffers, barriers, scale, v_scale, num_heads, GROUP,
-                    PADDED_GROUP, QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS, PARTS,
+                    1, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
+                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
                 load,
                 (
-                    q_desc, kv_desc, v_desc, query_starts, kv_lens, block_tables, counter, num_seqs,
-                    table_stride, num_tiles, num_blocks, num_tokens, max_v_tiles, first_row,
-                    heads_together, buffers, barriers, NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM,
-                    BLOCK_SIZE, BOX, TOKENS, STAGES, SLOTS, PARTS,
+                    q_desc, kv_desc, query_starts, kv_lens, block_tables, counter, num_seqs,
+                    table_stride, num_tiles, num_blocks, first_row, heads_together, buffers,
+                    barriers, NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM, BLOCK_SIZE, BOX, TOKENS,
+                    STAGES, SLOTS,
                 ),
             ),
         ],
@@ -155,48 +139,37 @@ def hopper_attention(
 ) -> Tensor:
     """`kernels.attention.paged_attention` where `is_supported` (support.py) says so; arguments as
     `prefill_attention`'s."""
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q_scales, turned = out, None
-    if multiplies_8_bits(kv_pool):
-        turned = turn_values(kv_pool, layer, batch)
-        values, q_scales = quantize_heads(q)
-        q = values.flatten(0, 1)
-    elif kv_pool.dtype is not q.dtype:
+    if kv_pool.dtype is not q.dtype:
         kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype)
         layer = 0
-    num_tokens, num_heads, head_dim = out.shape
-    parts = len(q) // num_tokens
+    num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_layers, _, num_kv_heads, block_size, _ = kv_pool.shape
     group = num_heads // num_kv_heads
     padded_group = next_power_of_2(group)
     num_queries = _NUM_WARPGROUPS * ROWS.value // padded_group
     num_tiles = num_tokens // num_queries + batch.num_seqs
-    box = min(block_size, TOKENS)
+    box = min(block_size, _TOKENS)
     block_rows, row_elements = num_layers * 2 * num_kv_heads, block_size * head_dim
-    bits = 8 * q.element_size()
-    line: int = line_elements(head_dim, bits)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     num_programs = min(num_multiprocessors(q.device), num_tiles * num_kv_heads)
-    kv_desc = TensorDescriptor(
-        kv_pool,
-        shape=[num_blocks, block_rows, block_size, head_dim],
-        strides=[block_rows * row_elements, row_elements, head_dim, 1],
-        block_shape=[1, 1, box, line],
-        layout=gl.NVMMASharedLayout(line * bits // 8, bits, 4),
-    )
     _hopper_attention_kernel[(num_programs,)](
         TensorDescriptor(
             q,
-            shape=list(q.shape),
+            shape=[num_tokens, num_heads, head_dim],
             strides=[q.stride(0), head_dim, 1],
-            block_shape=[ROWS.value // padded_group, padded_group, line],
-            layout=gl.NVMMASharedLayout(line * bits // 8, bits, 3),
+            block_shape=[ROWS.value // padded_group, padded_group, LINE.value],
+            layout=gl.NVMMASharedLayout(128, 16, 3),
         ),
-        kv_desc,
-        kv_desc if turned is None else _turned_descriptor(turned),
+        TensorDescriptor(
+            kv_pool,
+            shape=[num_blocks, block_rows, block_size, head_dim],
+            strides=[block_rows * row_elements, row_elements, head_dim, 1],
+            block_shape=[1, 1, box, LINE.value],
+            layout=gl.NVMMASharedLayout(128, 16, 4),
+        ),
         out,
-        q_scales,
         batch.query_starts,
         batch.kv_lens,
         batch.block_tables,
@@ -205,8 +178,6 @@ def hopper_attention(
         batch.block_tables.stride(0),
         num_tiles,
         num_blocks,
-        num_tokens,
-        ceil_div(batch.max_kv_len, TOKENS),
         layer * 2 * num_kv_heads,
         num_kv_heads if batch.max_kv_len <= _LONG_CONTEXT else 1,
         scale * _LOG2_E,
@@ -219,22 +190,10 @@ def hopper_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         BOX=box,
-        TOKENS=TOKENS,
-        STAGES=_STAGES[bits],
+        TOKENS=_TOKENS,
+        STAGES=_STAGES,
         SLOTS=_SLOTS,
-        PARTS=parts,
         num_warps=4,
         maxnreg=_REGISTERS,
     )
     return out
-
-
-def _turned_descriptor(turned: Tensor) -> TensorDescriptor:
-    num_tiles, num_kv_heads, head_dim, tokens = turned.shape
-    return TensorDescriptor(
-        turned,
-        shape=[num_tiles * num_kv_heads * head_dim, tokens],
-        strides=[tokens, 1],
-        block_shape=[head_dim, tokens],
-        layout=gl.NVMMASharedLayout(tokens, 8, 2),
-    )

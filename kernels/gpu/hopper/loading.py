@@ -13,10 +13,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-# Rows of one warpgroup's matrix instruction.
+# Rows of one warpgroup's matrix instruction, and elements of a swizzled line of shared memory.
 ROWS = gl.constexpr(64)
-# Bytes of a swizzled line of shared memory.
-LINE_BYTES = gl.constexpr(128)
+LINE = gl.constexpr(64)
+ELEMENT_BYTES = gl.constexpr(2)
 # The scalars of a tile: its first row among all tokens, queries that its sequence has from there
 # on, their first position, the sequence's tokens, and the KV head: -1 after the last tile.
 FIRST_TOKEN = gl.constexpr(0)
@@ -25,12 +25,6 @@ FIRST_POSITION = gl.constexpr(2)
 KV_LEN = gl.constexpr(3)
 KV_HEAD = gl.constexpr(4)
 NUM_SCALARS = gl.constexpr(5)
-
-
-@gluon.constexpr_function
-def line_elements(head_dim, bits):
-    """Elements of a head that lie side by side in shared memory."""
-    return min(head_dim, LINE_BYTES.value * 8 // bits)
 
 
 @gluon.jit
@@ -69,7 +63,6 @@ def _copy_tokens(
     BLOCK_SIZE: gl.constexpr,
     BOX: gl.constexpr,
     TOKENS: gl.constexpr,
-    LINE: gl.constexpr,
     num_lines: gl.constexpr,
 ):
     """Keys or values of the tokens from `first` on, row `row` of each block, to a stage's boxes.
@@ -95,7 +88,6 @@ def _copy_tokens(
 def load(
     q_desc,
     kv_desc,
-    v_desc,
     query_starts,
     kv_lens,
     block_tables,
@@ -104,8 +96,6 @@ def load(
     table_stride,
     num_tiles,
     num_blocks,
-    num_tokens,
-    max_v_tiles,
     first_row,
     heads_together,
     buffers,
@@ -119,14 +109,11 @@ def load(
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
-    PARTS: gl.constexpr,
 ) -> None:
     scalars, queries, keys, values = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    bits: gl.constexpr = keys.dtype.primitive_bitwidth
-    line_size: gl.constexpr = line_elements(HEAD_DIM, bits)
-    num_lines: gl.constexpr = HEAD_DIM // line_size
-    tile_bytes: gl.constexpr = TOKENS * HEAD_DIM * bits // 8
+    num_lines: gl.constexpr = HEAD_DIM // LINE
+    tile_bytes: gl.constexpr = TOKENS * HEAD_DIM * ELEMENT_BYTES
     unit = gl.program_id(0)
     num_taken = 0
     count = 0
@@ -152,23 +139,21 @@ def load(
             _put_scalar(scalars, at + FIRST_POSITION, first_position)
             _put_scalar(scalars, at + KV_LEN, kv_len)
             _put_scalar(scalars, at + KV_HEAD, kv_head)
-            mbarrier.expect(q_full.index(slot), 2 * PARTS * ROWS * HEAD_DIM * bits // 8)
+            mbarrier.expect(q_full.index(slot), 2 * ROWS * HEAD_DIM * ELEMENT_BYTES)
             for half in gl.static_range(2):
                 token = seq_start + first_query + half * (QUERIES // 2)
-                for part in gl.static_range(PARTS):
-                    for line in gl.static_range(num_lines):
-                        tma.async_copy_global_to_shared(
-                            q_desc,
-                            [part * num_tokens + token, kv_head * GROUP, line * line_size],
-                            q_full.index(slot),
-                            queries.index(((slot * 2 + half) * PARTS + part) * num_lines + line),
-                        )
+                for line in gl.static_range(num_lines):
+                    tma.async_copy_global_to_shared(
+                        q_desc,
+                        [token, kv_head * GROUP, line * LINE],
+                        q_full.index(slot),
+                        queries.index((slot * 2 + half) * num_lines + line),
+                    )
             num_taken += 1
             table = block_tables + seq.to(gl.int64) * table_stride
             end = gl.minimum(first_position + QUERIES, kv_len)
             num = (end + TOKENS - 1) // TOKENS
             row = first_row + kv_head
-            v_tile = seq * max_v_tiles + num - 1
             for i in range(num):
                 first = (num - 1 - i) * TOKENS
                 stage = count % STAGES
@@ -177,23 +162,14 @@ def load(
                 mbarrier.expect(k_full.index(stage), tile_bytes)
                 _copy_tokens(
                     kv_desc, table, row, first, kv_len, num_blocks, keys, k_full.index(stage),
-                    stage, BLOCK_SIZE, BOX, TOKENS, line_size, num_lines,
+                    stage, BLOCK_SIZE, BOX, TOKENS, num_lines,
                 )  # fmt: skip
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), tile_bytes)
-                if bits == 8:
-                    # Turned values are one box.
-                    tma.async_copy_global_to_shared(
-                        v_desc,
-                        [(v_tile - i) * NUM_KV_HEADS * HEAD_DIM + kv_head * HEAD_DIM, 0],
-                        v_full.index(stage),
-                        values.index(stage),
-                    )
-                else:
-                    _copy_tokens(
-                        kv_desc, table, row + NUM_KV_HEADS, first, kv_len, num_blocks, values,
-                        v_full.index(stage), stage, BLOCK_SIZE, BOX, TOKENS, line_size, num_lines,
-                    )  # fmt: skip
+                _copy_tokens(
+                    kv_desc, table, row + NUM_KV_HEADS, first, kv_len, num_blocks, values,
+                    v_full.index(stage), stage, BLOCK_SIZE, BOX, TOKENS, num_lines,
+                )  # fmt: skip
                 count += 1
         unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
     slot = num_taken % SLOTS

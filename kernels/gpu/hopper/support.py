@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
-from kernels.fp8 import FP8
-from kernels.gpu import fp8_operands, widened_blocks
+from kernels.gpu.widened_blocks import pays_off
 
 _HOPPER = 9
 # Gluon still changes between releases; these compile the kernels.
@@ -16,8 +15,6 @@ _TRITON_VERSIONS = ("3.6.", "3.7.")
 _HEAD_DIMS = (64, 128)
 _MIN_BLOCK_SIZE = 8
 _MAX_GROUP = 64
-# A sequence, on average.
-_MIN_QUERIES = 256
 
 
 def is_supported(
@@ -42,20 +39,8 @@ def is_supported(
         and is_power_of_2
         and num_heads // num_kv_heads <= _MAX_GROUP
         and is_hopper(q.device)
-        and (q.dtype is kv_pool.dtype or _prepares(q, kv_pool, batch))
+        and (q.dtype is kv_pool.dtype or pays_off(q, kv_pool, batch))
     )
-
-
-def multiplies_8_bits(kv_pool: Tensor) -> bool:
-    """Whether a pool's numbers are multiplied as they are, with queries of 8 bits."""
-    return kv_pool.dtype is FP8
-
-
-def _prepares(q: Tensor, kv_pool: Tensor, batch: AttentionBatch) -> bool:
-    """Whether the tokens of a layer in 8 bits are made ready for prompts to read: for few queries
-    it is faster to widen them while attending."""
-    preparing = fp8_operands if multiplies_8_bits(kv_pool) else widened_blocks
-    return preparing.fits(kv_pool, q.dtype, batch) and len(q) >= _MIN_QUERIES * batch.num_seqs
 
 
 @functools.cache
