@@ -6,6 +6,7 @@ there, on whatever memory holds: nothing may depend on values, so no token is ch
 """
 
 import copy
+from itertools import chain
 
 import torch
 
@@ -59,7 +60,7 @@ def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None
         block_size=layout.block_size,
     )
     steps = warm_up_steps(block_size=layout.block_size, max_tokens=max_model_len, is_gpu=True)
-    for plan in (largest, *steps):
+    for plan in chain([largest], steps):
         runner.launch(plan)
         for item in plan.scheduled:
             runner.release(item.sequence)
