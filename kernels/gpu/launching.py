@@ -53,8 +53,8 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
         return
     started_s = time.perf_counter()
     num_threads = len(os.sched_getaffinity(0))
-    # Compiling holds Python's lock for a third of its time, and torch gives it up at every
-    # operation: beside threads that compile, the launches would take many times as long.
+    # Compiling begins in Python, and torch gives up its lock at every operation: beside threads
+    # that compile, the launches would wait for it again and again.
     all_asked = threading.Event()
     with (
         ThreadPoolExecutor(num_threads, "compiler", initializer=all_asked.wait) as pool,
@@ -79,7 +79,9 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
         errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         _forget_failed(kernels)
-        logger.warning("%d kernels could not be compiled ahead: %r", len(errors), errors[0])
+        logger.warning(
+            "compiling kernels left %d to their first launch: %r", len(errors), errors[0]
+        )
     if futures:
         logger.info(
             "compiled %d kernels, or found them on disk, in %.1f s, of which asking took %.1f",
