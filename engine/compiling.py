@@ -15,7 +15,6 @@ from engine.decode_graphs import DecodeGraphs, graph_sizes
 from engine.kv_memory import allocate_kv_pool
 from engine.made_up_steps import largest_step, warm_up_steps
 from engine.models.causal_lm import CausalLM
-from engine.models.config import ModelConfig
 from engine.prompt_graphs import PromptGraphs, graph_shapes
 from engine.runner import ModelRunner
 from kernels.choice import CHUNK, Filters, choose_tokens
@@ -37,13 +36,13 @@ def compile_kernels(
     from kernels.gpu.launching import compile_ahead
 
     shortened = copy.copy(model)
-    shortened.layers = [model.layers[i] for i in _unlike_layers(model.config)]
+    shortened.layers = [model.layers[i] for i in unlike_layers(model.config.layer_windows)]
     compile_ahead(lambda: _launch_all(shortened, layout, config), progress=progress)
 
 
-def _unlike_layers(config: ModelConfig) -> list[int]:
-    """Layers that launch all kernels that any does: the first ones, and one with each window."""
-    windows = config.layer_windows
+def unlike_layers(windows: tuple[int | None, ...]) -> list[int]:
+    """Layers that launch all kernels that any does, by their windows: the first ones, and the first
+    with each."""
     firsts = {windows.index(window) for window in windows}
     return sorted(firsts.union(range(min(_LEAST_LAYERS, len(windows)))))
 
