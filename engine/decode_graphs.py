@@ -15,7 +15,6 @@ from engine.batch import StepArrays
 from engine.capture import GraphMemory, capture
 from engine.graph_inputs import GraphInputs
 from engine.models.causal_lm import CausalLM
-from kernels.attention import AttentionBatch
 
 # Up to here the ladder has every power of two, from here on every eighth size.
 _FINE_UP_TO = 8
@@ -31,42 +30,38 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """Captured forward passes over one model and pool; `hidden` replays the one that fits."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        kv_pool: Tensor,
-        sizes: list[int],
-        memory: GraphMemory,
-        *,
-        progress: bool,
-    ) -> None:
-        """Captures all sizes. Nothing else may run on the device meanwhile.
+    def __init__(self, model: CausalLM, kv_pool: Tensor, sizes: list[int]) -> None:
+        """`capture` is to be called before `hidden`.
 
         `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
+        self._model = model
+        self._kv_pool = kv_pool
         self._sizes = sizes
-        max_kv_len = model.config.max_model_len
         self._inputs = GraphInputs(
             max_seqs=sizes[-1],
             max_tokens=sizes[-1],
-            max_blocks=-(-max_kv_len // kv_pool.shape[4]),
+            max_blocks=-(-model.config.max_model_len // kv_pool.shape[4]),
             device=kv_pool.device,
         )
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._hidden: dict[int, Tensor] = {}
+
+    def capture(self, memory: GraphMemory, *, progress: bool) -> None:
+        """Captures all sizes. Nothing else may run on the device meanwhile."""
+        sizes = self._sizes
         # The largest first: the others find their memory in what it leaves.
         shown = tqdm(reversed(sizes), "CUDA graphs", len(sizes), disable=not progress, leave=False)
         for size in shown:
-            batch = self._inputs.batch(
-                num_seqs=size, num_tokens=size, max_query_len=1, max_kv_len=max_kv_len
+            self.launch(size)
+            self._graphs[size], self._hidden[size] = capture(
+                lambda size=size: self._forward(size), memory
             )
 
-            def forward(size: int = size, batch: AttentionBatch = batch) -> Tensor:
-                return model.forward(self._inputs.token_ids(size), batch, kv_pool)
-
-            # The head comes behind the graph, but kernels are compiled now.
-            model.logits(forward())
-            self._graphs[size], self._hidden[size] = capture(forward, memory)
+    @torch.inference_mode()
+    def launch(self, size: int) -> None:
+        """Kernel by kernel, what a graph of that size replays, and the head that comes behind."""
+        self._model.logits(self._forward(size))
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
         """[num_seqs, hidden_size], valid until the next call; None if the step isn't captured:
@@ -80,3 +75,12 @@ class DecodeGraphs:
         self._inputs.write(arrays, sampled, num_singles=size, num_seqs=size, num_tokens=size)
         self._graphs[size].replay()
         return self._hidden[size][:num_seqs]
+
+    def _forward(self, size: int) -> Tensor:
+        batch = self._inputs.batch(
+            num_seqs=size,
+            num_tokens=size,
+            max_query_len=1,
+            max_kv_len=self._model.config.max_model_len,
+        )
+        return self._model.forward(self._inputs.token_ids(size), batch, self._kv_pool)

@@ -75,7 +75,7 @@ class Engine:
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
             check_products_under_mps(model.config, model.dtype, model.device)
-            memory = measure_gpu_memory(model, layout, config)
+            memory = measure_gpu_memory(model, layout, config, progress=progress)
             logger.info("GPU memory: %s", memory)
             free_bytes, origin = memory.kv_bytes(), f"what is left ({memory})"
         else:

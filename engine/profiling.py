@@ -3,22 +3,19 @@
 import torch
 from torch import Tensor
 
+from engine.compiling import compile_kernels
 from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
 from engine.gpu_memory import GpuMemory, gib
 from engine.kv_memory import allocate_kv_pool
+from engine.made_up_steps import largest_step, warm_up_steps
 from engine.models.causal_lm import CausalLM
 from engine.prompt_graphs import graph_shapes
 from engine.runner import ModelRunner
-from engine.scheduler.plan import ScheduledSequence, StepPlan
-from engine.sequence import Sequence
+from engine.scheduler.plan import StepPlan
 from protocol.errors import StartupError
-from protocol.ids import RequestKey
 from protocol.layout import KVLayout
-from protocol.request import Request
-from protocol.sampling import SamplingParams
 
-_WARM_UP_TOKENS, _WARM_UP_TOKENS_ON_GPU = 64, 512
 # A process's CUDA context, its libraries' and our kernels (0.75 GiB on an H100), and its staging
 # memory for transfers (0.25). Not measured: workers that start at the same time on one card can't
 # tell whose memory is whose.
@@ -28,29 +25,19 @@ _GRAPH_LAYER_BYTES = 1 << 16
 
 
 def warm_up(runner: ModelRunner, kv_pool: Tensor, *, max_model_len: int) -> None:
-    """A prompt and a decode step, greedy, random and filtered, in a pool that holds nothing yet."""
+    """Steps of a few sequences, in a pool that holds nothing yet."""
     num_blocks, block_size = kv_pool.shape[0], kv_pool.shape[4]
-    # On a GPU, kernels of their own attend for long prompts.
-    longest = _WARM_UP_TOKENS_ON_GPU if kv_pool.is_cuda else _WARM_UP_TOKENS
-    for wanted, sampling in (
-        (longest, SamplingParams(temperature=0.0)),
-        (_WARM_UP_TOKENS, SamplingParams()),
-        (_WARM_UP_TOKENS, SamplingParams(top_p=0.9)),
-    ):
-        num_tokens = min(wanted, num_blocks * block_size - 1, max_model_len - 1)
-        block_ids = list(range(-(-(num_tokens + 1) // block_size)))
-        sequence = _made_up(num_tokens, block_ids, sampling)
-        _run(runner, [sequence], [num_tokens])
-        sequence.num_computed_tokens = num_tokens
-        sequence.token_ids.append(0)
-        _run(runner, [sequence], [1])
-        runner.release(sequence)
+    max_tokens = min(num_blocks * block_size, max_model_len)
+    for plan in warm_up_steps(block_size=block_size, max_tokens=max_tokens, is_gpu=kv_pool.is_cuda):
+        _run(runner, plan)
 
 
-def measure_gpu_memory(model: CausalLM, layout: KVLayout, config: EngineConfig) -> GpuMemory:
+def measure_gpu_memory(
+    model: CausalLM, layout: KVLayout, config: EngineConfig, *, progress: bool
+) -> GpuMemory:
     """What the model, its largest step and its CUDA graphs take of this worker's share of a GPU.
 
-    Raises StartupError if that does not fit in what is free.
+    Kernels are compiled on the way. Raises StartupError if that does not fit in what is free.
     """
     device = model.device
     torch.cuda.empty_cache()
@@ -58,8 +45,11 @@ def measure_gpu_memory(model: CausalLM, layout: KVLayout, config: EngineConfig) 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     # Reserved, not allocated: what lies idle between a step's tensors is nobody else's.
     before_bytes = torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
     try:
+        # Only now: what kernels keep from their first call on is a part of the largest step.
+        compile_kernels(model, layout, config, progress=progress)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
         kv_bytes = _run_largest_step(model, layout, config)
         torch.cuda.synchronize(device)
         activations_bytes = torch.cuda.max_memory_reserved(device) - before_bytes - kv_bytes
@@ -100,38 +90,21 @@ def _graphs_bytes(model: CausalLM, layout: KVLayout, config: EngineConfig) -> in
 
 
 def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -> int:
-    """`max_num_batched_tokens` new tokens and `max_num_seqs` samples, all in the same blocks.
-
-    Returns the bytes of those blocks, which are gone again.
-    """
-    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-    longest = min(config.max_num_batched_tokens - num_seqs + 1, model.config.max_model_len - 1)
-    counts = [longest] + [1] * (num_seqs - 1)
-    num_blocks = -(-longest // layout.block_size)
+    """Returns the bytes of its blocks, which are gone again."""
+    plan, num_blocks = largest_step(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=model.config.max_model_len,
+        block_size=layout.block_size,
+    )
     kv_pool = allocate_kv_pool(layout, num_blocks, device=model.device)
-    runner = ModelRunner(model, kv_pool, root_seed=0)
-    block_ids = list(range(num_blocks))
-    sampling = SamplingParams(top_p=0.9, logprobs=1)
-    sequences = [_made_up(count, block_ids, sampling) for count in counts]
-    _run(runner, sequences, counts)
+    _run(ModelRunner(model, kv_pool, root_seed=0), plan)
     return kv_pool.nbytes
 
 
-def _made_up(num_tokens: int, block_ids: list[int], sampling: SamplingParams) -> Sequence:
-    request = Request(
-        key=RequestKey("warm-up", 0),
-        token_ids=[0] * num_tokens,
-        num_prompt_tokens=num_tokens,
-        sampling=sampling,
-    )
-    return Sequence(request=request, root=b"", arrival_s=0.0, block_ids=block_ids)
-
-
-def _run(runner: ModelRunner, sequences: list[Sequence], counts: list[int]) -> None:
-    items = [
-        ScheduledSequence(sequence, count, samples=True)
-        for sequence, count in zip(sequences, counts, strict=True)
-    ]
-    step = runner.launch(StepPlan(items))
+def _run(runner: ModelRunner, plan: StepPlan) -> None:
+    step = runner.launch(plan)
     step.sample()
     step.result()
+    for item in plan.scheduled:
+        runner.release(item.sequence)

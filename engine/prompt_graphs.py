@@ -54,18 +54,14 @@ class PromptGraphs:
         model: CausalLM,
         kv_pool: Tensor,
         shapes: list[tuple[int, int]],
-        memory: GraphMemory,
-        *,
-        progress: bool,
-        always: bool = False,
     ) -> None:
-        """Captures those of `shapes` that the host is slow to launch, or `always` all. Nothing else
-        may run on the device meanwhile.
+        """`shapes` are those that may be captured; `capture` is to be called before `hidden`.
 
         `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
         self._model = model
         self._kv_pool = kv_pool
+        self._shapes = shapes
         self._inputs = GraphInputs(
             max_seqs=max(num_singles for num_singles, _ in shapes) + MAX_CHUNKS,
             max_tokens=sum(shapes[0]),
@@ -74,19 +70,29 @@ class PromptGraphs:
         )
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._hidden: dict[tuple[int, int], Tensor] = {}
+        # By numbers of sequences with one token, ascending, as the numbers of tokens are.
+        self._ladders: dict[int, list[int]] = {}
+
+    def capture(self, memory: GraphMemory, *, progress: bool, always: bool = False) -> None:
+        """Captures the shapes that the host is slow to launch, or `always` all. Nothing else may
+        run on the device meanwhile."""
+        shapes = self._shapes
         if not always:
             longest = self._longest_slow_to_launch([num for single, num in shapes if not single])
             shapes = [shape for shape in shapes if shape[1] <= longest]
-        # By numbers of sequences with one token, ascending, as the numbers of tokens are.
-        self._ladders: dict[int, list[int]] = {}
         for num_singles, num_tokens in sorted(shapes):
             self._ladders.setdefault(num_singles, []).append(num_tokens)
         shown = tqdm(shapes, "CUDA graphs of prompts", disable=not progress, leave=False)
         for shape in shown:
-            self._forward(*shape)
+            self.launch(*shape)
             self._graphs[shape], self._hidden[shape] = capture(
                 lambda shape=shape: self._forward(*shape), memory
             )
+
+    @torch.inference_mode()
+    def launch(self, num_singles: int, num_tokens: int) -> None:
+        """Kernel by kernel, what a graph of that shape replays."""
+        self._forward(num_singles, num_tokens)
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
         """Hidden states of the tokens that sample, [num_samples, hidden_size]; None if the step
@@ -135,15 +141,14 @@ class PromptGraphs:
 
     def _launch_share(self, num_tokens: int) -> float:
         """Of the time that a step of prompts alone takes, kernel by kernel."""
-        self._forward(0, num_tokens)  # compiles kernels, makes workspaces
+        self.launch(0, num_tokens)  # compiles kernels, makes workspaces
         torch.cuda.synchronize()
         started_s = time.perf_counter()
-        self._forward(0, num_tokens)
+        self.launch(0, num_tokens)
         launched_s = time.perf_counter()
         torch.cuda.synchronize()
         return (launched_s - started_s) / (time.perf_counter() - started_s)
 
-    @torch.inference_mode()
     def _forward(self, num_singles: int, num_tokens: int) -> Tensor:
         batch = self._inputs.batch(
             num_seqs=num_singles + MAX_CHUNKS,

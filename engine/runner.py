@@ -69,8 +69,10 @@ class ModelRunner:
         with prompts of those `shapes` that `PromptGraphs` finds worth it, or `always` all."""
         memory = GraphMemory()
         model, kv_pool = self._model, self._kv_pool
-        prompts = PromptGraphs(model, kv_pool, shapes, memory, progress=progress, always=always)
-        decodes = DecodeGraphs(model, kv_pool, sizes, memory, progress=progress)
+        prompts = PromptGraphs(model, kv_pool, shapes)
+        prompts.capture(memory, progress=progress, always=always)
+        decodes = DecodeGraphs(model, kv_pool, sizes)
+        decodes.capture(memory, progress=progress)
         self._graphs = (decodes, prompts)
 
     @property

@@ -5,12 +5,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.layers.decoder import DecoderLayer
 from engine.models.config import ModelConfig
 from kernels.attention import AttentionBatch
 
 
 class CausalLM(Protocol):
     """A decoder whose keys and values live in a paged pool. Run it under `torch.inference_mode`."""
+
+    layers: list[DecoderLayer]
 
     @property
     def config(self) -> ModelConfig: ...

@@ -21,7 +21,7 @@ class Qwen3ForCausalLM:
         self.device = weights.device
         self._cos_sin = rope_table(config.rope, config.max_model_len, weights.device)
         self._vocabulary = Vocabulary(config, weights)
-        self._layers = [
+        self.layers = [
             DecoderLayer(
                 config,
                 layer,
@@ -39,7 +39,7 @@ class Qwen3ForCausalLM:
 
     def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
         output, residual = None, self._vocabulary.embed(token_ids)
-        for layer in self._layers:
+        for layer in self.layers:
             output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
         return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
 

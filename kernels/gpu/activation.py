@@ -1,8 +1,5 @@
 """The gated activation: reads both halves once, writes their product."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +12,7 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.fp8 import empty_rows, store_fp8_row
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 _BLOCK = 1024
@@ -64,7 +62,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens:
-        _silu_and_mul_kernel[(num_tokens, ceil_div(size, _BLOCK))](
+        launch(_silu_and_mul_kernel, (num_tokens, ceil_div(size, _BLOCK)))(
             gate_up,
             out,
             size,
@@ -80,7 +78,7 @@ def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None) -> Fp8Rows:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = empty_rows(num_tokens, size, gate_up.device)
     if num_tokens:
-        _silu_and_mul_fp8_kernel[(num_tokens,)](
+        launch(_silu_and_mul_fp8_kernel, (num_tokens,))(
             gate_up,
             out.values,
             out.scales,

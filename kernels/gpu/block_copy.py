@@ -1,13 +1,11 @@
 """Copying blocks: a program moves one tile of one block, 16 bytes a thread and load."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
 _TILE_WORDS = 4096
@@ -36,7 +34,7 @@ def copy_blocks(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: 
     tiles_per_block = ceil_div(num_words, _TILE_WORDS)
     num_copies = len(source_ids)
     if num_copies:
-        _copy_blocks_kernel[(num_copies * tiles_per_block,)](
+        launch(_copy_blocks_kernel, (num_copies * tiles_per_block,))(
             source.view(torch.int32),
             source_ids,
             target.view(torch.int32),

@@ -9,8 +9,8 @@ The card's fast exponential makes weights differ from the reference's by some 1e
 random number that close to the border between two tokens may choose the other.
 """
 
-# A launch takes compile options beside the kernel's arguments, and a scan does return.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# A scan does return.
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.floors import find_floor
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 _NUM_WARPS = 4
@@ -179,7 +180,7 @@ def choose_tokens(
         return chosen
     maxima, sums = reduce_chunks(scores, temperature=temperature, are_weights=False)
     num_chunks = maxima.shape[1]
-    _choose_kernel[(num_rows,)](
+    launch(_choose_kernel, (num_rows,))(
         scores,
         scores.stride(0),
         width,

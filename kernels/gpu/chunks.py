@@ -4,9 +4,6 @@ A first pass, by many programs, reduces every chunk to its largest value and a s
 that then works on a row looks at those few, and reads only the chunks that matter.
 """
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +14,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
 CHUNK = tl.constexpr(256)
@@ -91,7 +89,7 @@ def reduce_chunks(
     num_chunks = ceil_div(width, CHUNK.value)
     maxima = torch.empty((num_rows, num_chunks), device=rows.device)
     sums = torch.empty_like(maxima, dtype=torch.float64 if are_weights else torch.float32)
-    _reduce_kernel[(num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM))](
+    launch(_reduce_kernel, (num_rows, ceil_div(num_chunks, _CHUNKS_A_PROGRAM)))(
         rows,
         rows.stride(0),
         width,

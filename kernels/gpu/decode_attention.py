@@ -5,9 +5,6 @@ query heads of its group; where sequences and heads are too few to fill the card
 each is split over several programs, and the last of them to finish merges what they found.
 """
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +27,7 @@ from kernels.gpu.dependent_launch import (
     prefetch_to_l2,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.merge_attention import merge_attention, merge_group, parts_at_once
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widening import widened
@@ -248,7 +246,7 @@ def decode_attention(
             arrivals = arrival_counters(num_pairs, q.device)
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
-    _decode_kernel[(splits, num_kv_heads, num_seqs)](
+    launch(_decode_kernel, (splits, num_kv_heads, num_seqs))(
         q,
         new and new.k,
         new and new.v,

@@ -1,8 +1,5 @@
 """Top-k, top-p and min-p over rows of weights: a program finds a row's floor, and clears below."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +12,7 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.floors import find_floor
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 _CHUNKS_AT_ONCE = tl.constexpr(16)
@@ -66,7 +64,7 @@ def filter_weights(
         return weights
     maxima, sums = reduce_chunks(weights, temperature=None, are_weights=True)
     num_chunks = maxima.shape[1]
-    _filter_kernel[(num_rows,)](
+    launch(_filter_kernel, (num_rows,))(
         weights,
         width,
         top_k,

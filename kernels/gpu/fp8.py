@@ -1,8 +1,7 @@
 """Quantization of rows to 8 bits, a row in one program."""
 
-# A launch takes compile options beside the kernel's arguments.
 # What kernels call is compiled with them, whatever types its decorator has.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -15,6 +14,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 LARGEST = tl.constexpr(FP8_MAX)
@@ -75,7 +75,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
     out = empty_rows(num_rows, size, x.device)
     block = next_power_of_2(size)
     if num_rows:
-        _quantize_rows_kernel[(num_rows,)](
+        launch(_quantize_rows_kernel, (num_rows,))(
             x,
             out.values,
             out.scales,

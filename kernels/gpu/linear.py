@@ -5,9 +5,8 @@ there are too few tiles of rows to fill the card, the inner dimension is split o
 last one of a tile to finish adds up what the others left, in a fixed order, so results don't vary.
 """
 
-# A launch takes compile options beside the kernel's arguments.
 # What kernels call is compiled with them, whatever types its decorator has.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.fp8 import quantize
+from kernels.gpu.launching import launch
 from kernels.gpu.linear_tiles import LinearTile, fp8_tile_for, tile_for
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
@@ -231,7 +231,7 @@ def _launch(
         shape = (tile.splits, num_tokens, out_features)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         arrivals = arrival_counters(num_row_tiles, x.device)
-    _linear_kernel[(num_row_tiles, tile.splits)](
+    launch(_linear_kernel, (num_row_tiles, tile.splits))(
         x,
         x_scales,
         weight,

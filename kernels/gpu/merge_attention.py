@@ -3,9 +3,6 @@
 Parts are added in their order in the context, whichever program came last.
 """
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +12,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 # Of parts being added, so that the loads of several are on their way together.
@@ -115,7 +113,7 @@ def merge_attention(partial_out: Tensor, partial_lse: Tensor, out: Tensor) -> No
     num_heads, head_dim].
     """
     num_seqs, num_heads, num_splits, head_dim = partial_out.shape
-    _merge_kernel[(num_seqs * num_heads,)](
+    launch(_merge_kernel, (num_seqs * num_heads,))(
         partial_out,
         partial_lse,
         out,

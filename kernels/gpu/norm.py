@@ -1,8 +1,5 @@
 """RMS normalisation, a row in one program; the rows of a step are few and short."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +12,7 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.fp8 import empty_rows, row_warps, store_fp8_row
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 
@@ -98,7 +96,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     block = next_power_of_2(size)
     inner = x.shape[1] if x.dim() > 2 else 1
     if x.numel():
-        _rms_norm_kernel[(x.numel() // size,)](
+        launch(_rms_norm_kernel, (x.numel() // size,))(
             x,
             weight,
             out,
@@ -119,7 +117,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     size = weight.shape[0]
     block = next_power_of_2(size)
     if x.numel():
-        _add_rms_norm_kernel[(x.numel() // size,)](
+        launch(_add_rms_norm_kernel, (x.numel() // size,))(
             x,
             residual,
             weight,
@@ -141,7 +139,7 @@ def add_rms_norm_fp8(
     out = empty_rows(num_rows, size, residual.device)
     block = next_power_of_2(size)
     if num_rows:
-        _add_rms_norm_fp8_kernel[(num_rows,)](
+        launch(_add_rms_norm_fp8_kernel, (num_rows,))(
             x,
             residual,
             weight,

@@ -5,9 +5,6 @@ heads that share a KV head, so that keys and values are read once for the group.
 context in tiles of tokens, first those that every row sees, without a mask, then the rest.
 """
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +18,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 _MIN_ROWS = 16
@@ -241,7 +239,7 @@ def prefill_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tiles = num_tokens // queries + batch.num_seqs
-    _prefill_kernel[(num_tiles, num_kv_heads)](
+    launch(_prefill_kernel, (num_tiles, num_kv_heads))(
         q,
         kv_pool.select(1, layer),
         out,

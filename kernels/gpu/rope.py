@@ -1,8 +1,5 @@
 """RoPE of q in place, and of k on its way into the paged pool, with v beside it."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +11,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 
@@ -148,7 +146,7 @@ def rope_and_store_kv(
     num_groups += ceil_div(num_kv_heads, _HEADS_PER_PROGRAM)
     if not num_tokens:
         return
-    _rope_and_store_kv_kernel[(num_tokens, num_groups)](
+    launch(_rope_and_store_kv_kernel, (num_tokens, num_groups))(
         q,
         k,
         v,

@@ -1,8 +1,5 @@
 """Changes to rows of scores before the choice: penalties, and what masks rule out."""
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +9,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
 _BLOCK = 1024
@@ -80,7 +78,7 @@ def penalize(
     """`kernels.sampling.penalize` for rows of scores that are contiguous."""
     width = in_prompt.shape[1]
     if len(places):
-        _penalize_kernel[(len(places), ceil_div(width, _BLOCK))](
+        launch(_penalize_kernel, (len(places), ceil_div(width, _BLOCK)))(
             scores,
             scores.stride(0),
             places,
@@ -101,7 +99,7 @@ def rule_out(scores: Tensor, *, places: Tensor, allowed: Tensor) -> None:
     """`kernels.sampling.rule_out` for rows of scores that are contiguous, masks on the device."""
     width = scores.shape[1]
     if len(places):
-        _rule_out_kernel[(len(places), ceil_div(width, _BLOCK))](
+        launch(_rule_out_kernel, (len(places), ceil_div(width, _BLOCK)))(
             scores,
             scores.stride(0),
             width,

@@ -4,9 +4,6 @@ A prompt's queries read each of its tokens many times over: widened once, they a
 are. The layer's blocks of all sequences lie one after the other in a pool of this layer alone.
 """
 
-# A launch takes compile options beside the kernel's arguments.
-# pyright: reportCallIssue=false
-
 from dataclasses import replace
 
 import torch
@@ -15,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
 _TILE = 4096
@@ -73,7 +71,7 @@ def widen_blocks(
     size = kv_pool[0, layer].numel()
     max_blocks = ceil_div(batch.max_kv_len, block_size)
     num_blocks = batch.num_seqs * max_blocks
-    _widen_blocks_kernel[(num_blocks, ceil_div(size, _TILE))](
+    launch(_widen_blocks_kernel, (num_blocks, ceil_div(size, _TILE)))(
         kv_pool[:, layer],
         widened,
         batch.kv_lens,

@@ -20,6 +20,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.hopper.attending import attend
 from kernels.gpu.hopper.loading import LINE, NUM_SCALARS, ROWS, load
 from kernels.gpu.hopper.support import num_multiprocessors
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widened_blocks import widen_blocks
 
@@ -154,7 +155,7 @@ def hopper_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     num_programs = min(num_multiprocessors(q.device), num_tiles * num_kv_heads)
-    _hopper_attention_kernel[(num_programs,)](
+    launch(_hopper_attention_kernel, (num_programs,))(
         TensorDescriptor(
             q,
             shape=[num_tokens, num_heads, head_dim],

@@ -22,6 +22,7 @@ from kernels.gpu.hopper.linear_loading import load
 from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS, HopperTile
 from kernels.gpu.hopper.multiplying import MAX_SPLITS, multiply
 from kernels.gpu.hopper.support import num_multiprocessors
+from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
 # Lines of 128 bytes, swizzled as the matrix instructions read them.
@@ -214,7 +215,8 @@ def hopper_fp8_linear(
     if not tile.tokens_are_rows:
         operands.reverse()
     (rows, row_scales), (columns, column_scales) = operands
-    _hopper_linear_kernel[(min(num_units, num_multiprocessors(out.device) * tile.programs),)](
+    num_programs = min(num_units, num_multiprocessors(out.device) * tile.programs)
+    launch(_hopper_linear_kernel, (num_programs,))(
         rows,
         columns,
         out,

@@ -206,20 +206,18 @@ class ModelledKernel:
         self._function = kernel.fn
         self._names = kernel.arg_names
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            values = dict(zip(self._names, arguments, strict=False)) | {
-                name: value for name, value in options.items() if name in self._names
-            }
-            values["PDL"] = True
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    values[name] = Pointer(value.view(-1))
-                elif isinstance(value, TensorDescriptor):
-                    value.dtype = None
-            _run([lambda: self._function(**values)] * grid[0])
-
-        return launch
+    def run(self, *arguments: Any, grid: tuple[int], warmup: bool, **options: Any) -> None:
+        assert not warmup
+        values = dict(zip(self._names, arguments, strict=False)) | {
+            name: value for name, value in options.items() if name in self._names
+        }
+        values["PDL"] = True
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = Pointer(value.view(-1))
+            elif isinstance(value, TensorDescriptor):
+                value.dtype = None
+        _run([lambda: self._function(**values)] * grid[0])
 
 
 def run_modelled(patch: pytest.MonkeyPatch, kernel: str, *modules: ModuleType) -> None:

@@ -1,0 +1,92 @@
+"""Compiles the kernels that an engine's start will launch: on all cores, before the first of them.
+
+One by one, as they come, they are most of the time until a worker whose cache is empty is ready. So
+the start's steps are gone through once without running a kernel. Operations of torch's do run in
+there, on whatever memory holds: nothing may depend on values, so no token is chosen.
+"""
+
+import copy
+from itertools import chain
+
+import torch
+
+from engine.config import EngineConfig
+from engine.decode_graphs import DecodeGraphs, graph_sizes
+from engine.kv_memory import allocate_kv_pool
+from engine.made_up_steps import largest_step, warm_up_steps
+from engine.models.causal_lm import CausalLM
+from engine.prompt_graphs import PromptGraphs, graph_shapes
+from engine.runner import ModelRunner
+from kernels.choice import CHUNK, Filters, choose_tokens
+from protocol.layout import KVLayout
+
+# The second layer's first norm adds what the first layer may have left to it.
+_LEAST_LAYERS = 2
+
+
+def compile_kernels(
+    model: CausalLM, layout: KVLayout, config: EngineConfig, *, progress: bool
+) -> None:
+    """Takes no more of the GPU's memory than the largest step.
+
+    What is compiled for layers that differ in more than attention's window, if any, isn't
+    found: their first launch compiles it.
+    """
+    # Imported here: a machine without a GPU needs no Triton.
+    from kernels.gpu.launching import compile_ahead
+
+    shortened = copy.copy(model)
+    shortened.layers = [model.layers[i] for i in unlike_layers(model.config.layer_windows)]
+    compile_ahead(lambda: _launch_all(shortened, layout, config), progress=progress)
+
+
+def unlike_layers(windows: tuple[int | None, ...]) -> list[int]:
+    """Layers that launch all kernels that any does, by their windows: the first ones, and the first
+    with each."""
+    firsts = {windows.index(window) for window in windows}
+    return sorted(firsts.union(range(min(_LEAST_LAYERS, len(windows)))))
+
+
+def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
+    """What profiling.py runs, and then the runner captures."""
+    kv_pool = allocate_kv_pool(layout, 1, device=model.device)
+    runner = ModelRunner(model, kv_pool, root_seed=0)
+    max_model_len = model.config.max_model_len
+    largest, _ = largest_step(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=layout.block_size,
+    )
+    steps = warm_up_steps(block_size=layout.block_size, max_tokens=max_model_len, is_gpu=True)
+    for plan in chain([largest], steps):
+        runner.launch(plan)
+        for item in plan.scheduled:
+            runner.release(item.sequence)
+    _choose(model)
+    if not config.enforce_eager:
+        shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens)
+        prompts = PromptGraphs(model, kv_pool, shapes)
+        for shape in shapes:
+            prompts.launch(*shape)
+        sizes = graph_sizes(config.max_num_seqs)
+        decodes = DecodeGraphs(model, kv_pool, sizes)
+        for size in sizes:
+            decodes.launch(size)
+
+
+def _choose(model: CausalLM) -> None:
+    """From the logits as they come and from those that something is done to before, as the
+    sampler does."""
+    device, width = model.device, model.config.vocab_size
+    temperature, top_p, min_p = (torch.ones(1, device=device) for _ in range(3))
+    uniforms = torch.zeros(1, dtype=torch.float64, device=device)
+    filters = Filters(torch.zeros(1, dtype=torch.int64, device=device), top_p, min_p)
+    padded_width = -(-width // CHUNK) * CHUNK
+    for scores in (
+        torch.zeros((1, width), dtype=model.dtype, device=device),
+        torch.zeros((1, padded_width), device=device),
+    ):
+        choose_tokens(scores)
+        choose_tokens(scores, temperature=temperature, uniforms=uniforms)
+        choose_tokens(scores, temperature=temperature, uniforms=uniforms, filters=filters)
