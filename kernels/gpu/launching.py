@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +68,15 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
             all_asked.set()
         asked_s = time.perf_counter() - started_s
         futures: list[Future[Any]] = mode.raw_futures
-        list(
-            tqdm(
-                as_completed(futures),
-                "compiling kernels",
-                len(futures),
-                disable=not progress,
-                leave=False,
-            )
-        )
+        for future in tqdm(
+            as_completed(futures),
+            "compiling kernels",
+            len(futures),
+            disable=not progress,
+            leave=False,
+        ):
+            if future.exception() is None:
+                pool.submit(_build_launcher, future.result())
         errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         _forget_failed(kernels)
@@ -99,6 +100,13 @@ def _asking() -> Iterator[set[Kernel]]:
         yield kernels
     finally:
         _asked.reset(token)
+
+
+def _build_launcher(kernel: CompiledKernel) -> None:
+    """Before 3.7, Triton has a C compiler make a launcher for each kernel, at its first launch; it
+    stays on disk, too."""
+    launcher = driver.active.launcher_cls  # pyright: ignore[reportAttributeAccessIssue]
+    launcher(kernel.src, kernel.metadata)
 
 
 def _forget_failed(kernels: set[Kernel]) -> None:

@@ -45,10 +45,10 @@ def start(model_dir: Path, cache: Path, *formats: str) -> list[list[str]]:
     """What each line of the script says."""
     command = [sys.executable, "-c", SCRIPT, str(model_dir), *formats]
     root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True
-    )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [line.split() for line in done.stdout.splitlines()]
 
 

@@ -33,7 +33,10 @@ def _fail(out, VALUE: tl.constexpr):  # noqa: N803
 
 
 class Hopper:
-    """What Triton asks its driver until a kernel is launched."""
+    """What Triton asks its driver until a kernel is launched, and its launchers."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
 
     def get_current_device(self) -> int:
         return 0
@@ -43,6 +46,10 @@ class Hopper:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, src: Any, metadata: Any) -> None:
+        assert metadata.name == src.fn.__name__
+        self.launched.append(metadata.name)
 
 
 @pytest.fixture
@@ -110,6 +117,7 @@ def test_what_does_not_compile_is_left_to_its_launch(
         compile_ahead(launch_all, progress=False)
     assert "left 1 to their first launch: CompileTimeAssertionFailure" in caplog.text
     assert sorted(compiled) == ["_fail", "_fill"]
+    assert sorted(triton.runtime.driver.active.launched) == ["_fail", "_fill"]
     assert len(memory_of(bad)) == len(memory_of(good)) == 1
     with pytest.raises(triton.compiler.errors.CompileTimeAssertionFailure):
         bad.run(out, VALUE=1, grid=(1,), warmup=True)
