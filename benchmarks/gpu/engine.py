@@ -5,9 +5,10 @@
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
-weights and KV for decode. Ceilings are measured first, in the same run. For decode a profile says
-for which share of the time no kernel ran; `--one-by-one` launches no step before the one before
-is known. `--skip-prompts` decodes over blocks of random numbers instead of computed prompts.
+weights and KV for decode. Ceilings are measured first, in the same run. A profile says what
+prefill's time goes to, and for which share of decode's no kernel ran; `--one-by-one` launches no
+step before the one before is known. `--skip-prompts` decodes over blocks of random numbers instead
+of computed prompts.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.device_time import idle_share, kernel_ms
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.causal_lm import CausalLM
@@ -127,25 +126,6 @@ def run_step(loop: StepLoop) -> tuple[int, float]:
     return num_sampled, time.perf_counter() - started
 
 
-def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
-    """Start, end (µs) and name of all kernels and copies of a call, by their start."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-    # The host's calls to the driver are events, too, and a wait for the device lasts long.
-    events = [event for event in profiler.events() if event.device_type is DeviceType.CUDA]
-    return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
-
-
-def idle_share(call: Callable[[], object]) -> float:
-    """For which share of the time from its first to its last kernel or copy the device has none."""
-    spans = device_spans(call)
-    busy, until = 0.0, spans[0][0]
-    for start, end, _ in spans:
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return 1 - busy / (until - spans[0][0])
-
-
 def fill_with_noise(kv_pool: Tensor) -> None:
     for piece in kv_pool.split(1024):
         piece.copy_(torch.randn(piece.shape, dtype=torch.bfloat16, device=piece.device))
@@ -222,13 +202,9 @@ class Bench:
         self._tflops = ceilings.matmul_tflops if quantization is None else ceilings.fp8_tflops
         self._attention_flops = 4 * hidden * num_layers
 
-    def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
-        """Prompts of one length until each has its first token."""
-        loop = StepLoop(self.engine)
-        add_requests(loop, num_seqs, prompt_len, 1)
-        total_s = 0.0
-        while loop.has_work:
-            total_s += run_step(loop)[1]
+    def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, Any]:
+        """Prompts of one length until each has its first token; once more for the profile."""
+        total_s = self._compute(num_seqs, prompt_len)
         attention_flops = self._attention_flops * prompt_len**2 / 2 + 2 * self._head_weights
         layers_s = 2 * self._layer_weights * prompt_len / self._tflops
         floor_s = num_seqs * (layers_s + attention_flops / self._ceilings.matmul_tflops) / 1e12
@@ -237,7 +213,16 @@ class Bench:
             "prompt_len": prompt_len,
             "tokens_per_s": num_seqs * prompt_len / total_s,
             "share_of_limit": floor_s / total_s,
+            "kernel_ms": kernel_ms(lambda: self._compute(num_seqs, prompt_len)),
         }
+
+    def _compute(self, num_seqs: int, prompt_len: int) -> float:
+        loop = StepLoop(self.engine)
+        add_requests(loop, num_seqs, prompt_len, 1)
+        total_s = 0.0
+        while loop.has_work:
+            total_s += run_step(loop)[1]
+        return total_s
 
     def fits(self, num_seqs: int, prompt_len: int) -> bool:
         """Whether the pool has room for a row of `DECODE`."""

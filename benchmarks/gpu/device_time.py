@@ -1,0 +1,59 @@
+"""What a device does while a call runs, by torch's profiler."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+# The first that a kernel's name holds says what it does.
+KINDS = (
+    ("attention", "attention"),
+    ("decode_kernel", "attention"),
+    ("widen_blocks", "blocks widened"),
+    ("silu_and_mul", "SiLU · mul"),
+    ("rope", "RoPE, store"),
+    ("norm", "add, norm"),
+    ("quantize", "quantization"),
+    ("nvjet", "products"),
+    ("gemm", "products"),
+    ("cutlass", "products"),
+    ("linear", "products"),
+)
+
+
+def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """Start, end (µs) and name of all kernels and copies of a call, by their start."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+    # The host's calls to the driver are events, too, and a wait for the device lasts long.
+    events = [event for event in profiler.events() if event.device_type is DeviceType.CUDA]
+    return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+
+
+def idle_share(call: Callable[[], object]) -> float:
+    """For which share of the time from its first to its last kernel or copy the device has none."""
+    spans = device_spans(call)
+    return _idle_us(spans) / (max(end for _, end, _ in spans) - spans[0][0])
+
+
+def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of each kind of kernel in a call, and of nothing; most first."""
+    kinds: Counter[str] = Counter()
+    spans = device_spans(call)
+    for start, end, name in spans:
+        kinds[_kind_of(name)] += end - start
+    kinds["nothing"] = _idle_us(spans)
+    return {kind: round(microseconds / 1e3, 2) for kind, microseconds in kinds.most_common()}
+
+
+def _kind_of(kernel: str) -> str:
+    return next((kind for part, kind in KINDS if part in kernel.lower()), "other")
+
+
+def _idle_us(spans: list[tuple[float, float, str]]) -> float:
+    idle, until = 0.0, spans[0][0]
+    for start, end, _ in spans:
+        idle += max(0.0, start - until)
+        until = max(until, end)
+    return idle
