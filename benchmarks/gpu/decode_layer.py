@@ -1,0 +1,195 @@
+"""Times layers of a decode step in fp8 with products that quantize on their way, or after a kernel.
+
+    python -m benchmarks.gpu.decode_layer [--layers 8] [--out benchmarks/results/FILE.json]
+
+Layers of Llama-3.1-8B's shape with random weights, more of them than the L2 cache holds, run one
+behind the other in a CUDA graph over a pool of noise. Variants take turns: products of up to so
+many tokens quantize their inputs, and gate their outputs, themselves. Figures are microseconds a
+layer, the median of all replays.
+"""
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, HEADS, KV_HEADS, current_commit, make_batch
+from engine.layers.attention import AttentionOptions
+from engine.layers.decoder import DecoderLayer
+from engine.layers.rope import rope_table
+from engine.models.config import ModelConfig
+from engine.models.quantization import requested_quantization
+from engine.models.rope_config import NoScaling, RopeConfig
+from engine.weights.source import DummyWeights, LinearFormat
+from kernels.attention import AttentionBatch
+from kernels.fp8 import FP8
+from kernels.gpu import fp8_linear, linear_tiles
+from kernels.gpu.sizes import ceil_div
+
+HIDDEN, INTERMEDIATE = 4096, 14336
+BATCHES = (1, 8, 16, 17, 24, 32, 48, 64)
+CONTEXT = 1170
+FEW_TOKENS = (0, 16, 32)
+NUM_WARM_UP, NUM_ROUNDS, NUM_REPLAYS = 3, 7, 12
+
+
+class Layers:
+    """Decoder layers, and keys and values of noise for the largest batch."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._config = llama_config(num_layers)
+        device = torch.device("cuda")
+        linear_format = LinearFormat(self._config.quantization, multiplies_fp8=True)
+        weights = DummyWeights(torch.bfloat16, device, linear_format=linear_format)
+        options = AttentionOptions()
+        self._layers = [
+            DecoderLayer(self._config, layer, weights, attention=options)
+            for layer in range(num_layers)
+        ]
+        self._cos_sin = rope_table(self._config.rope, 2 * CONTEXT, device)
+        self.num_layers = num_layers
+
+    def make_pool(self, num_seqs: int) -> Tensor:
+        num_blocks = num_seqs * ceil_div(CONTEXT, BLOCK_SIZE)
+        layer = (2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        shape = (num_blocks, self.num_layers, *layer)
+        pool = torch.empty(shape, dtype=FP8, device="cuda")
+        noise = torch.randn((num_blocks, *layer), dtype=torch.bfloat16, device="cuda")
+        for layer_index in range(self.num_layers):
+            pool[:, layer_index] = noise.roll(layer_index, 0).to(FP8)
+        return pool
+
+    def forward(self, stream: Tensor, batch: AttentionBatch, pool: Tensor) -> None:
+        """Adds all layers' outputs to the residual `stream` [num_tokens, HIDDEN]."""
+        output, residual = None, stream
+        for layer in self._layers:
+            output, residual = layer.forward(output, residual, self._cos_sin, batch, pool)
+        if output is not None:
+            residual = residual + output
+        if residual is not stream:
+            stream.copy_(residual)
+
+
+class Captured:
+    """A forward pass in a graph, from the same input each time."""
+
+    def __init__(self, layers: Layers, batch: AttentionBatch, pool: Tensor, start: Tensor) -> None:
+        self.stream = torch.empty_like(start)
+
+        def run() -> None:
+            self.stream.copy_(start)
+            layers.forward(self.stream, batch, pool)
+
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            run()
+
+    def times_us(self, num: int) -> list[float]:
+        events: list[Any] = []
+        for _ in range(num):
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair[0].record()
+            self._graph.replay()
+            pair[1].record()
+            events.append(pair)
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in events]
+
+
+def llama_config(num_layers: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_layers=num_layers,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=500_000.0, rotary_dim=HEAD_DIM, scaling=NoScaling()),
+        layer_windows=(None,) * num_layers,
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        max_model_len=131072,
+        eos_token_ids=(),
+        bos_token_id=None,
+        dtype="bfloat16",
+        quantization=requested_quantization("fp8", None),
+        fingerprint="",
+    )
+
+
+def decode_batch(num_seqs: int) -> AttentionBatch:
+    batch = make_batch(num_seqs, 1, CONTEXT)
+    last = batch.block_tables[:, (CONTEXT - 1) // BLOCK_SIZE].long() * BLOCK_SIZE
+    return replace(
+        batch,
+        slots=last + (CONTEXT - 1) % BLOCK_SIZE,
+        positions=torch.full((num_seqs,), CONTEXT - 1, device="cuda", dtype=torch.int64),
+    )
+
+
+def bench(layers: Layers, pool: Tensor, num_seqs: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    batch = decode_batch(num_seqs)
+    start = torch.randn(num_seqs, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    captured: dict[int, Captured] = {}
+    for few in FEW_TOKENS:
+        with (
+            mock.patch.object(fp8_linear, "FEW_FP8_TOKENS", few),
+            mock.patch.object(linear_tiles, "FEW_FP8_TOKENS", few),
+        ):
+            captured[few] = Captured(layers, batch, pool, start)
+    times: dict[int, list[float]] = {few: [] for few in FEW_TOKENS}
+    for replayed in captured.values():
+        replayed.times_us(NUM_WARM_UP)
+    for _ in range(NUM_ROUNDS):
+        for few, replayed in captured.items():
+            times[few] += replayed.times_us(NUM_REPLAYS)
+    us = {few: round(median(all_us) / layers.num_layers, 2) for few, all_us in times.items()}
+    return {"batch": num_seqs, "us_a_layer": us}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    layers = Layers(args.layers)
+    pool = layers.make_pool(max(BATCHES))
+    # Each capture of a graph collects garbage: what is here by now is none.
+    gc.freeze()
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": args.commit,
+        "card": torch.cuda.get_device_name(),
+        "layers": args.layers,
+        "context": CONTEXT,
+        "rows": [],
+    }
+    for num_seqs in BATCHES:
+        results["rows"].append(bench(layers, pool, num_seqs))
+        print(results["rows"][-1], flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
