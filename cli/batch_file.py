@@ -7,7 +7,8 @@ from typing import BinaryIO, Self
 
 import msgspec
 
-from protocol.errors import InvalidRequestError, StartupError
+from protocol.decoding import decode
+from protocol.errors import InvalidRequestError, StartupError, UnreadableError
 from services.router.batch.lines import (
     BATCH_ENDPOINTS,
     LineValidator,
@@ -50,6 +51,9 @@ class _Id(msgspec.Struct):
     custom_id: str
 
 
+_ids = msgspec.json.Decoder(_Id)
+
+
 class ResultFile:
     """Opened with what an earlier run left in it: `done` are the requests that have results."""
 
@@ -66,8 +70,8 @@ class ResultFile:
             if not line.endswith(b"\n"):
                 break  # an earlier run was killed as it wrote this
             try:
-                custom_id = msgspec.json.decode(line, type=_Id).custom_id
-            except (msgspec.DecodeError, UnicodeDecodeError):
+                custom_id = decode(_ids, line).custom_id
+            except UnreadableError:
                 custom_id = None
             if custom_id not in requests.custom_ids:
                 self._file.close()

@@ -19,7 +19,8 @@ from cli.resolve import Settings, resolve
 from cli.serve import run_stack
 from cli.stack_config import RunBatchConfig
 from loadtest.http_connection import HttpClient, HttpError
-from protocol.errors import StartupError
+from protocol.decoding import decode
+from protocol.errors import StartupError, UnreadableError
 from services.router.batch.answer import Answer, patient_answer
 from services.router.batch.lines import RequestLine, answered
 from services.router.config import RouterConfig
@@ -29,6 +30,8 @@ INTERRUPTED_STATUS = 130
 _ANSWER_DEADLINE_S = 4000.0
 _MAX_CONNECT_FAILURES = 5
 _CONNECT_PAUSE_S = 1.0
+
+_any_json = msgspec.json.Decoder()
 
 
 def run(argv: Sequence[str]) -> int:
@@ -137,6 +140,6 @@ async def _ask(http: HttpClient, request: RequestLine) -> Answer:
 def _one_line(body: bytes) -> bytes:
     """Other servers may write JSON on several lines, and proxies none at all."""
     try:
-        return msgspec.json.encode(msgspec.json.decode(body))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.encode(decode(_any_json, body))
+    except UnreadableError:
         return msgspec.json.encode({"error": {"message": body.decode(errors="replace")}})

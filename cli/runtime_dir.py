@@ -15,7 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.errors import StartupError
+from protocol.decoding import decode
+from protocol.errors import StartupError, UnreadableError
 
 _STACK_FILE = "stack.json"
 _MAX_SOCKET_PATH_BYTES = 107
@@ -55,6 +56,9 @@ class StackRecord(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     redis_url: str
     processes: list[StackProcess]
+
+
+_stack_decoder = msgspec.json.Decoder(StackRecord)
 
 
 class RuntimeDir:
@@ -112,8 +116,8 @@ def local_stacks() -> list[StackRecord]:
     records: list[StackRecord] = []
     for path in _runtime_parent().glob(f"*/{_STACK_FILE}"):
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=StackRecord)
-        except (FileNotFoundError, msgspec.DecodeError):
+            record = decode(_stack_decoder, path.read_bytes())
+        except (FileNotFoundError, UnreadableError):
             # A stack that is just ending, or another release's.
             continue
         if Path(f"/proc/{record.supervisor_pid}").exists():

@@ -19,15 +19,17 @@ def export_memory(address: int) -> tuple[bytes, int]:
 
     Raises OSError if its allocator's memory can't be shared. The device's context must be current.
     """
-    base, size = ctypes.c_uint64(), ctypes.c_size_t()
-    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), _address(address))
+    base, _ = _range_around(address)
     handle = _Handle()
-    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
-    return bytes(handle.data), address - base.value
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), _address(base))
+    return bytes(handle.data), address - base
 
 
-def map_memory(handle: bytes) -> int:
-    """The address at which another process's allocation lies in this one. Raises OSError."""
+def map_memory(handle: bytes) -> tuple[int, int]:
+    """Where another process's allocation lies in this one, and how many bytes it really has.
+
+    Raises OSError.
+    """
     address = ctypes.c_uint64()
     _call(
         "cuIpcOpenMemHandle_v2",
@@ -35,12 +37,24 @@ def map_memory(handle: bytes) -> int:
         _Handle.from_buffer_copy(handle),
         ctypes.c_uint(_LAZY_PEER_ACCESS),
     )
-    return address.value
+    try:
+        base, num_bytes = _range_around(address.value)
+    except OSError:
+        unmap_memory(address.value)
+        raise
+    return address.value, base + num_bytes - address.value
 
 
 def unmap_memory(address: int) -> None:
     """Nothing on the device may use the mapping any more."""
     _call("cuIpcCloseMemHandle", _address(address))
+
+
+def _range_around(address: int) -> tuple[int, int]:
+    """The start of the allocation that has this address, and its bytes."""
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), _address(address))
+    return base.value, size.value
 
 
 def _address(address: int) -> ctypes.c_uint64:

@@ -29,7 +29,8 @@ class PeerBlocks:
     """Copies from the peer's blocks to those of `pool`, uint8 [num_blocks, block_bytes]."""
 
     def __init__(self, exported: bytes, pool: Tensor, copier: BlockCopier) -> None:
-        """Raises OSError if the peer's pool is on another card or can't be mapped."""
+        """Raises OSError if the peer's pool is on another card, can't be mapped, or isn't all in
+        the memory that the mapping has."""
         if len(exported) != _EXPORTED.size:
             raise OSError(f"{len(exported)} bytes describe no pool")
         uuid, handle, offset, self.num_blocks, block_bytes = _EXPORTED.unpack(exported)
@@ -38,8 +39,15 @@ class PeerBlocks:
         if block_bytes != pool.shape[1]:
             raise OSError(f"its blocks have {block_bytes} bytes, ours {pool.shape[1]}")
         _make_current(pool.device)
-        self._base = cuda_ipc.map_memory(handle)
         num_bytes = self.num_blocks * block_bytes
+        self._base, mapped_bytes = cuda_ipc.map_memory(handle)
+        if offset + num_bytes > mapped_bytes:
+            # What lies behind is another's: reading it would be a fault, or take it for KV.
+            cuda_ipc.unmap_memory(self._base)
+            raise OSError(
+                f"it is said to have {num_bytes} bytes from {offset} on, "
+                f"but the memory has {mapped_bytes}"
+            )
         memory = _MappedMemory(self._base + offset, num_bytes)
         self._blocks = torch.as_tensor(memory, device=pool.device).view(-1, block_bytes)
         self._pool = pool

@@ -13,7 +13,8 @@ from typing import TypeAlias
 import msgspec
 
 from kvtransfer.region import Run
-from protocol.errors import TransferError
+from protocol.decoding import decode
+from protocol.errors import TransferError, UnreadableError
 from protocol.ids import Incarnation, TicketId, WorkerId
 
 AGENT_PROTOCOL_VERSION = 3
@@ -151,8 +152,6 @@ AgentMessage: TypeAlias = (
 
 _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder[AgentMessage](AgentMessage)
-# Text that is no UTF-8, and nesting without end, have errors of their own.
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _metadata_decoder = msgspec.msgpack.Decoder(AgentMetadata)
 
 
@@ -164,16 +163,16 @@ def encode(message: AgentMessage | AgentMetadata) -> bytearray:
 def decode_message(data: bytes | bytearray) -> AgentMessage:
     """Raises TransferError on anything but a well-formed message."""
     try:
-        return _message_decoder.decode(data)
-    except _UNREADABLE as error:
+        return decode(_message_decoder, data)
+    except UnreadableError as error:
         raise TransferError(f"Unreadable transfer message: {error}") from error
 
 
 def decode_metadata(data: bytes) -> AgentMetadata:
     """Raises TransferError on anything but well-formed metadata of our protocol version."""
     try:
-        metadata = _metadata_decoder.decode(data)
-    except _UNREADABLE as error:
+        metadata = decode(_metadata_decoder, data)
+    except UnreadableError as error:
         raise TransferError(f"Unreadable transfer agent metadata: {error}") from error
     if metadata.protocol_version != AGENT_PROTOCOL_VERSION:
         raise TransferError(

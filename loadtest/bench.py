@@ -25,7 +25,8 @@ from loadtest.workload import (
     trace_requests,
     warmup_requests,
 )
-from protocol.errors import StartupError
+from protocol.decoding import decode
+from protocol.errors import StartupError, UnreadableError
 
 _DEFAULT_CONCURRENCY = 8
 
@@ -37,6 +38,9 @@ class _Model(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Model]
+
+
+_models = msgspec.json.Decoder(_Models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,8 @@ async def _find_model(http: HttpClient, config: BenchConfig) -> _Model:
     if status != 200:
         raise StartupError(f"{config.base_url}/v1/models answers with status {status}.")
     try:
-        models = msgspec.json.decode(body, type=_Models).data
-    except msgspec.DecodeError as error:
+        models = decode(_models, body).data
+    except UnreadableError as error:
         raise StartupError(f"{config.base_url} is no OpenAI-compatible server.") from error
     wanted = [model for model in models if config.model in (None, model.id)]
     if not wanted:

@@ -4,13 +4,12 @@ import asyncio
 import time
 from itertools import pairwise
 
-import msgspec
-
 from loadtest.config import BenchConfig
 from loadtest.http_connection import HttpClient, HttpError
 from loadtest.openai_stream import PATHS, Answer, EventSplitter, decode_answer, request_body
 from loadtest.results import RequestResult
 from loadtest.workload import PlannedRequest
+from protocol.errors import UnreadableError
 
 _END_OF_STREAM = b"[DONE]"
 
@@ -54,7 +53,7 @@ class AnswerReader:
         """Notes what `data` says; true if it brought text."""
         try:
             answer = decode_answer(data)
-        except msgspec.DecodeError:
+        except UnreadableError:
             self._error = "answer isn't OpenAI's"
             return False
         if answer.error is not None:

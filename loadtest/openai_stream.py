@@ -4,6 +4,7 @@ import msgspec
 
 from loadtest.config import BenchConfig
 from loadtest.workload import PlannedRequest
+from protocol.decoding import decode
 
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -55,8 +56,8 @@ _DECODER = msgspec.json.Decoder(Answer)
 
 
 def decode_answer(data: bytes) -> Answer:
-    """Raises msgspec.DecodeError if `data` is nothing of OpenAI's."""
-    return _DECODER.decode(data)
+    """Raises UnreadableError if `data` is nothing of OpenAI's."""
+    return decode(_DECODER, data)
 
 
 def request_body(config: BenchConfig, model: str, request: PlannedRequest) -> bytes:

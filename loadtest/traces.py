@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.errors import StartupError
+from protocol.decoding import decode
+from protocol.errors import StartupError, UnreadableError
 
 _MOONCAKE_BLOCK_LEN = 512
 
@@ -31,6 +32,9 @@ class _MooncakeLine(msgspec.Struct):
     hash_ids: tuple[int, ...] = ()
 
 
+_mooncake_lines = msgspec.json.Decoder(_MooncakeLine)
+
+
 def read_trace(path: Path) -> list[TraceRequest]:
     """All requests of a Mooncake `.jsonl` or an Azure `.csv` trace, in the order of arrival.
 
@@ -42,7 +46,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
             requests = sorted(reader, key=lambda request: request.offset_s)
     except OSError as error:
         raise StartupError(f"Can't read the trace {path}: {error.strerror}.") from error
-    except (KeyError, ValueError, msgspec.DecodeError) as error:
+    except (KeyError, ValueError, UnreadableError) as error:
         raise StartupError(f"{path} is neither a Mooncake nor an Azure trace: {error}.") from error
     if not requests:
         raise StartupError(f"The trace {path} is empty.")
@@ -52,7 +56,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
 def _mooncake(lines: Iterator[str]) -> Iterator[TraceRequest]:
     for line in lines:
         if line.strip():
-            entry = msgspec.json.decode(line, type=_MooncakeLine)
+            entry = decode(_mooncake_lines, line.encode())
             yield TraceRequest(
                 entry.timestamp / 1000, entry.input_length, entry.output_length, entry.hash_ids
             )

@@ -8,6 +8,7 @@ TandemError
 ├── OverloadedError       HTTP 429 with Retry-After
 ├── ServiceUnavailableError  no worker can take the request now; HTTP 503
 ├── WorkerLostError       a worker died with the request on it; another attempt may be made
+├── UnreadableError       bytes of a peer or client that are no message of the awaited kind
 ├── ProtocolMismatchError   two processes speak different protocol versions
 ├── LayoutMismatchError   two workers' KV layouts differ; names both sides
 └── TransferError         a KV transfer failed
@@ -63,6 +64,10 @@ class ServiceUnavailableError(TandemError):
 
 class WorkerLostError(TandemError):
     """The worker that held the request died or left."""
+
+
+class UnreadableError(TandemError):
+    """Bytes from elsewhere that are no message, record or answer of the awaited kind."""
 
 
 class ProtocolMismatchError(TandemError):

@@ -104,7 +104,7 @@ def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments := function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(arguments) if arguments else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"A tool call's `arguments` aren't valid JSON: {error}.", field="messages"
             ) from error

@@ -3,10 +3,9 @@
 import asyncio
 from collections import deque
 
-import msgspec
 import zmq
 
-from protocol.errors import ProtocolMismatchError, WorkerLostError
+from protocol.errors import ProtocolMismatchError, UnreadableError, WorkerLostError
 from protocol.ids import WorkerRef
 from protocol.messages import PROTOCOL_VERSION, ControlMessage, Goodbye, Heartbeat, Hello
 from services.runtime.loop_socket import LoopSocket
@@ -129,7 +128,7 @@ class ControlClient:
             return
         try:
             message = decode_message(frames[-1])
-        except msgspec.DecodeError as error:
+        except UnreadableError as error:
             self._lose(LostReason.UNREADABLE, str(error))
             return
         if self.peer.state is PeerState.CONNECTING:

@@ -4,10 +4,9 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-import msgspec
 import zmq
 
-from protocol.errors import StartupError
+from protocol.errors import StartupError, UnreadableError
 from protocol.messages import PROTOCOL_VERSION, ControlMessage, Goodbye, Heartbeat, Hello
 from services.runtime.loop_socket import LoopSocket
 from services.runtime.monitor import SocketMonitor
@@ -111,7 +110,7 @@ class ControlServer:
         peer = self._by_route.get(route)
         try:
             message = decode_message(payload)
-        except msgspec.DecodeError as error:
+        except UnreadableError as error:
             if peer is None:
                 logger.warning("unreadable message from an unknown peer: %s", error)
             else:

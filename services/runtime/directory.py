@@ -12,11 +12,13 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from protocol.decoding import decode
+from protocol.errors import UnreadableError
 from protocol.ids import WorkerId
 from protocol.messages import PROTOCOL_VERSION
 from protocol.records import WorkerLoad, WorkerRecord
 from services.runtime.redis_client import REPLY_DEADLINE_S
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import RedisKeys, member_id
 
 logger = logging.getLogger(__name__)
 
@@ -111,20 +113,25 @@ async def read_records(
 async def read_loads(
     redis: Redis, keys: RedisKeys, worker_ids: list[WorkerId]
 ) -> dict[WorkerId, WorkerLoad]:
-    """The loads that these workers last published; those without one are left out."""
+    """The loads that these workers last published; those without a readable one are left out."""
     if not worker_ids:
         return {}
-    values = await redis.mget([keys.load(worker_id) for worker_id in worker_ids])
-    return {
-        worker_id: msgspec.json.decode(value, type=WorkerLoad)
-        for worker_id, value in zip(worker_ids, values, strict=True)
-        if value is not None
-    }
+    asked = redis.mget([keys.load(worker_id) for worker_id in worker_ids])
+    values = cast("list[bytes | None]", await asked)
+    loads: dict[WorkerId, WorkerLoad] = {}
+    for worker_id, value in zip(worker_ids, values, strict=True):
+        if value is None:
+            continue
+        try:
+            loads[worker_id] = decode(_load_decoder, value)
+        except UnreadableError as error:
+            logger.error("unreadable load of %s: %s", worker_id, error)
+    return loads
 
 
 async def _worker_ids(redis: Redis, keys: RedisKeys) -> list[WorkerId]:
     members = cast("set[bytes]", await cast("Any", redis.smembers(keys.workers)))
-    return sorted(member.decode() for member in members)
+    return sorted(map(member_id, members))
 
 
 class _Versioned(msgspec.Struct):
@@ -133,15 +140,20 @@ class _Versioned(msgspec.Struct):
     protocol_version: int
 
 
+_version_decoder = msgspec.json.Decoder(_Versioned)
+_record_decoder = msgspec.json.Decoder(WorkerRecord)
+_load_decoder = msgspec.json.Decoder(WorkerLoad)
+
+
 def _decode(value: bytes, refused: set[bytes]) -> WorkerRecord | None:
     try:
-        version = msgspec.json.decode(value, type=_Versioned).protocol_version
+        version = decode(_version_decoder, value).protocol_version
         if version == PROTOCOL_VERSION:
-            return msgspec.json.decode(value, type=WorkerRecord)
+            return decode(_record_decoder, value)
         problem = f"it speaks protocol version {version}, this process {PROTOCOL_VERSION}"
-    except msgspec.DecodeError as error:
+    except UnreadableError as error:
         problem = str(error)
     if value not in refused:
         refused.add(value)
-        logger.error("ignored a worker's record: %s: %s", problem, value.decode(errors="replace"))
+        logger.error("ignored a worker's record: %s: %s", problem, value[:300])
     return None

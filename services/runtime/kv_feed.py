@@ -19,6 +19,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from protocol.block_hash import BlockHash
+from protocol.decoding import decode
+from protocol.errors import UnreadableError
 from protocol.ids import Incarnation, WorkerId, WorkerRef
 from protocol.records import KVEventBatch
 from services.runtime.redis_client import REPLY_DEADLINE_S
@@ -156,8 +158,8 @@ class KVFeed:
         for entry, fields in entries:
             followed.cursor = entry.decode()
             try:
-                batch = _batch_decoder.decode(fields[BATCH_FIELD])
-            except (msgspec.DecodeError, KeyError) as error:
+                batch = decode(_batch_decoder, fields[BATCH_FIELD])
+            except (UnreadableError, KeyError) as error:
                 logger.error("unreadable KV event of %s: %s", worker_id, error)
                 self._index.degrade(worker_id)
                 followed.cursor = None

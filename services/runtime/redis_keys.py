@@ -122,6 +122,11 @@ class RedisKeys:
         return f"{self.namespace}:blocks:{ref.worker_id}:{ref.incarnation}"
 
 
+def member_id(member: bytes) -> str:
+    """An id in a set or list; what is no UTF-8 becomes one that nobody has."""
+    return member.decode(errors="replace")
+
+
 def entry_id(sequence: int) -> str:
     """The stream's entry ids are the sequence numbers: Redis itself refuses one twice."""
     return f"1-{sequence}"

@@ -3,6 +3,7 @@
 import msgspec
 import zmq
 
+from protocol.decoding import decode
 from protocol.messages import ControlMessage, Goodbye, Heartbeat
 from services.runtime.peers import ChannelTimings
 
@@ -19,8 +20,8 @@ def encode_message(message: ControlMessage) -> bytes:
 
 
 def decode_message(payload: bytes) -> ControlMessage:
-    """Raises msgspec.DecodeError."""
-    return _decoder.decode(payload)
+    """Raises UnreadableError."""
+    return decode(_decoder, payload)
 
 
 HEARTBEAT_PAYLOAD = encode_message(Heartbeat())

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from redis.asyncio import Redis
+from unreadable import MARK, NESTED_JSON, NESTED_MSGPACK, without_utf8
 
 from cli.registered_workers import RegisteredWorkers
 from protocol.ids import Incarnation, WorkerId, WorkerRef, WorkerRole
@@ -24,7 +25,7 @@ from protocol.records import (
 from services.runtime.directory import Records, WorkerDirectory, read_loads, read_records
 from services.runtime.kv_feed import KVFeed
 from services.runtime.redis_client import open_redis
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import BATCH_FIELD, RedisKeys, entry_id
 from services.runtime.registry import RegistryTimings, WorkerRegistration
 
 # Far above what anything here needs; only a bug waits so long.
@@ -220,6 +221,64 @@ async def test_records_of_other_versions_are_ignored_and_named(
     assert "no json" in caplog.text
 
 
+@pytest.mark.parametrize("value", [without_utf8(msgspec.json.encode(record(MARK))), NESTED_JSON])
+async def test_unreadable_records_leave_the_others_in_sight(
+    redis: Redis, runner: Runner, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    keys = RedisKeys()
+    await redis.sadd(keys.workers, "broken", b"\xff")
+    await redis.set(keys.worker("broken"), value)
+    seen = SeenRecords()
+    runner.start(WorkerDirectory(redis, seen).run())
+    runner.start(WorkerRegistration(redis, record()).run())
+    await seen.until(lambda: seen.records == {"decode-0": record()})
+    [refusal] = [text for text in caplog.messages if "ignored a worker's record" in text]
+    assert len(refusal) < 1500
+
+
+@pytest.mark.parametrize(
+    "value", [b"{", b'{"transfer_gb_per_s": {"\xff": 1}}', b'{"num_running": 1e999}', NESTED_JSON]
+)
+async def test_an_unreadable_load_is_none(
+    redis: Redis, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    keys = RedisKeys()
+    await redis.set(keys.load("broken"), value)
+    await redis.set(keys.load("sound"), msgspec.json.encode(WorkerLoad(num_running=3)))
+    assert await read_loads(redis, keys, ["broken", "sound"]) == {
+        "sound": WorkerLoad(num_running=3)
+    }
+    assert await RegisteredWorkers(redis, keys=keys).load("broken") is None
+    assert [text for text in caplog.messages if text.startswith("unreadable load of broken: ")]
+
+
+@pytest.mark.parametrize("value", [b"\xc1", NESTED_MSGPACK])
+async def test_an_unreadable_batch_of_events_is_a_gap(
+    redis: Redis, runner: Runner, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    ref, keys = record().ref, RedisKeys()
+
+    async def publish(sequence: int, value: bytes) -> None:
+        await redis.xadd(keys.kv_stream(ref), {BATCH_FIELD: value}, id=entry_id(sequence))
+
+    def batch(sequence: int) -> bytes:
+        return msgspec.msgpack.encode(KVEventBatch(ref.incarnation, sequence, [stored(sequence)]))
+
+    index = MirrorIndex()
+    feed = KVFeed(redis, index)
+    feed.follow(ref)
+    runner.start(feed.run())
+    await publish(0, batch(0))
+    await index.until(lambda: index.num_resyncs == 1)
+    await publish(1, value)
+    await index.until(lambda: index.num_resyncs == 2)
+    await publish(2, batch(2))
+    await index.until(lambda: index.sequence == 2)
+    assert index.exact
+    [logged] = caplog.messages
+    assert logged.startswith("unreadable KV event of decode-0: ")
+
+
 async def test_blocks_reach_the_index_early_and_late(redis: Redis, runner: Runner) -> None:
     registration = WorkerRegistration(redis, record())
     registration.publish_kv([stored(1, 2, 3)])
@@ -332,3 +391,6 @@ async def test_another_releases_record_is_none(redis: Redis) -> None:
     await redis.set(keys.worker("decode-0"), of_later_release)
     assert await workers.record("decode-0") is None
     assert await workers.load("decode-0") is None
+    for broken in (without_utf8(msgspec.json.encode(record(MARK))), NESTED_JSON):
+        await redis.set(keys.worker("decode-0"), broken)
+        assert await workers.record("decode-0") is None

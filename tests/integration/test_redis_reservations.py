@@ -2,12 +2,15 @@
 
 import asyncio
 
+import msgspec
 import pytest
+from unreadable import MARK, NESTED_MSGPACK, without_utf8
 
 from protocol.ids import RequestKey
 from services.router.placement.ledger import NO_WORK, PlacedWork, PlacementLedger
-from services.router.placement.reservations import SharedReservations
+from services.router.placement.reservations import PlacedSums, SharedReservations
 from services.runtime.redis_client import open_redis
+from services.runtime.redis_keys import RedisKeys
 
 PATIENCE_S = 20.0
 
@@ -49,4 +52,25 @@ async def test_each_router_counts_the_others_placements(redis_server, *, restart
         await until(a, "d", NO_WORK)
         for task in running:
             task.cancel()
+    await redis.aclose()
+
+
+async def test_unreadable_placements_are_passed_over(
+    redis_server, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis = open_redis(redis_server.url)
+    ledger = PlacementLedger(foreign_ttl_s=PATIENCE_S)
+    sound = msgspec.msgpack.encode(PlacedSums("router-b", {"d": PlacedWork(0, 1, 7)}))
+    no_utf8 = without_utf8(msgspec.msgpack.encode(PlacedSums(MARK, {})))
+    listening = asyncio.create_task(SharedReservations(redis, ledger, router_id="router-a").run())
+    async with asyncio.timeout(PATIENCE_S):
+        while not await redis.publish(RedisKeys().placed, b"\xc1"):  # noqa: ASYNC110  (no event)
+            await asyncio.sleep(0.005)
+    for payload in (no_utf8, NESTED_MSGPACK, sound):
+        await redis.publish(RedisKeys().placed, payload)
+    await until(ledger, "d", PlacedWork(0, 1, 7))
+    assert [text.split(":")[0] for text in caplog.messages] == [
+        "unreadable placements of another router"
+    ] * 3
+    listening.cancel()
     await redis.aclose()

@@ -22,6 +22,8 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from protocol.decoding import decode
+from protocol.errors import UnreadableError
 from protocol.ids import RouterId
 from services.router.admin.orders import (
     Order,
@@ -32,7 +34,7 @@ from services.router.admin.orders import (
 )
 from services.router.http.errors import HttpError
 from services.runtime.redis_client import REPLY_DEADLINE_S
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import RedisKeys, member_id
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +138,7 @@ class RouterFleet:
         pipe.publish(self._keys.orders, msgspec.msgpack.encode(message))
         async with asyncio.timeout(REPLY_DEADLINE_S):
             members, _ = await pipe.execute()
-            return await self._present(member.decode() for member in members)
+            return await self._present(map(member_id, members))
 
     async def _collect(self, awaited: _Awaited, expected: set[RouterId]) -> set[RouterId]:
         """Waits for the answers of all who stay there; returns who that is."""
@@ -175,7 +177,7 @@ class RouterFleet:
         """Who is killed leaves its id behind, for the next that starts."""
         async with asyncio.timeout(REPLY_DEADLINE_S):
             asked = cast("Awaitable[set[bytes]]", self._redis.smembers(self._keys.routers))
-            await self._present(member.decode() for member in await asked)
+            await self._present(map(member_id, await asked))
 
     async def _stay_present(self) -> None:
         await self._subscribed.wait()
@@ -206,8 +208,8 @@ class RouterFleet:
 
     async def _heard(self, payload: bytes) -> None:
         try:
-            message: OrderMessage = self._decoder.decode(payload)
-        except msgspec.DecodeError as error:
+            message: OrderMessage = decode(self._decoder, payload)
+        except UnreadableError as error:
             logger.warning("an order or answer of another router can't be read: %s", error)
             return
         match message:

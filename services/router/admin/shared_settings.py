@@ -17,16 +17,19 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from protocol.errors import InvalidRequestError
+from protocol.decoding import decode
+from protocol.errors import InvalidRequestError, UnreadableError
 from services.router.admin.live_settings import LiveSettings
 from services.runtime.redis_client import REPLY_DEADLINE_S
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import RedisKeys, member_id
 
 logger = logging.getLogger(__name__)
 
 # Outlives a restart of all routers one by one, or an outage; not a new deployment.
 TTL_S = 60.0
 LOOK_S = 1.0
+
+_decoder = msgspec.json.Decoder[Any](Any)
 
 # KEYS: the settings. ARGV: their milliseconds, the version known here, how many settings those are,
 # and names and values of these and of what is to change. Returns the hash.
@@ -100,9 +103,9 @@ class SharedSettings:
         is_new = version != self._version
         self._version, self._values, self.were_read = version, values, True
         try:
-            self._settings.take({k.decode(): msgspec.json.decode(v) for k, v in values.items()})
+            self._settings.take({member_id(k): decode(_decoder, v) for k, v in values.items()})
             self._refusal = None
-        except (InvalidRequestError, msgspec.DecodeError) as error:
+        except (InvalidRequestError, UnreadableError) as error:
             self._refusal = str(error)
             if is_new:
                 logger.warning("settings of version %d can't be had here: %s", version, error)

@@ -58,6 +58,7 @@ class FileStore:
         return FileWriter(self._redis, self._keys, self._index)
 
     async def get(self, file_id: str) -> FileRecord | None:
+        """Raises UnreadableError, RedisError and OSError."""
         return await self._index.get(file_id)
 
     async def page(

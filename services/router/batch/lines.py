@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from protocol.errors import InvalidRequestError, ModelNotFoundError
+from protocol.decoding import decode
+from protocol.errors import InvalidRequestError, ModelNotFoundError, UnreadableError
 from services.router.batch.answer import Answer
 from services.router.batch.records import BatchError
 from services.router.http.body import invalid_value
@@ -43,10 +44,10 @@ def parse_line(line: bytes) -> RequestLine:
     try:
         # Strings inside of the body would only be looked at when somebody decodes them.
         line.decode()
-        parsed = _lines.decode(line)
-    except msgspec.ValidationError as error:
-        raise invalid_value(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        parsed = decode(_lines, line)
+    except (UnreadableError, UnicodeDecodeError) as error:
+        if isinstance(error.__cause__, msgspec.ValidationError):
+            raise invalid_value(str(error.__cause__)) from error
         raise InvalidRequestError(
             f"The line isn't valid JSON: {error}.", field=None, code="invalid_json_line"
         ) from error
@@ -89,7 +90,12 @@ class LineValidator:
             raise InvalidRequestError(
                 f"`url` must be {' or '.join(self._urls)}.", field="url", code="invalid_url"
             )
-        head = _heads.decode(parsed.body)
+        try:
+            head = decode(_heads, parsed.body)
+        except UnreadableError as error:
+            # Numbers inside of the body are looked at only now.
+            text = f"`body` can't be read: {error}."
+            raise InvalidRequestError(text, field="body", code="invalid_json_line") from error
         if head.stream:
             raise InvalidRequestError("A request in a file can't be streamed.", field="body.stream")
         if head.background:
@@ -157,7 +163,7 @@ def answered(custom_id: str, answer: Answer) -> ResultLine:
     if answer.status == CLIENT_CLOSED_REQUEST:
         return unanswered(custom_id, "request_aborted", "The request was aborted.")
     line_id = _new_id()
-    request_id = msgspec.json.decode(answer.body, type=_Answer).id or line_id
+    request_id = _read_answer(answer.body).id or line_id
     response = LineResponse(answer.status, request_id, msgspec.Raw(answer.body))
     return ResultLine(id=line_id, custom_id=custom_id, response=response)
 
@@ -193,9 +199,20 @@ class _Answer(msgspec.Struct):
     usage: _Usage | None = None
 
 
+_answers = msgspec.json.Decoder(_Answer)
+
+
+def _read_answer(body: bytes) -> _Answer:
+    """Other servers may say nothing of this, or in another form."""
+    try:
+        return decode(_answers, body)
+    except UnreadableError:
+        return _Answer()
+
+
 def tokens_used(body: bytes) -> dict[str, int]:
     """What a successful answer's usage adds to its batch's."""
-    usage = msgspec.json.decode(body, type=_Answer).usage or _Usage()
+    usage = _read_answer(body).usage or _Usage()
     nothing = _TokenDetails()
     read = usage.prompt_tokens_details or usage.input_tokens_details or nothing
     written = usage.completion_tokens_details or usage.output_tokens_details or nothing

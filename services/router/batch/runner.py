@@ -7,6 +7,7 @@ from typing import cast
 
 from redis.exceptions import RedisError
 
+from protocol.errors import UnreadableError
 from services.router.batch.run import BatchRun, RunContext
 from services.router.batch.store import LeaseLostError
 
@@ -59,7 +60,12 @@ class BatchRunner:
         run: BatchRun | None = None
         try:
             # Read under the lease: before, somebody else may just have finished it.
-            record = await self._store.get(batch_id)
+            try:
+                record = await self._store.get(batch_id)
+            except UnreadableError as error:
+                # A router of the release that wrote it takes it.
+                logger.warning("batch %s is left to others: %s", batch_id, error)
+                return
             if record is None or record.is_over:
                 await self._store.forget(batch_id)
             else:

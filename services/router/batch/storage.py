@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # redis-py leaves many arguments and results untyped.
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -12,10 +13,14 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from protocol.errors import InvalidRequestError
+from protocol.decoding import decode
+from protocol.errors import InvalidRequestError, UnreadableError
 from services.router.http.errors import StorageUnavailableError
 from services.router.http.pages import PageQuery
 from services.runtime.redis_client import REPLY_DEADLINE_S
+from services.runtime.redis_keys import member_id
+
+logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -24,11 +29,12 @@ _SLICE = 256
 
 @asynccontextmanager
 async def reaching_storage(deadline_s: float = REPLY_DEADLINE_S) -> AsyncGenerator[None]:
-    """Around what asks Redis for a client: an outage becomes StorageUnavailableError."""
+    """Around what asks Redis for a client: an outage, or a record that this release can't read,
+    becomes StorageUnavailableError."""
     try:
         async with asyncio.timeout(deadline_s):
             yield
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, UnreadableError) as error:
         raise StorageUnavailableError(f"The store of files and batches failed: {error}") from error
 
 
@@ -50,14 +56,18 @@ class RecordIndex(Generic[Record]):
         await self._redis.zrem(self._index, record_id)
 
     async def get(self, record_id: str) -> Record | None:
+        """Raises UnreadableError if another release's record can't be read."""
         async with asyncio.timeout(REPLY_DEADLINE_S):
             value = await self._redis.get(self._record_key(record_id))
-        return None if value is None else self._decoder.decode(value)
+        return None if value is None else decode(self._decoder, cast("bytes", value))
 
     async def page(
         self, query: PageQuery, *, wanted: Callable[[Record], bool] = lambda _: True
     ) -> tuple[list[Record], bool]:
-        """The records, and whether more follow. Raises InvalidRequestError for a bad `after`."""
+        """The readable records, and whether more follow.
+
+        Raises InvalidRequestError for a bad `after`.
+        """
         found: list[Record] = []
         expired: list[bytes] = []
         start = await self._start(query)
@@ -69,16 +79,23 @@ class RecordIndex(Generic[Record]):
             if not ids:
                 break
             start += len(ids)
-            values = await self._redis.mget([self._record_key(one.decode()) for one in ids])
+            values = await self._redis.mget([self._record_key(member_id(one)) for one in ids])
             for record_id, value in zip(ids, values, strict=True):
                 if value is None:
                     expired.append(record_id)
-                elif wanted(record := self._decoder.decode(cast("bytes", value))):
+                elif (record := self._readable(record_id, cast("bytes", value))) and wanted(record):
                     found.append(record)
         if expired:
             # Only now: places in the set were counted on.
             await self._redis.zrem(self._index, *expired)
         return found[: query.limit], len(found) > query.limit
+
+    def _readable(self, record_id: bytes, value: bytes) -> Record | None:
+        try:
+            return decode(self._decoder, value)
+        except UnreadableError as error:
+            logger.warning("%s is left out of the list: %s", member_id(record_id), error)
+            return None
 
     async def _start(self, query: PageQuery) -> int:
         if query.after is None:

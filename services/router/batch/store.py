@@ -13,12 +13,13 @@ from typing import Any, cast
 import msgspec
 from redis.asyncio import Redis
 
+from protocol.decoding import decode
 from protocol.errors import TandemError
 from services.router.batch.records import BatchProgress, BatchRecord
 from services.router.batch.storage import RecordIndex
 from services.router.http.pages import PageQuery
 from services.runtime.redis_client import REPLY_DEADLINE_S
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import RedisKeys, member_id
 
 BUCKET_LINES = 256
 
@@ -71,6 +72,7 @@ class BatchStore:
         await cast("Any", self._redis.sadd(self._keys.open_batches, record.id))
 
     async def get(self, batch_id: str) -> BatchRecord | None:
+        """Raises UnreadableError, too."""
         return await self._index.get(batch_id)
 
     async def page(self, query: PageQuery) -> tuple[list[BatchRecord], bool]:
@@ -94,7 +96,7 @@ class BatchStore:
         """Batches that have still to be run or finished."""
         async with asyncio.timeout(REPLY_DEADLINE_S):
             members = await cast("Any", self._redis.smembers(self._keys.open_batches))
-        return sorted(member.decode() for member in members)
+        return sorted(map(member_id, members))
 
     async def forget(self, batch_id: str) -> None:
         """There is nothing to run any more: the record has expired, or says so."""
@@ -165,13 +167,13 @@ class BatchStore:
         return done
 
     async def results(self, record: BatchRecord) -> AsyncIterator[Result]:
-        """In the order of the input's lines."""
-        decode = msgspec.msgpack.Decoder(Result).decode
+        """In the order of the input's lines. Raises UnreadableError, too."""
+        decoder = msgspec.msgpack.Decoder(Result)
         for key in self._result_keys(record):
             async with asyncio.timeout(REPLY_DEADLINE_S):
                 bucket = await cast("Any", self._redis.hgetall(key))
             for number in sorted(bucket, key=int):
-                yield decode(bucket[number])
+                yield decode(decoder, bucket[number])
 
     async def forget_results(self, record: BatchRecord) -> None:
         async with asyncio.timeout(REPLY_DEADLINE_S):

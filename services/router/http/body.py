@@ -10,7 +10,8 @@ import msgspec
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from protocol.errors import InvalidRequestError
+from protocol.decoding import decode
+from protocol.errors import InvalidRequestError, UnreadableError
 from services.router.http.errors import HttpError
 from services.router.http.headers import header
 
@@ -39,21 +40,9 @@ class BodyReader(Generic[Body]):
         if not data.strip():
             raise InvalidRequestError("The request body is empty.", field=None, code="invalid_json")
         try:
-            return self._decoder.decode(data)
-        except msgspec.ValidationError as error:
-            raise invalid_value(str(error)) from error
-        except msgspec.DecodeError as error:
-            raise _malformed(data, str(error)) from error
-        except UnicodeDecodeError as error:
-            raise InvalidRequestError(
-                f"The request body isn't valid UTF-8: {error.reason}.",
-                field=None,
-                code="invalid_utf8",
-            ) from error
-        except RecursionError as error:
-            raise InvalidRequestError(
-                "The request body is nested too deeply.", field=None, code="invalid_json"
-            ) from error
+            return decode(self._decoder, data)
+        except UnreadableError as error:
+            raise _refusal(data, error) from error
 
 
 async def read_bytes(request: Request, *, max_bytes: int) -> bytes:
@@ -102,6 +91,20 @@ def invalid_value(text: str) -> InvalidRequestError:
     is_type = what.startswith("Expected") and not _BOUND.search(what)
     code = "invalid_type" if is_type else "invalid_value"
     return InvalidRequestError(f"`{path}`: {what}.", field=path, code=code)
+
+
+def _refusal(data: bytes, unreadable: UnreadableError) -> InvalidRequestError:
+    match unreadable.__cause__:
+        case msgspec.ValidationError() as error:
+            return invalid_value(str(error))
+        case UnicodeDecodeError() as error:
+            text = f"The request body isn't valid UTF-8: {error.reason}."
+            return InvalidRequestError(text, field=None, code="invalid_utf8")
+        case RecursionError():
+            text = "The request body is nested too deeply."
+            return InvalidRequestError(text, field=None, code="invalid_json")
+        case _:
+            return _malformed(data, str(unreadable))
 
 
 def _malformed(data: bytes, text: str) -> InvalidRequestError:

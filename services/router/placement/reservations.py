@@ -15,6 +15,8 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from protocol.decoding import decode
+from protocol.errors import UnreadableError
 from protocol.ids import RouterId, WorkerId
 from services.router.placement.ledger import PlacedWork, PlacementLedger
 from services.runtime.redis_client import REPLY_DEADLINE_S
@@ -96,8 +98,8 @@ class SharedReservations:
 
     def _heard(self, payload: bytes) -> None:
         try:
-            sums = self._decoder.decode(payload)
-        except msgspec.DecodeError as error:
+            sums = decode(self._decoder, payload)
+        except UnreadableError as error:
             logger.warning("unreadable placements of another router: %s", error)
             return
         if sums.router_id != self._router_id:

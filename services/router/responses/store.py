@@ -18,10 +18,12 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from protocol.decoding import decode
+from protocol.errors import UnreadableError
 from services.router.http.errors import HttpError
 from services.router.responses.bodies import InputItem
 from services.runtime.redis_client import REPLY_DEADLINE_S
-from services.runtime.redis_keys import RedisKeys
+from services.runtime.redis_keys import RedisKeys, member_id
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +152,17 @@ class ResponseStore:
         return bool(await self._reply(cast("Awaitable[int]", renewed)))
 
     async def get(self, response_id: str) -> Kept | None:
-        """None if it's unknown or forgotten."""
+        """None if it's unknown, forgotten or unreadable."""
         keys = self._keys.response(response_id), self._keys.response_runner(response_id)
         value, runner = cast("list[bytes | None]", await self._reply(self._redis.mget(keys)))
         if value is None:
             return None
-        return Kept(self._decoder.decode(value), None if runner is None else runner.decode())
+        try:
+            record = decode(self._decoder, value)
+        except UnreadableError as error:
+            logger.warning("the kept response %s is unreadable: %s", response_id, error)
+            return None
+        return Kept(record, None if runner is None else member_id(runner))
 
     async def delete(self, response_id: str) -> bool:
         """False if there was none."""

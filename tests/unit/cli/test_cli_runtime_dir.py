@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from unreadable import NESTED_JSON
 
 from cli.runtime_dir import StackProcess, StackRecord, local_stacks, runtime_dir
 from protocol.errors import StartupError
@@ -43,6 +44,14 @@ def test_a_dead_stack_is_not_listed(temporary):
     ended.wait()
     with runtime_dir() as directory:
         directory.write_record(record(ended.pid))
+        assert local_stacks() == []
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"model": "\xff"}', NESTED_JSON])
+def test_what_is_no_record_is_not_listed(temporary, content: bytes):
+    with runtime_dir() as directory:
+        directory.write_record(record(int(directory.path.name)))
+        (directory.path / "stack.json").write_bytes(content)
         assert local_stacks() == []
 
 

@@ -10,8 +10,9 @@ import yaml
 from cli.declarations import WITH_SETTINGS
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
-SERVICES = {"namespaces", "redis", "model", "router", "prefill", "decode", "prometheus"}
-OURS = ("model", "router", "prefill", "decode")
+SERVICES = {"namespaces", "redis", "model", "router", "prefill", "decode", "encode", "prometheus"}
+WORKERS = ("prefill", "decode", "encode")
+OURS = ("model", "router", *WORKERS)
 
 
 def load(name: str) -> dict:
@@ -54,12 +55,12 @@ def test_whatever_is_needed_is_a_service_with_a_health_check(services):
 
 def test_workers_and_routers_wait_for_nobody_but_redis_and_the_model(services):
     # Or one of them that restarts would hold up the others.
-    for name in ("router", "prefill", "decode"):
+    for name in ("router", *WORKERS):
         assert services[name]["depends_on"].keys() <= {"redis", "model", "namespaces"}
         assert services[name]["restart"] == "unless-stopped"
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("name", WORKERS)
 def test_workers_can_be_scaled_and_share_what_cuda_ipc_needs(services, name):
     worker = services[name]
     assert worker["pid"] == worker["ipc"] == "service:namespaces"
@@ -68,6 +69,22 @@ def test_workers_can_be_scaled_and_share_what_cuda_ipc_needs(services, name):
     assert "container_name" not in worker
     assert "ports" not in worker
     assert "TANDEM_WORKER_ID" not in worker["environment"]
+
+
+def test_no_model_has_encode_workers_beside_others(services):
+    assert services["encode"]["scale"] == 0
+    assert all("scale" not in services[name] for name in ("prefill", "decode"))
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_gpu_workers_keep_their_compiled_kernels(name):
+    cuda = load("compose.cuda.yaml")
+    assert "triton:/triton" in cuda["services"][name]["volumes"]
+    assert "triton" in cuda["volumes"]
+    image = (DEPLOY / "Dockerfile.worker").read_text()
+    assert "TRITON_CACHE_DIR=/triton\n" in image
+    # A new volume gets the folder's owner, who isn't root.
+    assert "chown tandem /cache /triton\n" in image
 
 
 def test_keys_come_by_file_only(services):
@@ -91,7 +108,7 @@ def test_prometheus_scrapes_the_ports_that_services_listen_on(services):
     router, worker = jobs["tandem-router"], jobs["tandem-worker"]
     assert router["names"] == ["router"]
     assert str(router["port"]) == services["router"]["environment"]["TANDEM_PORT"]
-    assert set(worker["names"]) == {"prefill", "decode"}
+    assert set(worker["names"]) == {*WORKERS}
     assert str(worker["port"]) == services["decode"]["environment"]["TANDEM_METRICS_PORT"]
 
 

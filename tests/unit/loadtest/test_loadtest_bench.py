@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from unreadable import NESTED_JSON
 
 from loadtest.bench import measure, run_bench
 from loadtest.config import BenchConfig
@@ -122,16 +123,18 @@ async def test_each_kind_of_failure_is_counted():
         (200, [event("a")]),
         (200, [event("a"), b'data: {"error": {"message": "lost"}}\n\n', b"data: [DONE]\n\n"]),
         (200, [b"data: nonsense\n\n", b"data: [DONE]\n\n"]),
+        (200, [b'data: {"choices": [{"text": "\xff"}]}\n\n', b"data: [DONE]\n\n"]),
+        (200, [b"data: " + NESTED_JSON + b"\n\n", b"data: [DONE]\n\n"]),
     ]
     async with ScriptedServer(lambda n: answers[n]).running() as server:
-        measured = await measure(config(server, max_concurrency=1))
+        measured = await measure(config(server, max_concurrency=1, num_prompts=len(answers)))
     assert measured.summary.num_completed == 1
     assert measured.summary.errors == {
         "HTTP 503": 1,
         "connection lost": 1,
         "stream ended early": 1,
         "error in the answer": 1,
-        "answer isn't OpenAI's": 1,
+        "answer isn't OpenAI's": 3,
     }
 
 

@@ -1,6 +1,7 @@
 import random
 
 import pytest
+from unreadable import NESTED_JSON
 
 from engine.weights.model_dir import resolve_model
 from loadtest.config import BenchConfig
@@ -85,7 +86,13 @@ def test_an_azure_trace_is_read_and_scaled(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("x.jsonl", "{}\n"), ("x.csv", "a,b\n1,2\n"), ("x.jsonl", ""), ("missing.csv", None)],
+    [
+        ("x.jsonl", "{}\n"),
+        ("x.csv", "a,b\n1,2\n"),
+        ("x.jsonl", ""),
+        ("missing.csv", None),
+        ("x.jsonl", NESTED_JSON.decode()),
+    ],
 )
 def test_what_is_no_trace_is_refused_with_its_name(tmp_path, name, content):
     path = tmp_path / name

@@ -7,6 +7,7 @@ import pytest
 from protocol.errors import InvalidRequestError
 from services.router.batch.answer import Answer
 from services.router.batch.lines import (
+    LineValidator,
     answered,
     parse_line,
     tokens_used,
@@ -57,12 +58,24 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
     assert refused.value.code == "invalid_json_line"
 
 
+@pytest.mark.parametrize("number", [b"1e999", b"9" * 5000])
+def test_a_number_that_is_none_is_refused(number: bytes) -> None:
+    line = b'{"custom_id": "a", "url": "/v1/x", "body": {"priority": ' + number + b"}}"
+    with pytest.raises(InvalidRequestError, match="out of range") as refused:
+        LineValidator(["/v1/x"], None).check(line)
+    assert (refused.value.field, refused.value.code) == ("body", "invalid_json_line")
+
+
 def test_results_have_openais_form() -> None:
     line = json.loads(answered("a", Answer(200, b'{"id":"x"}')).encode())
     assert line["response"] == {"status_code": 200, "request_id": "x", "body": {"id": "x"}}
     assert (line["custom_id"], line["error"]) == ("a", None)
     line = json.loads(answered("a", Answer(400, b'{"error":{}}')).encode())
     assert line["response"]["request_id"] == line["id"]
+    for strange in (b"[]", b'{"id":1}', b'{"usage":{"prompt_tokens":"many"}}'):
+        line = json.loads(answered("a", Answer(200, strange)).encode())
+        assert line["response"]["request_id"] == line["id"]
+        assert line["response"]["body"] == json.loads(strange)
     line = json.loads(answered("a", Answer(499, b"")).encode())
     assert (line["response"], line["error"]["code"]) == (None, "request_aborted")
     line = json.loads(unanswered("b", "batch_expired", "late").encode())

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from unreadable import MARK, NESTED_MSGPACK, without_utf8
 
 from protocol.errors import ProtocolMismatchError, StartupError, WorkerLostError
 from protocol.ids import RequestKey, WorkerRef
@@ -231,14 +232,55 @@ async def test_a_new_connection_supersedes_the_old_one(stack: Stack) -> None:
     assert current.incarnation == 2
 
 
+UNREADABLE = [
+    b"\xc1 no msgpack",
+    without_utf8(msgspec.msgpack.encode(AbortRequest(RequestKey(MARK, 0)))),
+    NESTED_MSGPACK,
+]
+
+
+@pytest.mark.parametrize("payload", UNREADABLE, ids=["no msgpack", "no utf-8", "nested"])
 async def test_unreadable_messages_end_the_connection(
-    stack: Stack, dealer: zmq.Socket[bytes]
+    stack: Stack, dealer: zmq.Socket[bytes], payload: bytes
 ) -> None:
     worker, ref = stack.worker()
     greet(dealer, ref)
     await worker.events.up()
-    dealer.send(b"\xc1 no msgpack")
+    dealer.send(payload)
     assert (await worker.events.down()).reason is LostReason.UNREADABLE
+
+
+@pytest.mark.parametrize("payload", UNREADABLE, ids=["no msgpack", "no utf-8", "nested"])
+async def test_a_worker_that_sends_unreadable_messages_is_lost(
+    stack: Stack, payload: bytes
+) -> None:
+    router = stack.end("router-a")
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as worker:
+        worker.linger = 0
+        port = worker.bind_to_random_port("tcp://127.0.0.1")
+        router.channel.connect(WorkerRef("decode-0", 7, f"tcp://127.0.0.1:{port}"))
+        route, _ = await asyncio.to_thread(worker.recv_multipart)
+        hello = msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, "decode-0", 7))
+        worker.send_multipart([route, hello])
+        await router.events.up()
+        worker.send_multipart([route, payload])
+        assert (await router.events.down()).reason is LostReason.UNREADABLE
+
+
+@pytest.mark.parametrize("payload", UNREADABLE, ids=["no msgpack", "no utf-8", "nested"])
+async def test_strangers_unreadable_messages_are_dropped_in_a_line(
+    stack: Stack,
+    dealer: zmq.Socket[bytes],
+    caplog: pytest.LogCaptureFixture,
+    payload: bytes,
+) -> None:
+    worker, ref = stack.worker()
+    dealer.connect(ref.control_address)
+    dealer.send(payload)
+    dealer.send(msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, "router-x", 1)))
+    await worker.events.up()
+    [logged] = caplog.messages
+    assert logged.startswith("unreadable message from an unknown peer: ")
 
 
 async def test_a_peer_that_takes_no_messages_is_lost(

@@ -10,13 +10,16 @@ import httpx
 import openai
 import pytest
 import pytest_asyncio
+import redis.asyncio
 from openai import AsyncOpenAI
 from openai.types import Batch
 from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, until
+from unreadable import NESTED_JSON
 
 from services.router.batch.records import BatchRecord
 from services.router.noop_worker import NoopBehaviour
 from services.router.openai.bodies import CompletionBody
+from services.runtime.redis_keys import RedisKeys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -372,6 +375,28 @@ async def test_a_fault_in_a_batch_fails_it_alone(
     assert batch.status == "failed"
     assert batch.errors is not None
     assert [error.code for error in batch.errors.data or ()] == ["internal_error"]
+    assert not stack.service.failed.is_set()
+
+
+@pytest.mark.parametrize("value", [b"{", b'{"id": "\xff"}', NESTED_JSON])
+async def test_records_that_cant_be_read_harm_no_others(
+    stack: RouterStack, client: AsyncOpenAI, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    keys = RedisKeys()
+    async with redis.asyncio.Redis.from_url(stack.redis_url) as store:
+        await store.set(keys.batch("batch_broken"), value)
+        await store.zadd(keys.batches, {"batch_broken": 0, b"\xff": 0})
+        await store.sadd(keys.open_batches, "batch_broken", b"\xff")
+        batch = await ended(client, await create(client, [line("a")]))
+        assert batch.status == "completed"
+        assert "batch_broken" not in [each.id async for each in client.batches.list()]
+        with pytest.raises(openai.InternalServerError) as unreadable:
+            await client.batches.retrieve("batch_broken")
+        assert unreadable.value.status_code == 503
+        assert await store.sismember(keys.open_batches, "batch_broken")
+        await store.delete(keys.batch("batch_broken"))
+        await store.srem(keys.open_batches, "batch_broken", b"\xff")
+    assert "batch batch_broken is left to others: " in caplog.text
     assert not stack.service.failed.is_set()
 
 

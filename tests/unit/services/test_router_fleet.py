@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 import redis.asyncio
 from router_process import router_process
 from router_stack import DEADLINE_S, RouterStack, open_router_stack, until
+from unreadable import MARK, NESTED_MSGPACK, without_utf8
 
+from services.router.admin.orders import CountRequests, OrderGiven
 from services.router.noop_worker import NoopBehaviour
+from services.runtime.redis_keys import RedisKeys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -115,6 +119,28 @@ async def test_settings_change_everywhere_and_hold_for_later_routers(two: Two) -
             settings = await settings_of(third)
             assert settings.items() >= (changed | {"queue_timeout_s": 9.0}).items()
             assert (await post(third, "/load_config", {})).json()["num_routers"] == 3
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\xc1",
+        without_utf8(msgspec.msgpack.encode(OrderGiven(MARK, CountRequests()))),
+        NESTED_MSGPACK,
+    ],
+    ids=["no msgpack", "no utf-8", "nested"],
+)
+async def test_unreadable_orders_and_ids_are_passed_over(
+    two: Two, caplog: pytest.LogCaptureFixture, payload: bytes
+) -> None:
+    async with redis.asyncio.Redis.from_url(two.stack.redis_url) as client:
+        await client.sadd(RedisKeys().routers, b"\xff")
+        assert await client.publish(RedisKeys().orders, payload) == 2
+        for asked in two.clients:
+            assert (await asked.get("/load")).json()["is_whole"]
+        await client.srem(RedisKeys().routers, b"\xff")
+    [logged] = [each for each in caplog.messages if "an order or answer" in each]
+    assert "can't be read: " in logged
 
 
 async def test_bad_settings_change_nothing_anywhere(two: Two) -> None:

@@ -106,6 +106,15 @@ async def test_chats_of_any_size_are_rendered_beside_the_event_loop(
     assert threading.main_thread() not in threads
 
 
+async def test_arguments_nested_without_end_are_refused(stack: RouterStack) -> None:
+    call = {"function": {"name": "f", "arguments": "[" * 10_000}}
+    messages = [{"role": "assistant", "content": "a", "tool_calls": [call]}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = await stack.post(path, {"messages": messages})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == "messages"
+
+
 async def test_messages_are_counted_before_anything_is_made_of_them(stack: RouterStack) -> None:
     messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
     for path in ("/v1/chat/completions", "/tokenize"):

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+import redis.asyncio
 from router_stack import RouterStack, open_router_stack
+from unreadable import NESTED_JSON
+
+from services.runtime.redis_keys import RedisKeys
 
 RESPONSES = "/v1/responses"
 
@@ -64,3 +69,13 @@ async def test_what_isnt_to_be_stored_isnt(tmp_path: Path) -> None:
         await stack.add_worker()
         answer = await ask(stack, {"input": "x", "max_output_tokens": 2, "store": False})
         assert (await stack.client.get(f"{RESPONSES}/{answer['id']}")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "value", [b"{", b'{"answer": {}, "input": [{"type": "\xff"}]}', NESTED_JSON]
+)
+async def test_what_cant_be_read_isnt_kept(tmp_path: Path, value: bytes) -> None:
+    async with open_router_stack(tmp_path) as stack:
+        async with redis.asyncio.Redis.from_url(stack.redis_url) as client:
+            await client.set(RedisKeys().response("resp_1"), value)
+        assert (await stack.client.get(f"{RESPONSES}/resp_1")).status_code == 404

@@ -4,9 +4,11 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 
+import pytest
 import pytest_asyncio
 import redis.asyncio
 from redis_process import RedisServer
+from unreadable import NESTED_JSON
 
 from services.router.admin.live_settings import LiveSettings
 from services.router.admin.shared_settings import SharedSettings
@@ -89,14 +91,27 @@ async def test_what_another_version_knows_is_refused_and_not_lost(
     assert await client.hget("tandem:settings", "colour") == b'"red"'
 
 
-async def test_what_is_garbled_is_refused(client: redis.asyncio.Redis) -> None:
+@pytest.mark.parametrize(
+    ("value", "reason"), [(b"{", "truncated"), (b'"\xff"', "utf-8"), (NESTED_JSON, "recursion")]
+)
+async def test_what_is_garbled_is_refused(
+    client: redis.asyncio.Redis, value: bytes, reason: str
+) -> None:
     one = Router(client)
     await one.shared.change({"max_attempts": 2})
-    await client.hset("tandem:settings", "max_attempts", "{")
+    await client.hset("tandem:settings", "max_attempts", value)
     refusal = await one.shared.read()
     assert refusal is not None
-    assert "truncated" in refusal
+    assert reason in refusal
     assert one["max_attempts"] == 2
     await one.shared.change({"max_attempts": 3})
     assert one["max_attempts"] == 3
     assert await one.shared.read() is None
+
+
+async def test_a_garbled_name_is_refused(client: redis.asyncio.Redis) -> None:
+    one = Router(client)
+    await one.shared.change({"max_attempts": 2})
+    await client.hset("tandem:settings", b"\xff", b"1")
+    assert "unknown field" in str(await one.shared.read())
+    assert one["max_attempts"] == 2

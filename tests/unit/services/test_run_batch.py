@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from router_stack import RouterStack, open_router_stack
+from unreadable import NESTED_JSON
 
 from cli.main import main
 
@@ -121,6 +122,9 @@ async def test_files_that_can_not_be_used(
     target.write_text('{"custom_id": "z"}\n')
     assert await run_batch("http://127.0.0.1:9", source, target) == 2
     assert "choose another file" in capsys.readouterr().err
+    target.write_bytes(NESTED_JSON + b"\n")
+    assert await run_batch("http://127.0.0.1:9", source, target) == 2
+    assert "choose another file" in capsys.readouterr().err
     assert main(["run-batch", "-i", str(source)]) == 2
     assert "-o FILE" in capsys.readouterr().err
 
@@ -133,3 +137,26 @@ async def test_a_server_that_is_not_there(
     source.write_text(line("a"))
     assert await run_batch("http://127.0.0.1:9", source, tmp_path / "out") == 2
     assert "The server doesn't answer: can't connect to 127.0.0.1:9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body", [b"[1]", b'"\xff"', NESTED_JSON], ids=["list", "no utf-8", "nested"]
+)
+async def test_a_server_that_answers_in_another_form(tmp_path: Path, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        writer.close()
+
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_text(line("a"))
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await run_batch(f"http://127.0.0.1:{port}", source, target)
+    response = results(target)["a"]["response"]
+    assert response["request_id"] == results(target)["a"]["id"]
+    if body == b"[1]":
+        assert response["body"] == [1]
+    else:
+        assert response["body"]["error"]["message"] == body.decode(errors="replace")
