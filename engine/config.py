@@ -69,8 +69,7 @@ class EngineConfig:
         None,
         minimum=1,
         help="prompt tokens in a step that also decodes; default: 512 on a CPU, where a step of "
-        "2,048 stops running streams for a second, else what --max-num-batched-tokens leaves, or "
-        "1,536 while more prompts wait than there is room for",
+        "2,048 stops running streams for a second, else what --max-num-batched-tokens leaves",
     )
     enforce_eager: bool = setting(
         False, help="on a GPU, launch steps kernel by kernel instead of as CUDA graphs"

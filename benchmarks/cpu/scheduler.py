@@ -3,8 +3,7 @@
     python -m benchmarks.cpu.scheduler [--output benchmarks/results/scheduler.json]
 
 No model runs: `step` times schedule + commit alone; `policy` counts in steps, with every step
-taking the time of its tokens, and compares with first-come-first-served; `offline` compares how
-many prompt tokens steps take that also decode, None being the scheduler's own choice.
+taking the time of its tokens, and compares with first-come-first-served.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from pathlib import Path
 from engine.block_pool import BlockPool
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.decode import DecodeScheduler
-from engine.scheduler.plan import StepPlan
 from engine.scheduler.prefill import PrefillScheduler
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
@@ -159,51 +157,6 @@ def compare_policies(seed: int) -> dict[str, object]:
     return results
 
 
-def offline_step_s(plan: StepPlan, *, in_fp8: bool) -> float:
-    """About what a step of Llama-3.1-8B's shape takes on an H100, from rates that were measured."""
-    products_per_s, weight_bytes, kv_bytes = (
-        (1.36e15, 8e9, 65536) if in_fp8 else (0.7e15, 15e9, 131072)
-    )
-    products_s = max(2 * 6.98e9 * plan.num_tokens / products_per_s, weight_bytes / 2.75e12)
-    seconds = products_s + 0.0007
-    for item in plan.scheduled:
-        context = item.sequence.num_computed_tokens + item.num_new_tokens / 2
-        if item.num_new_tokens == 1:
-            seconds += kv_bytes * context / 2.85e12
-        else:
-            seconds += item.num_new_tokens * (1.6e-6 + 4 * 4096 * 32 * context / 0.6e15)
-    return seconds
-
-
-def compute_offline(*, in_fp8: bool, max_num_mixed_tokens: int | None) -> dict[str, object]:
-    """128 prompts of 4,096 tokens, 256 outputs each: the pool holds 100 of them, or in fp8 all."""
-    pool = BlockPool(70_000 if in_fp8 else 26_000, BLOCK_SIZE, enable_prefix_caching=False)
-    config = SchedulerConfig(
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        max_model_len=16_384,
-        max_num_mixed_tokens=max_num_mixed_tokens,
-    )
-    scheduler = DecodeScheduler(pool, config)
-    for i in range(128):
-        scheduler.add(make_sequence(str(i), [1] * 4096, 256, float(i)))
-    total_s, num_steps, num_decode_steps = 0.0, 0, 0
-    while scheduler.num_running or scheduler.num_waiting:
-        plan = scheduler.schedule()
-        total_s += offline_step_s(plan, in_fp8=in_fp8)
-        num_steps += 1
-        num_decode_steps += plan.num_tokens == len(plan.scheduled)
-        scheduler.commit(plan, [[7] for item in plan.scheduled if item.samples])
-    return {
-        "in_fp8": in_fp8,
-        "max_num_mixed_tokens": max_num_mixed_tokens,
-        "output_tokens_per_s": round(128 * 256 / total_s),
-        "num_steps": num_steps,
-        "of_which_decode_alone": num_decode_steps,
-        "num_preemptions": scheduler.stats.num_preemptions,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
@@ -221,11 +174,6 @@ def main() -> None:
         "step": [time_decode_steps(num_seqs, 40_000, arguments.seed) for num_seqs in (1, 32, 256)],
         "pool": [time_pool(num_blocks, 128) for num_blocks in (10_000, 100_000)],
         "policy": compare_policies(arguments.seed),
-        "offline": [
-            compute_offline(in_fp8=in_fp8, max_num_mixed_tokens=tokens)
-            for in_fp8 in (False, True)
-            for tokens in (None, 512, 1024, 2048, 8192)
-        ],
     }
     text = json.dumps(result, indent=2) + "\n"
     sys.stdout.write(text)

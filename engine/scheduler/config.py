@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """`max_model_len` bounds prompt and output together, in tokens. `max_num_mixed_tokens` bounds
-    the prompt tokens of a step that also decodes; None paces them where room is short (decode.py).
+    the prompt tokens of a step that also decodes, None for no bound of their own.
     `short_prompts_pass` lets short prompts share a step with a long one before them (policy:
     prompts.py). `num_swap_blocks` of host memory keep the KV of preempted sequences (swap.py)."""
 

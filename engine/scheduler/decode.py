@@ -43,10 +43,6 @@ WATERMARK = 0.01
 # Transfers may be under way for this share of `max_num_seqs` beyond the batch's free places, so
 # that a place that gets free is taken at once instead of a transfer later.
 RESERVE_AHEAD = 0.125
-# Prompt tokens of a step that also decodes, while more prompts wait than there is room for. All
-# that finds room is computed long before room is free again; at this pace sequences also end one
-# after the other, so that few steps are left that decode alone. Products are at full speed still.
-PACED_TOKENS = 1536
 
 
 class DecodeScheduler:
@@ -55,7 +51,7 @@ class DecodeScheduler:
     def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
         self._pool = pool
         self._budget = config.max_num_batched_tokens
-        self._mixed_budget = config.max_num_mixed_tokens
+        self._mixed_budget = config.max_num_mixed_tokens or self._budget
         # Each running sequence takes at least a token of every step.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_ahead = max(1, int(self._max_num_seqs * RESERVE_AHEAD))
@@ -262,24 +258,22 @@ class DecodeScheduler:
         admit_before = self._refused_rank if self.num_running else None
         num_free_places = self._max_num_seqs - self.num_running
         return self._prompts.plan(
-            self._num_prompt_tokens(decoding, num_free_places),
+            self._num_prompt_tokens(decoding),
             max_admissions=num_free_places if may_admit and not self._batch.arrived else 0,
             num_spare_blocks=self._num_spare_blocks,
             admit_before=admit_before,
             in_flight=in_flight,
         )
 
-    def _num_prompt_tokens(self, decoding: list[ScheduledSequence], num_free_places: int) -> int:
+    def _num_prompt_tokens(self, decoding: list[ScheduledSequence]) -> int:
         """What `decoding` leaves to prompts. Known tokens beyond one a sequence take a step's time
         as prompts do, so they count as such."""
         if not decoding:
             return self._budget
         num_decoding_tokens = sum([item.num_new_tokens for item in decoding])
         num_known_tokens = num_decoding_tokens - len(decoding)
-        mixed = self._mixed_budget
-        if mixed is None:
-            mixed = self._budget if self._prompts.all_fit(num_free_places) else PACED_TOKENS
-        return min(self._budget - num_decoding_tokens, max(0, mixed - num_known_tokens))
+        mixed = max(0, self._mixed_budget - num_known_tokens)
+        return min(self._budget - num_decoding_tokens, mixed)
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.key in self._sequences:

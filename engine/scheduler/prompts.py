@@ -103,17 +103,6 @@ class PromptQueue:
             for sequence in queue
         )
 
-    def all_fit(self, num_places: int) -> bool:
-        """Whether there are places and blocks for all that wait, prefix cache hits not counted."""
-        if len(self.waiting) > num_places:
-            return False
-        num_left = self._pool.num_available_blocks
-        for sequence in self.waiting:
-            num_left -= self._pool.num_blocks_for(sequence.num_tokens)
-            if num_left < 0:
-                return False
-        return True
-
     def add(self, sequence: Sequence) -> None:
         """A new or a preempted sequence (`waiting` or `swapped`) waits for admission."""
         assert sequence.phase in _WAITING

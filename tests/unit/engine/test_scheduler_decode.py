@@ -13,7 +13,6 @@ from decode_scheduling import (
 
 from engine.block_pool import BlockCounts
 from engine.phase import Phase
-from engine.scheduler import decode
 from engine.scheduler.plan import StepPlan
 from protocol.errors import ContextLengthError, InvalidRequestError
 from protocol.ids import RequestKey
@@ -38,32 +37,6 @@ def test_prompt_chunks_are_smaller_beside_running_sequences() -> None:
     assert step(scheduler) == {"a": 1, "b": 4}
     assert step(scheduler) == {"a": 1, "b": 2}
     assert step(scheduler) == {"a": 1, "b": 1}
-
-
-@pytest.mark.parametrize(("mixed_budget", "chunk"), [(None, 4), (8, 8)])
-def test_prompts_are_paced_while_some_find_no_room(
-    monkeypatch: pytest.MonkeyPatch, mixed_budget: int | None, chunk: int
-) -> None:
-    monkeypatch.setattr(decode, "PACED_TOKENS", 4)
-    scheduler, _ = make_scheduler(num_blocks=12, budget=16, mixed_budget=mixed_budget)
-    scheduler.add(make_sequence("a", [1] * 4))
-    assert step(scheduler) == {"a": 4}
-    scheduler.add(make_sequence("b", [2] * 16))
-    scheduler.add(make_sequence("c", [3] * 32))
-    assert step(scheduler) == {"a": 1, "b": chunk}
-    scheduler.abort(RequestKey("c", 0))
-    rest = 16 - chunk
-    assert step(scheduler) == {"a": 1, "b": min(rest, mixed_budget or rest)}
-
-
-def test_prompts_are_paced_while_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "PACED_TOKENS", 4)
-    scheduler, _ = make_scheduler(num_blocks=100, budget=16, max_num_seqs=2)
-    scheduler.add(make_sequence("a", [1] * 4))
-    assert step(scheduler) == {"a": 4}
-    scheduler.add(make_sequence("b", [2] * 8))
-    scheduler.add(make_sequence("c", [3] * 8))
-    assert step(scheduler) == {"a": 1, "b": 4}
 
 
 def test_a_sequence_grows_by_a_block_when_its_last_is_full() -> None:
