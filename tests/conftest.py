@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. Here, because it's decided when Triton is imported,
     # and Triton's own functions with it: whichever test's libraries do that first.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start with
 # them; but that's how stacks under test are stopped.

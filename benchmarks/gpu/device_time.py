@@ -27,7 +27,7 @@ def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
     # The host's calls to the driver are events, too, and a wait for the device lasts long.
-    events = [event for event in profiler.events() if event.device_type is DeviceType.CUDA]
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
 
 

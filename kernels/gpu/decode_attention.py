@@ -40,7 +40,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
-@triton.jit
+# Steps with prompts have block tables of any width.
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
     q,
     k,

@@ -3,6 +3,7 @@ is made up. `test_kernels_launching.py` runs these in a process of its own."""
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from attention_cases import make_batch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from kernels.gpu import launching
+from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.launching import compile_ahead, launch
+from kernels.gpu.prefill_attention import prefill_attention
 
 
 def _fill(out, size, VALUE: tl.constexpr):  # noqa: N803
@@ -132,3 +136,19 @@ def test_an_error_while_asking_ends_it(compiled: list[str]) -> None:
     kernel = JITFunction(_fill)
     compile_ahead(lambda: fill(kernel, 5), progress=False)
     assert isinstance(memory_of(kernel)[0], CompiledKernel)
+
+
+def test_the_width_of_block_tables_makes_no_other_kernel(compiled: list[str]) -> None:
+    """A step with prompts would stand still for seconds until one is compiled."""
+    q = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
+    pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=torch.float8_e4m3fn)
+
+    def launch_all() -> None:
+        for width in (1, 16, 17):
+            batch = replace(make_batch([(1, 9), (1, 9)], 16), max_kv_len=1 << 14)
+            batch = replace(batch, block_tables=torch.zeros(2, width, dtype=torch.int32))
+            for attend in (decode_attention, prefill_attention):
+                attend(q, pool, 0, batch, scale=1.0, sliding_window=None, softcap=None)
+
+    compile_ahead(launch_all, progress=False)
+    assert sorted(compiled) == ["_decode_kernel", "_prefill_kernel"]
