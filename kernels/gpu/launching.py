@@ -52,15 +52,30 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
     except ImportError:
         logger.info("this Triton compiles kernels one by one, as they are launched")
         return
+    # Python 3.11 may fail to parse in several threads at once: what failed is tried again, in one.
+    for num_threads in (len(os.sched_getaffinity(0)), 1):
+        errors = _compile(AsyncCompileMode, launch_all, num_threads, progress=progress)
+        if not errors:
+            return
+    logger.warning("compiling kernels left %d to their first launch: %r", len(errors), errors[0])
+
+
+def _compile(
+    mode_type: Any,  # noqa: ANN401
+    launch_all: Callable[[], object],
+    num_threads: int,
+    *,
+    progress: bool,
+) -> list[BaseException]:
+    """Compiles what isn't in memory, and returns what went wrong."""
     started_s = time.perf_counter()
-    num_threads = len(os.sched_getaffinity(0))
     # Compiling begins in Python, and torch gives up its lock at every operation: beside threads
     # that compile, the launches would wait for it again and again.
     all_asked = threading.Event()
     with (
         ThreadPoolExecutor(num_threads, "compiler", initializer=all_asked.wait) as pool,
         _asking() as kernels,
-        AsyncCompileMode(pool, ignore_errors=True) as mode,
+        mode_type(pool, ignore_errors=True) as mode,
     ):
         try:
             launch_all()
@@ -80,16 +95,14 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
         errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         _forget_failed(kernels)
-        logger.warning(
-            "compiling kernels left %d to their first launch: %r", len(errors), errors[0]
-        )
     if futures:
         logger.info(
             "compiled %d kernels, or found them on disk, in %.1f s, of which asking took %.1f",
-            len(futures),
+            len(futures) - len(errors),
             time.perf_counter() - started_s,
             asked_s,
         )
+    return errors
 
 
 @contextmanager

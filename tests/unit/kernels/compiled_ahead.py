@@ -2,6 +2,7 @@
 is made up. `test_kernels_launching.py` runs these in a process of its own."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,25 @@ def test_what_does_not_compile_is_left_to_its_launch(
     assert len(memory_of(bad)) == len(memory_of(good)) == 1
     with pytest.raises(triton.compiler.errors.CompileTimeAssertionFailure):
         bad.run(out, VALUE=1, grid=(1,), warmup=True)
+
+
+def test_what_fails_once_is_tried_again(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = JITFunction(_fill)
+    parse, failures = kernel.parse, [SystemError("two threads parse")]
+
+    def parse_at_last() -> Any:
+        if failures and threading.current_thread() is not threading.main_thread():
+            raise failures.pop()
+        return parse()
+
+    monkeypatch.setattr(kernel, "parse", parse_at_last)
+    with caplog.at_level(logging.WARNING):
+        compile_ahead(lambda: fill(kernel, 1), progress=False)
+    assert compiled == ["_fill"]
+    assert not failures
+    assert not caplog.text
 
 
 def test_an_error_while_asking_ends_it(compiled: list[str]) -> None:
