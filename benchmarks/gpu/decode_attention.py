@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.kernels import (
     BLOCK_SIZE,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
     Call,
-    current_commit,
     make_batch,
     time_s,
 )

@@ -15,26 +15,26 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, HEADS, KV_HEADS, current_commit, make_batch
+from benchmarks.commit import current_commit
+from benchmarks.gpu.engine import LLAMA_8B, llama_config
+from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, KV_HEADS, make_batch
 from engine.layers.attention import AttentionOptions
 from engine.layers.decoder import DecoderLayer
 from engine.layers.rope import rope_table
-from engine.models.config import ModelConfig
-from engine.models.quantization import requested_quantization
-from engine.models.rope_config import NoScaling, RopeConfig
 from engine.weights.source import DummyWeights, LinearFormat
 from kernels.attention import AttentionBatch
 from kernels.fp8 import FP8
 from kernels.gpu import fp8_linear, linear_tiles
 from kernels.gpu.sizes import ceil_div
 
-HIDDEN, INTERMEDIATE = 4096, 14336
+HIDDEN = LLAMA_8B["hidden_size"]
 BATCHES = (1, 8, 16, 17, 24, 32, 48, 64)
 CONTEXT = 1170
 FEW_TOKENS = (0, 16, 32)
@@ -45,16 +45,16 @@ class Layers:
     """Decoder layers, and keys and values of noise for the largest batch."""
 
     def __init__(self, num_layers: int) -> None:
-        self._config = llama_config(num_layers)
+        with TemporaryDirectory() as model_dir:
+            config = llama_config(Path(model_dir), num_layers, "fp8")
         device = torch.device("cuda")
-        linear_format = LinearFormat(self._config.quantization, multiplies_fp8=True)
+        linear_format = LinearFormat(config.quantization, multiplies_fp8=True)
         weights = DummyWeights(torch.bfloat16, device, linear_format=linear_format)
         options = AttentionOptions()
         self._layers = [
-            DecoderLayer(self._config, layer, weights, attention=options)
-            for layer in range(num_layers)
+            DecoderLayer(config, layer, weights, attention=options) for layer in range(num_layers)
         ]
-        self._cos_sin = rope_table(self._config.rope, 2 * CONTEXT, device)
+        self._cos_sin = rope_table(config.rope, 2 * CONTEXT, device)
         self.num_layers = num_layers
 
     def make_pool(self, num_seqs: int) -> Tensor:
@@ -107,31 +107,6 @@ class Captured:
             events.append(pair)
         torch.cuda.synchronize()
         return [1e3 * start.elapsed_time(end) for start, end in events]
-
-
-def llama_config(num_layers: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=128256,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_layers=num_layers,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=500_000.0, rotary_dim=HEAD_DIM, scaling=NoScaling()),
-        layer_windows=(None,) * num_layers,
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=False,
-        max_model_len=131072,
-        eos_token_ids=(),
-        bos_token_id=None,
-        dtype="bfloat16",
-        quantization=requested_quantization("fp8", None),
-        fingerprint="",
-    )
 
 
 def decode_batch(num_seqs: int) -> AttentionBatch:

@@ -12,7 +12,6 @@ difference.
 import argparse
 import asyncio
 import json
-import subprocess
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.commit import current_commit
 from benchmarks.serving.servers import ServerSpec, running, tandem
 from engine.tokenizer import Tokenizer
 from engine.weights.model_dir import resolve_model
@@ -93,16 +93,11 @@ def answers(spec: ServerSpec, prompts: Outputs, log: Path) -> dict[str, Outputs]
         }
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="default: the built-in model")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     prompts = make_prompts(args.model)
     flags = ("--dtype", "bfloat16", *(("--model", args.model) if args.model else ()))

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import random
-import subprocess
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -25,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.device_time import idle_share, kernel_ms
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.causal_lm import CausalLM
-from engine.models.config import read_model_config
+from engine.models.config import ModelConfig, read_model_config
 from engine.models.registry import load_model
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
@@ -131,6 +131,12 @@ def fill_with_noise(kv_pool: Tensor) -> None:
         piece.copy_(torch.randn(piece.shape, dtype=torch.bfloat16, device=piece.device))
 
 
+def llama_config(model_dir: Path, num_layers: int, quantization: str | None) -> ModelConfig:
+    """As read back from the checkpoint's configuration that this writes."""
+    (model_dir / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": num_layers}))
+    return read_model_config(model_dir).quantized(quantization)
+
+
 def make_engine(
     model_dir: Path,
     num_layers: int,
@@ -140,7 +146,7 @@ def make_engine(
     **options: Any,  # noqa: ANN401
 ) -> tuple[Engine, CausalLM]:
     """Llama-3.1-8B's shape with random weights; `options` are `EngineConfig`'s."""
-    (model_dir / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": num_layers}))
+    model_config = llama_config(model_dir, num_layers, quantization)
     config = EngineConfig(
         model=str(model_dir),
         max_num_batched_tokens=BATCHED_TOKENS,
@@ -149,7 +155,7 @@ def make_engine(
         **options,
     )
     model = load_model(
-        read_model_config(model_dir).quantized(quantization),
+        model_config,
         model_dir,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
@@ -261,11 +267,6 @@ class Bench:
         }
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
@@ -275,7 +276,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--skip-prompts", action="store_true", help="only for decode")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     ceilings = measure_ceilings()
     print(ceilings)

@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.kernels import ROTATION_BYTES, Call, time_s
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.gpu.fp8_linear import library_linear
@@ -160,15 +160,10 @@ def compile_tiles(share: int, num_shares: int) -> None:
             continue
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     parser.add_argument("--compile-share", help="k/n: only compile part k of n of the tiles")
     args = parser.parse_args()
     if args.compile_share:

@@ -10,7 +10,6 @@ import argparse
 import functools
 import itertools
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.hopper.support import is_supported
@@ -235,11 +235,6 @@ def bench_decode() -> list[dict[str, Any]]:
         print(row, flush=True)
         rows.append(row)
     return rows
-
-
-def current_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Writes a synthetic checkpoint of Llama-3.1-8B's shape with fewer layers to a tem
 import argparse
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.engine import LLAMA_8B
 from engine.models.config import read_model_config
 from engine.models.registry import build_model, load_model
@@ -163,16 +163,11 @@ def check(model_dir: Path) -> None:
                         raise StartupError(f"{name} was not read as it is.")
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),

@@ -10,7 +10,6 @@ where the model leaves them: in the L2 cache, if that is large enough.
 import argparse
 import functools
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from kernels.choice import Filters, choose_tokens, choose_tokens_reference, draw, weigh
 from kernels.sampling import (
     filter_weights,
@@ -221,15 +221,10 @@ def bench_changes(batch: int) -> list[dict[str, Any]]:
     ]
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.engine import add_requests, make_engine, run_step
-from benchmarks.gpu.kernels import current_commit
 from engine.engine import Engine
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop

@@ -22,6 +22,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.commit import current_commit
+
 _CHILD = "--start-once"
 
 
@@ -91,11 +93,6 @@ def in_process(cache: str, *flags: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     started_s = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -104,7 +101,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=None, help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     parser.add_argument(_CHILD, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--as-they-come", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -128,7 +125,7 @@ def main() -> None:
     if args.out:
         results = {
             "date": time.strftime("%Y-%m-%d"),
-            "commit": args.commit or _commit(),
+            "commit": args.commit,
             "card": rows[0]["card"],
             "cores": len(os.sched_getaffinity(0)),
             "layers": args.layers,

@@ -11,7 +11,6 @@ shown beside a usual one. Both modes must yield the same number of tokens.
 import argparse
 import json
 import random
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.commit import current_commit
 from benchmarks.gpu.engine import LLAMA_8B
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -134,16 +134,11 @@ def copy_gb_per_s(engine: Engine, *, scattered: bool) -> dict[str, float]:
     return rates
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     with TemporaryDirectory() as model_dir:
         shape = LLAMA_8B | {"num_hidden_layers": args.layers}

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.commit import current_commit
 from engine.models.causal_lm import CausalLM
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
@@ -79,17 +79,12 @@ def perplexity(model: CausalLM, windows: list[list[int]]) -> float:
     return math.exp(sum(window_loss(model, window) for window in windows) / len(windows))
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="default: the built-in one")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=_commit(), help="where the machine has no git")
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model_dir = resolve_model(args.model)

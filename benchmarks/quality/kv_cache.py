@@ -9,13 +9,13 @@ greedy tokens that are those of 16 bits, up to the first one that differs.
 import argparse
 import json
 import math
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.commit import current_commit
 from benchmarks.quality.fp8_perplexity import read_windows
 from engine import LLM, SamplingParams
 
@@ -50,11 +50,6 @@ def share_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return num_equal / sum(map(len, theirs))
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--dtype", default="bfloat16")
@@ -78,7 +73,7 @@ def main() -> None:
         rows.append(row)
     results = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": current_commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "dtype": args.dtype,
         "num_tokens": args.tokens,
