@@ -1,29 +1,20 @@
-"""Control channels over real sockets; peers that die are real processes."""
+"""Control channels over real sockets."""
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
+from channel_stack import PATIENCE_S, Stack
 from unreadable import MARK, NESTED_MSGPACK, without_utf8
 
 from protocol.errors import ProtocolMismatchError, StartupError, WorkerLostError
 from protocol.ids import RequestKey, WorkerRef
 from protocol.messages import PROTOCOL_VERSION, AbortRequest, Hello
-from services.runtime.channel import ControlChannel
 from services.runtime.peers import (
-    ChannelEvent,
-    ChannelTimings,
-    Identity,
     LostReason,
-    Peer,
     PeerDown,
     PeerState,
     PeerUp,
@@ -31,75 +22,11 @@ from services.runtime.peers import (
 )
 from services.runtime.wire import GOODBYE_PAYLOAD
 
-# Far above what anything here needs; only a bug waits so long.
-PATIENCE_S = 20.0
-
-
-@dataclass
-class Recorder:
-    """A handler that keeps what it is told and lets tests wait for it."""
-
-    events: list[ChannelEvent] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __call__(self, event: ChannelEvent) -> None:
-        self.events.append(event)
-        self.changed.set()
-
-    async def wait_for(self, wanted: Callable[[ChannelEvent], bool]) -> ChannelEvent:
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                for event in self.events:
-                    if wanted(event):
-                        return event
-                self.changed.clear()
-                await self.changed.wait()
-
-    async def up(self) -> Peer:
-        return (await self.wait_for(lambda event: isinstance(event, PeerUp))).peer
-
-    async def down(self) -> PeerDown:
-        event = await self.wait_for(lambda event: isinstance(event, PeerDown))
-        assert isinstance(event, PeerDown)
-        return event
-
-    @property
-    def messages(self) -> list[object]:
-        return [event.message for event in self.events if isinstance(event, Received)]
-
-
-@dataclass
-class End:
-    channel: ControlChannel
-    events: Recorder
-
-
-class Stack:
-    """Channels that are closed at the end of the test."""
-
-    def __init__(self) -> None:
-        self.ends: list[End] = []
-
-    def end(self, peer_id: str, incarnation: int = 1, **timings: float) -> End:
-        recorder = Recorder()
-        channel = ControlChannel(
-            Identity(peer_id, incarnation), recorder, timings=ChannelTimings(**timings)
-        )
-        self.ends.append(End(channel, recorder))
-        return self.ends[-1]
-
-    def worker(self, peer_id: str = "decode-0", incarnation: int = 7, **timings: float):
-        end = self.end(peer_id, incarnation, **timings)
-        address = end.channel.listen("tcp://127.0.0.1:0")
-        return end, WorkerRef(peer_id, incarnation, address)
-
 
 @pytest.fixture
 async def stack() -> AsyncIterator[Stack]:
-    stack = Stack()
-    yield stack
-    for end in stack.ends:
-        await end.channel.close()
+    async with Stack() as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -332,80 +259,3 @@ async def test_a_closing_channel_tells_nothing_and_connects_to_nobody(stack: Sta
     with pytest.raises(WorkerLostError, match="closing"):
         await router.channel.connected(ref)
     assert [type(event) for event in router.events.events] == [PeerUp]
-
-
-PEER_PROCESS = """
-import asyncio, sys
-from protocol.ids import WorkerRef
-from services.runtime.channel import ControlChannel
-from services.runtime.peers import Identity
-
-async def main():
-    channel = ControlChannel(Identity(sys.argv[1], 7), lambda event: None)
-    if sys.argv[2] == "listen":
-        print(channel.listen("tcp://127.0.0.1:0"), flush=True)
-    else:
-        await channel.connected(WorkerRef("decode-0", 7, sys.argv[2]))
-        print("connected", flush=True)
-    await asyncio.Event().wait()
-
-asyncio.run(main())
-"""
-
-
-@pytest.fixture
-async def start_peer() -> AsyncIterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PEER_PROCESS, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-async def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return (await asyncio.to_thread(process.stdout.readline)).strip()
-
-
-# The heartbeat limits are out of reach here, so only the closed connection can tell.
-NO_TIMEOUTS = {"lost_after_s": 1000.0, "transport_timeout_s": 1000.0}
-
-
-async def test_kill_9_of_a_worker_is_a_disconnect(stack: Stack, start_peer) -> None:
-    process = start_peer("decode-0", "listen")
-    ref = WorkerRef("decode-0", 7, await first_line(process))
-    router = stack.end("router-a", **NO_TIMEOUTS)
-    await router.channel.connected(ref)
-    process.send_signal(signal.SIGKILL)
-    assert (await router.events.down()).reason is LostReason.DISCONNECTED
-
-
-async def test_kill_9_of_a_router_is_a_disconnect(stack: Stack, start_peer) -> None:
-    worker, ref = stack.worker(**NO_TIMEOUTS)
-    process = start_peer("router-a", ref.control_address)
-    assert await first_line(process) == "connected"
-    await worker.events.up()
-    process.send_signal(signal.SIGKILL)
-    assert (await worker.events.down()).reason is LostReason.DISCONNECTED
-
-
-async def test_a_stopped_process_is_lost_by_the_transport(stack: Stack, start_peer) -> None:
-    process = start_peer("decode-0", "listen")
-    ref = WorkerRef("decode-0", 7, await first_line(process))
-    router = stack.end("router-a", lost_after_s=1000.0, transport_timeout_s=0.5)
-    await router.channel.connected(ref)
-    process.send_signal(signal.SIGSTOP)
-    assert (await router.events.down()).reason is LostReason.DISCONNECTED

@@ -1,6 +1,5 @@
 """/v1/batches as OpenAI's client sees them, over workers without a model."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -11,22 +10,18 @@ import openai
 import pytest
 import pytest_asyncio
 import redis.asyncio
+from batch_client import CHAT, COMPLETIONS, create, ended, line, results
 from openai import AsyncOpenAI
-from openai.types import Batch
-from router_stack import DEADLINE_S, MODEL, RouterStack, open_router_stack, until
+from router_stack import MODEL, RouterStack, open_router_stack
 from unreadable import NESTED_JSON
 
 from services.router.batch.records import BatchRecord
-from services.router.noop_worker import NoopBehaviour
 from services.router.openai.bodies import CompletionBody
 from services.runtime.redis_keys import RedisKeys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KEY = "secret"
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-OVER = ("completed", "failed", "expired", "cancelled")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -44,37 +39,6 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Route
 async def client(stack: RouterStack) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=KEY, max_retries=0) as client:
         yield client
-
-
-def line(custom_id: str, url: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
-    if url == CHAT:
-        body.setdefault("messages", [{"role": "user", "content": "hé"}])
-    else:
-        body.setdefault("prompt", "abc")
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": MODEL} | body}
-
-
-async def create(client: AsyncOpenAI, lines: list[Any], endpoint: Any = COMPLETIONS) -> Batch:
-    texts = [each if isinstance(each, str) else json.dumps(each) for each in lines]
-    file = await client.files.create(file="\n".join(texts).encode(), purpose="batch")
-    return await client.batches.create(
-        input_file_id=file.id, endpoint=endpoint, completion_window="24h"
-    )
-
-
-async def ended(client: AsyncOpenAI, batch: Batch) -> Batch:
-    async with asyncio.timeout(DEADLINE_S):
-        while batch.status not in OVER:
-            await asyncio.sleep(0.02)
-            batch = await client.batches.retrieve(batch.id)
-    return batch
-
-
-async def results(client: AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:
-    assert file_id is not None
-    content = (await client.files.content(file_id)).content
-    assert content.endswith(b"\n")
-    return [json.loads(each) for each in content.splitlines()]
 
 
 async def test_a_batch_of_chats(client: AsyncOpenAI) -> None:
@@ -270,85 +234,6 @@ async def test_a_deleted_input_fails_the_batch(stack: RouterStack, client: Async
     assert [error.param for error in batch.errors.data or ()] == ["input_file_id"]
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def stalling(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> AsyncIterator[tuple[RouterStack, AsyncOpenAI]]:
-    """One worker, which answers short requests and never ends others."""
-    path = tmp_path_factory.mktemp("router")
-    async with (
-        open_router_stack(path) as stack,
-        AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
-    ):
-        await stack.add_worker(behaviour=NoopBehaviour(stall_at=4))
-        yield stack, client
-
-
-async def until_completed(client: AsyncOpenAI, batch: Batch, count: int) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while batch.request_counts is None or batch.request_counts.completed < count:
-            await asyncio.sleep(0.02)
-            batch = await client.batches.retrieve(batch.id)
-
-
-async def test_a_cancelled_batch_keeps_what_is_done(
-    stalling: tuple[RouterStack, AsyncOpenAI],
-) -> None:
-    stack, client = stalling
-    batch = await create(client, [line("a", max_tokens=3), line("b"), line("c", max_tokens=2)])
-    await until_completed(client, batch, 2)
-    batch = await client.batches.cancel(batch.id)
-    assert batch.status == "cancelling"
-    assert batch.cancelling_at is not None
-    batch = await ended(client, batch)
-    assert batch.status == "cancelled"
-    done = [each["custom_id"] for each in await results(client, batch.output_file_id)]
-    assert done == ["a", "c"]
-    [left] = await results(client, batch.error_file_id)
-    assert (left["custom_id"], left["response"]) == ("b", None)
-    assert left["error"]["code"] == "batch_cancelled"
-    await until(lambda: stack.workers[0].num_running == 0)
-
-
-async def test_time_runs_out(stalling: tuple[RouterStack, AsyncOpenAI]) -> None:
-    stack, client = stalling
-    lines = [json.dumps(each) for each in (line("a", max_tokens=3), line("b"))]
-    file = await client.files.create(file="\n".join(lines).encode(), purpose="batch")
-    now = int(time.time())
-    record = BatchRecord(
-        id="batch_short",
-        endpoint=COMPLETIONS,
-        input_file_id=file.id,
-        completion_window="24h",
-        created_at=now,
-        expires_at=now + 2,
-        output_ttl_s=100,
-    )
-    await stack.service.batches.store.create(record)
-    stack.service.batches.wake()
-    batch = await ended(client, await client.batches.retrieve(record.id))
-    assert batch.status == "expired"
-    [done] = await results(client, batch.output_file_id)
-    [left] = await results(client, batch.error_file_id)
-    assert (done["custom_id"], left["error"]["code"]) == ("a", "batch_expired")
-
-
-async def test_it_waits_for_workers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("router")
-    async with (
-        open_router_stack(path) as stack,
-        AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
-    ):
-        batch = await create(client, [line(str(i)) for i in range(3)])
-        dispatcher = stack.service.dispatcher
-        await until(lambda: dispatcher.num_flights == 3)
-        await until(lambda: dispatcher.num_flights == 0)  # all were told that there is no worker
-        await stack.add_worker()
-        batch = await ended(client, batch)
-        assert batch.request_counts is not None
-        assert batch.request_counts.completed == 3
-
-
 async def test_a_fault_in_an_endpoint_fails_its_line_alone(
     stack: RouterStack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,15 +283,3 @@ async def test_records_that_cant_be_read_harm_no_others(
         await store.srem(keys.open_batches, "batch_broken", b"\xff")
     assert "batch batch_broken is left to others: " in caplog.text
     assert not stack.service.failed.is_set()
-
-
-async def test_an_aborted_line_is_an_error(stalling: tuple[RouterStack, AsyncOpenAI]) -> None:
-    stack, client = stalling
-    batch = await create(client, [line("a", max_tokens=3), line("b")])
-    await until_completed(client, batch, 1)
-    aborted = await stack.post("/abort", {"abort_all": True})
-    assert aborted.json()["num_aborted"] == 1
-    batch = await ended(client, batch)
-    assert batch.status == "completed"
-    [left] = await results(client, batch.error_file_id)
-    assert (left["custom_id"], left["error"]["code"]) == ("b", "request_aborted")
