@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+DEVICE = DeviceType.CUDA
 # The first that a kernel's name holds says what it does.
 KINDS = (
     ("attention", "attention"),
@@ -27,7 +28,7 @@ def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
     # The host's calls to the driver are events, too, and a wait for the device lasts long.
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    events = [event for event in profiler.events() if event.device_type == DEVICE]
     return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
 
 

@@ -1,0 +1,50 @@
+"""What the profiler's events are taken for, over real ones: a CPU's, since there need be no GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu import device_time
+
+SPANS = [
+    (0.0, 10.0, "_hopper_attention_kernel"),
+    (8.0, 14.0, "nvjet_sm90_tst"),
+    (20.0, 25.0, "_add_rms_norm_fp8_kernel"),
+    (22.0, 24.0, "Memcpy HtoD"),
+    (30.0, 40.0, "_decode_kernel"),
+]
+
+
+def profiled_on_cpu(activities: list[ProfilerActivity]) -> profile:
+    assert activities == [ProfilerActivity.CUDA]
+    return profile(activities=[ProfilerActivity.CPU])
+
+
+@pytest.mark.parametrize("device", [DeviceType.CPU, DeviceType.CUDA])
+def test_events_of_the_device_alone(monkeypatch: pytest.MonkeyPatch, device: Any) -> None:
+    monkeypatch.setattr(device_time, "profile", profiled_on_cpu)
+    monkeypatch.setattr(device_time, "DEVICE", device)
+    spans = device_time.device_spans(lambda: torch.ones(10).sum())
+    assert any("sum" in name for _, _, name in spans) == (device == DeviceType.CPU)
+    assert all(start <= end for start, end, _ in spans)
+
+
+def test_time_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_time, "device_spans", lambda _: SPANS)
+    assert device_time.idle_share(lambda: None) == pytest.approx(11 / 40)
+
+
+def test_kinds_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        device_time, "device_spans", lambda _: [(1e3 * a, 1e3 * b, n) for a, b, n in SPANS]
+    )
+    assert device_time.kernel_ms(lambda: None) == {
+        "attention": 20.0,
+        "nothing": 11.0,
+        "products": 6.0,
+        "add, norm": 5.0,
+        "other": 2.0,
+    }
