@@ -17,9 +17,9 @@ _FIRST_CAPACITY = 16
 class StepArrays:
     """A step's geometry on the host; the fields of `AttentionBatch` mean the same there.
 
-    `token_ids` int64 [num_tokens]; `sample_tokens` int64 [num_samples] are the indexes of tokens
-    after which one is sampled, `sample_rows` their rows, and `sample_positions` the sampled
-    tokens' indexes among their sequences' outputs. `sources` int64 [num_tokens], if any, says
+    `token_ids` int64 [num_tokens]; `samples` int64 [num_samples] are the indexes of the sequences
+    that sample, `sample_rows` their rows, and `sample_positions` the sampled tokens' indexes among
+    their outputs. `sources` int64 [num_tokens], if any, says
     which tokens aren't known to the host: their places among the samples of the step before, -1
     for all others. The first `num_decodes` sequences have one query each.
     """
@@ -34,7 +34,7 @@ class StepArrays:
     max_query_len: int
     max_kv_len: int
     num_decodes: int
-    sample_tokens: NDArray[np.int64]
+    samples: NDArray[np.int64]
     sample_rows: NDArray[np.int64]
     sample_positions: NDArray[np.int64]
 
@@ -142,7 +142,7 @@ class PersistentBatch:
             positions = np.arange(len(token_ids)) + (starts - query_starts[:-1]).repeat(counts)
         blocks, offsets = np.divmod(positions, self._block_size)
         slots = self._block_tables[token_rows, blocks] * np.int64(self._block_size) + offsets
-        samples = np.fromiter((item.samples for item in scheduled), np.bool_, len(scheduled))
+        samples = np.array([i for i, item in enumerate(scheduled) if item.samples], np.int64)
         sample_rows = rows[samples]
         return StepArrays(
             token_ids=token_ids,
@@ -155,7 +155,7 @@ class PersistentBatch:
             max_query_len=max_query_len,
             max_kv_len=max_kv_len,
             num_decodes=num_decodes,
-            sample_tokens=query_ends[samples] - 1,
+            samples=samples,
             sample_rows=sample_rows,
             sample_positions=kv_lens[samples] - self._num_prompt_tokens[sample_rows],
         )

@@ -20,9 +20,6 @@ from engine.runner import ModelRunner
 from kernels.choice import CHUNK, Filters, choose_tokens
 from protocol.layout import KVLayout
 
-# The second layer's first norm adds what the first layer may have left to it.
-_LEAST_LAYERS = 2
-
 
 def compile_kernels(
     model: CausalLM, layout: KVLayout, config: EngineConfig, *, progress: bool
@@ -41,10 +38,10 @@ def compile_kernels(
 
 
 def unlike_layers(windows: tuple[int | None, ...]) -> list[int]:
-    """Layers that launch all kernels that any does, by their windows: the first ones, and the first
-    with each."""
+    """Layers that launch all kernels that any does, by their windows: the first with each, and the
+    last, which does less for prompts than those before it."""
     firsts = {windows.index(window) for window in windows}
-    return sorted(firsts.union(range(min(_LEAST_LAYERS, len(windows)))))
+    return sorted(firsts | {len(windows) - 1})
 
 
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:

@@ -68,7 +68,7 @@ class DecodeGraphs:
         several tokens of a sequence, more sequences than the largest size, or one that doesn't
         sample. `sampled` are the tokens of the step before, which `arrays.sources` speaks of."""
         num_seqs = len(arrays.kv_lens)
-        is_decode = len(arrays.token_ids) == num_seqs == len(arrays.sample_tokens)
+        is_decode = len(arrays.token_ids) == num_seqs == len(arrays.samples)
         if not is_decode or num_seqs > self._sizes[-1]:
             return None
         size = self._sizes[int(np.searchsorted(self._sizes, num_seqs))]

@@ -95,7 +95,7 @@ class PromptGraphs:
         self._forward(num_singles, num_tokens)
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
-        """Hidden states of the tokens that sample, [num_samples, hidden_size]; None if the step
+        """Hidden states of the sequences that sample, [num_samples, hidden_size]; None if the step
         isn't captured: no, too many or too long prompts, or more sequences than the largest size.
 
         `sampled` are the tokens of the step before, which `arrays.sources` speaks of.
@@ -119,7 +119,7 @@ class PromptGraphs:
             num_tokens=singles + tokens,
         )
         self._graphs[shape].replay()
-        hidden, at = self._hidden[shape], arrays.sample_tokens
+        hidden, at = self._hidden[shape], arrays.samples
         if not len(at):
             return hidden[:0]
         at = at + (at >= num_decodes) * (singles - num_decodes)
@@ -156,8 +156,9 @@ class PromptGraphs:
             max_query_len=num_tokens,
             max_kv_len=_MAX_KV_LEN,
         )
+        longest = self._model.config.max_model_len
+        last = batch.last_tokens(longest)
         if num_singles:
-            longest = self._model.config.max_model_len
             batch = batch.divided(num_singles, (longest, _MAX_KV_LEN), attends_in_parts=True)
         token_ids = self._inputs.token_ids(num_singles + num_tokens)
-        return self._model.forward(token_ids, batch, self._kv_pool)
+        return self._model.forward(token_ids, batch, self._kv_pool, last)

@@ -149,7 +149,7 @@ class ModelRunner:
         return pending
 
     def _hidden(self, arrays: StepArrays, read: list[ScheduledSequence]) -> Tensor:
-        """Hidden states of the tokens that sample, [num_samples, hidden_size]; the reader sees
+        """Hidden states of the sequences that sample, [num_samples, hidden_size]; the reader sees
         those of the whole step first if `read` is all that is scheduled, and not empty."""
         (
             token_ids,
@@ -158,7 +158,7 @@ class ModelRunner:
             block_tables,
             slots,
             positions,
-            sample_tokens,
+            samples,
             *sources,
         ) = self._uploader.upload(
             [
@@ -168,7 +168,7 @@ class ModelRunner:
                 arrays.block_tables,
                 arrays.slots,
                 arrays.positions,
-                arrays.sample_tokens,
+                arrays.samples,
                 *([] if arrays.sources is None else [arrays.sources]),
             ]
         )
@@ -185,15 +185,20 @@ class ModelRunner:
             max_kv_len=arrays.max_kv_len,
             num_seqs=len(arrays.kv_lens),
         )
+        # On a GPU as in decode graphs, so that their kernels serve here, too.
+        longest = self._model.config.max_model_len if token_ids.is_cuda else arrays.max_kv_len
+        has_prompts = arrays.max_query_len > 1
+        last = batch.last_tokens(longest) if has_prompts else None
         num_decodes = arrays.num_decodes
         if token_ids.is_cuda and _MIN_DECODES <= num_decodes < batch.num_seqs:
-            # As in decode graphs, so that their kernels serve here, too.
-            longest = self._model.config.max_model_len
             max_prompt_kv_len = int(arrays.kv_lens[num_decodes:].max())
             batch = batch.divided(num_decodes, (longest, max_prompt_kv_len))
-        hidden = self._model.forward(token_ids, batch, self._kv_pool)
         if read:
+            hidden = self._model.forward(token_ids, batch, self._kv_pool)
             self._reader.read(read, hidden, arrays.query_starts)
-        if len(arrays.sample_tokens) == len(arrays.token_ids):
+            hidden = hidden.index_select(0, query_starts[1:] - 1)
+        else:
+            hidden = self._model.forward(token_ids, batch, self._kv_pool, last)
+        if len(arrays.samples) == len(arrays.kv_lens):
             return hidden
-        return hidden.index_select(0, sample_tokens)
+        return hidden.index_select(0, samples)

@@ -71,6 +71,21 @@ class AttentionBatch:
         )
         return replace(self, parts=(decodes, prompts), attends_in_parts=attends_in_parts)
 
+    def last_tokens(self, max_kv_len: int) -> "LastTokens":
+        """Each sequence's last new token; `max_kv_len` is at least this batch's."""
+        rows = self.query_starts[1:] - 1
+        batch = AttentionBatch(
+            query_starts=torch.arange(self.num_seqs + 1, dtype=torch.int32, device=rows.device),
+            kv_lens=self.kv_lens,
+            block_tables=self.block_tables,
+            slots=self.slots.index_select(0, rows),
+            positions=self.positions.index_select(0, rows),
+            max_query_len=1,
+            max_kv_len=max_kv_len,
+            num_seqs=self.num_seqs,
+        )
+        return LastTokens(rows, batch)
+
     def __post_init__(self) -> None:
         # Checked here, once a step: native kernels see only addresses.
         int32 = (self.query_starts, self.kv_lens, self.block_tables)
@@ -80,6 +95,14 @@ class AttentionBatch:
             and all(tensor.dtype is torch.int64 and tensor.stride(-1) == 1 for tensor in int64)
         ):
             raise ValueError("an AttentionBatch holds int32 geometry, and int64 slots, positions")
+
+
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """A batch's last token of each sequence, as a batch of its own."""
+
+    rows: Tensor  # int32 [num_seqs], where they are in the whole batch
+    batch: AttentionBatch
 
 
 def paged_attention(

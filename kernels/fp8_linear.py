@@ -26,6 +26,12 @@ class Fp8Linear:
     input_scale: Tensor | None
     """float32 [1], or None: each token has its own, made when it comes."""
 
+    def from_channel(self, first: int) -> "Fp8Linear":
+        """The layer of output channels `first` and up; its memory is a part of this one's."""
+        weight = Fp8Rows(self.weight.values[first:], self.weight.scales[first:])
+        bias = None if self.bias is None else self.bias[first:]
+        return Fp8Linear(weight, bias, self.input_scale)
+
 
 def multiplies_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a model in `dtype` on `device` gains by fp8 products."""

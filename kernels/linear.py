@@ -36,6 +36,18 @@ class PackedLinear:
         rows = self.weight.transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return rows[: self.out_features, : self.in_features].contiguous()
 
+    def from_channel(self, first: int) -> "PackedLinear":
+        """The layer of output channels `first` and up, a multiple of 32; its memory is a part of
+        this one's."""
+        assert first % _PANEL == 0
+        return PackedLinear(
+            self.out_features - first,
+            self.in_features,
+            self.weight[first // _PANEL if self.is_native else first :],
+            None if self.bias is None else self.bias[first:],
+            self.is_native,
+        )
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows `ids` [num_tokens] of the weight, [num_tokens, in_features]: a tied embedding.
 

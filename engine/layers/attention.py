@@ -5,12 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.layers.projection import Projection, ProjectionInput, load_projection
+from engine.layers.projection import (
+    PART_MULTIPLE,
+    Projection,
+    ProjectionInput,
+    load_projection,
+)
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch
 from kernels.kv_format import KVScales
 from kernels.norm import rms_norm
+from kernels.rope import rope_and_store_kv
 from kernels.rotated_attention import rotate_and_attend
 
 
@@ -52,6 +58,9 @@ class Attention:
             config.hidden_size,
             bias=options.qkv_bias,
         )
+        # A part begins where its format lets it, so a few of q's channels may come along.
+        self._num_extra = q_size % PART_MULTIPLE
+        self._kv = self.qkv.from_channel(q_size - self._num_extra)
         self._output = load_projection(
             weights, prefix, {"o_proj": config.hidden_size}, q_size, bias=options.output_bias
         )
@@ -90,6 +99,19 @@ class Attention:
             kv_scales=self._kv_scales,
         )
         return self._output.onto(attended.flatten(1), residual)
+
+    def store_kv(
+        self, hidden: ProjectionInput, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
+    ) -> None:
+        """The part of `forward` that others attend to: no queries, no output."""
+        heads = self._kv.forward(hidden)[:, self._num_extra :].unflatten(-1, (-1, self._head_dim))
+        k, v = heads.chunk(2, dim=1)
+        if self._k_norm is not None:
+            k = rms_norm(k, self._k_norm, self._eps)
+        no_queries = heads[:, :0]
+        rope_and_store_kv(
+            no_queries, k, v, cos_sin, batch, kv_pool, self._layer, kv_scales=self._kv_scales
+        )
 
 
 def read_kv_scales(weights: WeightSource, prefix: str) -> KVScales:

@@ -16,8 +16,11 @@ from kernels.fp8_linear import (
     fp8_linear,
     gated_fp8_linear,
 )
-from kernels.linear import add_linear, linear, pack_linear
+from kernels.linear import PackedLinear, add_linear, linear, pack_linear
 from kernels.norm import add_rms_norm, add_rms_norm_fp8
+
+PART_MULTIPLE = 32
+"""Output channels from which on a part of a projection may begin."""
 
 ProjectionInput = Tensor | Fp8Rows
 """[num_tokens, in_features]."""
@@ -28,6 +31,11 @@ class Projection(Protocol):
 
     def forward(self, x: ProjectionInput) -> Tensor:
         """[num_tokens, in_features] to [num_tokens, out_features]."""
+        ...
+
+    def from_channel(self, first: int) -> "Projection":
+        """The one to output channels `first` and up, a multiple of `PART_MULTIPLE`, with the same
+        memory."""
         ...
 
     def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
@@ -52,12 +60,15 @@ class Projection(Protocol):
 class DenseProjection:
     """Weights in the model's own type."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed = pack_linear(weight, bias)
+    def __init__(self, packed: PackedLinear) -> None:
+        self._packed = packed
 
     def forward(self, x: ProjectionInput) -> Tensor:
         assert isinstance(x, Tensor)
         return linear(x, self._packed)
+
+    def from_channel(self, first: int) -> Projection:
+        return DenseProjection(self._packed.from_channel(first))
 
     def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
         assert isinstance(x, Tensor)
@@ -79,12 +90,15 @@ class DenseProjection:
 class Fp8Projection:
     """Weights and inputs of 8 bits. What makes the input quantizes it on the way."""
 
-    def __init__(self, weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.packed = Fp8Linear(weight.rows, bias, weight.input_scale)
+    def __init__(self, packed: Fp8Linear, dtype: torch.dtype) -> None:
+        self.packed = packed
         self._dtype = dtype
 
     def forward(self, x: ProjectionInput) -> Tensor:
         return fp8_linear(x, self.packed, dtype=self._dtype)
+
+    def from_channel(self, first: int) -> Projection:
+        return Fp8Projection(self.packed.from_channel(first), self._dtype)
 
     def onto(self, x: ProjectionInput, residual: Tensor) -> Tensor | None:
         return None if add_fp8_linear(x, self.packed, residual) else self.forward(x)
@@ -114,5 +128,6 @@ def load_projection(
     joined_bias = weights.take_stacked(biases) if bias else None
     fits = weights.linear_format.multiplies_fp8 and fits_fp8(sum(sizes.values()), in_features)
     if fits and isinstance(weight, Fp8Weight):
-        return Fp8Projection(weight, joined_bias, weights.dtype)
-    return DenseProjection(dense(weight, weights.dtype), joined_bias)
+        packed = Fp8Linear(weight.rows, joined_bias, weight.input_scale)
+        return Fp8Projection(packed, weights.dtype)
+    return DenseProjection(pack_linear(dense(weight, weights.dtype), joined_bias))

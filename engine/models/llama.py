@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from engine.layers.attention import AttentionOptions
-from engine.layers.decoder import DecoderLayer
+from engine.layers.decoder import DecoderLayer, run_layers
 from engine.layers.rope import rope_table
 from engine.layers.vocabulary import Vocabulary
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, LastTokens
 from kernels.norm import add_rms_norm
 
 
@@ -35,10 +35,15 @@ class LlamaForCausalLM:
         ]
         self._norm = weights.take("model.norm.weight", (config.hidden_size,))
 
-    def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
-        output, residual = None, self._vocabulary.embed(token_ids)
-        for layer in self.layers:
-            output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        kv_pool: Tensor,
+        last: LastTokens | None = None,
+    ) -> Tensor:
+        embedded = self._vocabulary.embed(token_ids)
+        output, residual = run_layers(self.layers, embedded, self._cos_sin, batch, kv_pool, last)
         return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from engine.compiling import unlike_layers
     ("windows", "layers"),
     [
         ((None,), [0]),
-        ((None,) * 4, [0, 1]),
-        ((8, None) * 3, [0, 1]),
-        ((None, None, None, 8, 8), [0, 1, 3]),
-        ((8, 8, 16, 8, None), [0, 1, 2, 4]),
+        ((None,) * 4, [0, 3]),
+        ((8, None) * 3, [0, 1, 5]),
+        ((None, None, None, 8, 8), [0, 3, 4]),
+        ((8, 8, 16, 8, None), [0, 2, 4]),
     ],
 )
-def test_first_layers_and_every_window(windows: tuple[int | None, ...], layers: list[int]) -> None:
+def test_the_first_with_every_window_and_the_last(windows: tuple[int | None, ...], layers: list[int]) -> None:
     assert unlike_layers(windows) == layers

@@ -117,8 +117,8 @@ class PagedModel:
         return PagedSequence(token_ids, block_ids.copy(), shared)
 
     @torch.inference_mode()
-    def step(self, work: list[tuple[PagedSequence, int]]) -> None:
-        """Runs the next n tokens of each sequence in one batch."""
+    def step(self, work: list[tuple[PagedSequence, int]], *, last_only: bool = False) -> None:
+        """Runs the next n tokens of each sequence in one batch, `last_only` for the last's logits."""
         token_ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -151,9 +151,11 @@ class PagedModel:
             max_kv_len=max(kv_lens),
             num_seqs=len(work),
         )
-        hidden = self.model.forward(torch.tensor(token_ids), batch, self.pool)
+        last = batch.last_tokens(max(kv_lens)) if last_only else None
+        hidden = self.model.forward(torch.tensor(token_ids), batch, self.pool, last)
         logits = self.model.logits(hidden)
-        for (sequence, _), rows in zip(work, logits.split([n for _, n in work]), strict=True):
+        num_rows = [1 if last_only else num_new for _, num_new in work]
+        for (sequence, _), rows in zip(work, logits.split(num_rows), strict=True):
             sequence.logits.append(rows)
 
 
@@ -254,6 +256,22 @@ def test_sequences_mixed_in_a_batch(pair: Pair) -> None:
         paged.step([(s, n) for s, n in zip(sequences, step, strict=True) if n is not None])
     for sequence in sequences:
         assert sequence.num_computed == len(sequence.token_ids)
+        assert_equal(sequence, pair.expected(sequence.token_ids))
+
+
+def test_last_tokens_alone(pair: Pair) -> None:
+    """Their logits are the same, and all others' keys and values are there for what follows."""
+    paged = PagedModel(pair.ours)
+    sequences = [paged.sequence(pair.tokens(n, seed=20 + n)) for n in (9, 33, 24)]
+    steps = [(8, 10, None), (1, 20, 17)]
+    for step in steps:
+        work = [(s, n) for s, n in zip(sequences, step, strict=True) if n is not None]
+        paged.step(work, last_only=True)
+        for sequence, _ in work:
+            expected = pair.expected(sequence.token_ids)[sequence.num_computed - 1]
+            torch.testing.assert_close(sequence.logits.pop()[0], expected, atol=TOLERANCE, rtol=0)
+    paged.step([(sequences[1], 3), (sequences[2], 7)])
+    for sequence in sequences[1:]:
         assert_equal(sequence, pair.expected(sequence.token_ids))
 
 

@@ -65,7 +65,7 @@ def check(arrays: StepArrays, scheduled: list[ScheduledSequence]) -> None:
     slots: list[int] = []
     positions: list[int] = []
     starts = [0]
-    sample_tokens: list[int] = []
+    samples: list[int] = []
     sample_positions: list[int] = []
     for i, item in enumerate(scheduled):
         sequence = item.sequence
@@ -77,7 +77,7 @@ def check(arrays: StepArrays, scheduled: list[ScheduledSequence]) -> None:
             positions.append(position)
         starts.append(len(token_ids))
         if item.samples:
-            sample_tokens.append(len(token_ids) - 1)
+            samples.append(i)
             sample_positions.append(sequence.num_output_tokens)
         needed = -(-(first + item.num_new_tokens) // BLOCK_SIZE)
         assert arrays.block_tables[i, :needed].tolist() == sequence.block_ids[:needed]
@@ -92,7 +92,7 @@ def check(arrays: StepArrays, scheduled: list[ScheduledSequence]) -> None:
     assert arrays.max_query_len == max(counts)
     chunks = [i for i, count in enumerate(counts) if count > 1]
     assert arrays.num_decodes == min(chunks, default=len(counts))
-    assert arrays.sample_tokens.tolist() == sample_tokens
+    assert arrays.samples.tolist() == samples
     assert arrays.sample_rows.tolist() == [i.sequence.row for i in scheduled if i.samples]
     assert arrays.sample_positions.tolist() == sample_positions
     assert arrays.slots.dtype == arrays.positions.dtype == arrays.token_ids.dtype == np.int64

@@ -84,6 +84,8 @@ class TestReferences:
         expected = rows.dequantized(x.dtype) @ packed.weight.dequantized(x.dtype).T + bias
         for given in (x, rows):
             torch.testing.assert_close(fp8_linear(given, packed, dtype=x.dtype), expected)
+        part = fp8_linear(rows, packed.from_channel(4), dtype=x.dtype)
+        torch.testing.assert_close(part, expected[:, 4:])
         with pytest.raises(ValueError, match=r"x is \(3, 16\)"):
             fp8_linear(torch.randn(3, 16), packed, dtype=x.dtype)
 

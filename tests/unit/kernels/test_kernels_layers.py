@@ -106,6 +106,16 @@ class TestLinear:
         assert torch.equal(packed.unpacked(), weight)
         assert torch.equal(packed.embed(ids), weight[ids])
 
+    def test_a_part_of_the_output_channels(self, dtype):
+        torch.manual_seed(0)
+        weight, bias = torch.randn(150, 33).to(dtype), torch.randn(150).to(dtype)
+        packed, x = pack_linear(weight, bias), torch.randn(5, 33).to(dtype)
+        part = packed.from_channel(96)
+        assert torch.equal(part.unpacked(), weight[96:])
+        whole, shared = packed.weight.untyped_storage(), part.weight.untyped_storage()
+        assert shared.data_ptr() == whole.data_ptr()
+        assert_near(linear(x, part), x.double() @ weight[96:].double().T + bias[96:].double())
+
     def test_ids_outside_of_the_table_are_refused(self, dtype):
         packed = pack_linear(torch.zeros(4, 8, dtype=dtype))
         for wrong in (-1, 4):

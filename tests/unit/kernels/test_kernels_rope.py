@@ -92,6 +92,21 @@ def test_fp8_pools_round_to_nearest_and_saturate(implementation, dtype, kv_dtype
         assert torch.equal(stored.float()[~is_nan], expected.float()[~is_nan])
 
 
+@pytest.mark.parametrize("implementation", [rope_and_store_kv, rope_and_store_kv_reference])
+def test_no_queries(implementation):
+    """Keys and values are stored as beside queries."""
+    torch.manual_seed(0)
+    fused = torch.randn(3, 6, 8)
+    cos_sin = torch.randn(4, 8)
+    batch = make_batch([5, 0, 2], [1, 2, 3])
+    q, k, v = fused.split((2, 2, 2), dim=1)
+    pools = torch.zeros(2, 2, 1, 2, 2, 4, 8).unbind()
+    implementation(q[:, :0], k, v, cos_sin, batch, pools[0], 0)
+    implementation(q.clone(), k, v, cos_sin, batch, pools[1], 0)
+    assert pools[1].count_nonzero() == 3 * 2 * 2 * 8
+    assert torch.equal(*pools)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     q, k = torch.zeros(1, 2, 8), torch.zeros(1, 1, 8)
     pool = torch.zeros(1, 1, 2, 1, 4, 8)
