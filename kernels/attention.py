@@ -73,7 +73,8 @@ class AttentionBatch:
 
     def last_tokens(self, max_kv_len: int) -> "LastTokens":
         """Each sequence's last new token; `max_kv_len` is at least this batch's."""
-        rows = self.query_starts[1:] - 1
+        # A captured graph's padded sequences have none: any row will do.
+        rows = (self.query_starts[1:] - 1).clamp(min=0)
         batch = AttentionBatch(
             query_starts=torch.arange(self.num_seqs + 1, dtype=torch.int32, device=rows.device),
             kv_lens=self.kv_lens,

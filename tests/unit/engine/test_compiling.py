@@ -15,5 +15,7 @@ from engine.compiling import unlike_layers
         ((8, 8, 16, 8, None), [0, 2, 4]),
     ],
 )
-def test_the_first_with_every_window_and_the_last(windows: tuple[int | None, ...], layers: list[int]) -> None:
+def test_the_first_with_every_window_and_the_last(
+    windows: tuple[int | None, ...], layers: list[int]
+) -> None:
     assert unlike_layers(windows) == layers

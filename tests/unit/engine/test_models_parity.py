@@ -118,7 +118,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def step(self, work: list[tuple[PagedSequence, int]], *, last_only: bool = False) -> None:
-        """Runs the next n tokens of each sequence in one batch, `last_only` for the last's logits."""
+        """Runs the next n tokens of each sequence in one batch, for all logits or the last ones."""
         token_ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []

@@ -105,6 +105,27 @@ class TestBatchInvariance:
             torch.set_num_threads(previous)
 
 
+def test_the_last_tokens_are_a_batch_of_their_own():
+    torch.manual_seed(0)
+    batch = make_batch([(5, 9), (1, 20), (3, 3)], 4)
+    pool, q = make_pool(batch, 2, 4, 16), torch.randn(9, 4, 16)
+    whole = paged_attention(q, pool, 0, batch, scale=0.25)
+    last = batch.last_tokens(32)
+    assert last.rows.tolist() == [4, 5, 8]
+    assert last.batch.slots.tolist() == batch.slots[[4, 5, 8]].tolist()
+    assert last.batch.positions.tolist() == [8, 19, 2]
+    alone = paged_attention(q[last.rows], pool, 0, last.batch, scale=0.25)
+    torch.testing.assert_close(alone, whole[last.rows])
+
+
+def test_sequences_without_tokens_have_some_last_row():
+    """As a captured graph's padded ones, at its end or before anything is written."""
+    batch = make_batch([(2, 2), (3, 3)], 4)
+    for starts, rows in (([0, 2, 2], [1, 1]), ([0, 0, 0], [0, 0])):
+        padded = replace(batch, query_starts=torch.tensor(starts, dtype=torch.int32))
+        assert padded.last_tokens(4).rows.tolist() == rows
+
+
 def test_a_batch_of_wrong_types_is_refused():
     batch = make_batch([(1, 4)], 16)
     with pytest.raises(ValueError, match="int32"):
