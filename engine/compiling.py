@@ -5,7 +5,6 @@ the start's steps are gone through once without running a kernel. Operations of 
 there, on whatever memory holds: nothing may depend on values, so no token is chosen.
 """
 
-import copy
 from itertools import chain
 
 import torch
@@ -15,6 +14,7 @@ from engine.decode_graphs import DecodeGraphs, graph_sizes
 from engine.kv_memory import allocate_kv_pool
 from engine.made_up_steps import largest_step, warm_up_steps
 from engine.models.causal_lm import CausalLM
+from engine.models.shortened import shortened
 from engine.prompt_graphs import PromptGraphs, graph_shapes
 from engine.runner import ModelRunner
 from kernels.choice import CHUNK, Filters, choose_tokens
@@ -24,24 +24,12 @@ from protocol.layout import KVLayout
 def compile_kernels(
     model: CausalLM, layout: KVLayout, config: EngineConfig, *, progress: bool
 ) -> None:
-    """Takes no more of the GPU's memory than the largest step.
-
-    What is compiled for layers that differ in more than attention's window, if any, isn't
-    found: their first launch compiles it.
-    """
+    """Takes no more of the GPU's memory than the largest step."""
     # Imported here: a machine without a GPU needs no Triton.
     from kernels.gpu.launching import compile_ahead
 
-    shortened = copy.copy(model)
-    shortened.layers = [model.layers[i] for i in unlike_layers(model.config.layer_windows)]
-    compile_ahead(lambda: _launch_all(shortened, layout, config), progress=progress)
-
-
-def unlike_layers(windows: tuple[int | None, ...]) -> list[int]:
-    """Layers that launch all kernels that any does, by their windows: the first with each, and the
-    last, which does less for prompts than those before it."""
-    firsts = {windows.index(window) for window in windows}
-    return sorted(firsts | {len(windows) - 1})
+    few = shortened(model)
+    compile_ahead(lambda: _launch_all(few, layout, config), progress=progress)
 
 
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:

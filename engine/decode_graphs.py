@@ -15,6 +15,7 @@ from engine.batch import StepArrays
 from engine.capture import GraphMemory, capture
 from engine.graph_inputs import GraphInputs
 from engine.models.causal_lm import CausalLM
+from engine.models.shortened import shortened
 
 # Up to here the ladder has every power of two, from here on every eighth size.
 _FINE_UP_TO = 8
@@ -36,6 +37,7 @@ class DecodeGraphs:
         `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
         self._model = model
+        self._short_model = shortened(model)
         self._kv_pool = kv_pool
         self._sizes = sizes
         self._inputs = GraphInputs(
@@ -55,13 +57,13 @@ class DecodeGraphs:
         for size in shown:
             self.launch(size)
             self._graphs[size], self._hidden[size] = capture(
-                lambda size=size: self._forward(size), memory
+                lambda size=size: self._forward(self._model, size), memory
             )
 
     @torch.inference_mode()
     def launch(self, size: int) -> None:
-        """Kernel by kernel, what a graph of that size replays, and the head that comes behind."""
-        self._model.logits(self._forward(size))
+        """Every kernel that a graph of that size replays, and the head that comes behind."""
+        self._model.logits(self._forward(self._short_model, size))
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
         """[num_seqs, hidden_size], valid until the next call; None if the step isn't captured:
@@ -76,11 +78,11 @@ class DecodeGraphs:
         self._graphs[size].replay()
         return self._hidden[size][:num_seqs]
 
-    def _forward(self, size: int) -> Tensor:
+    def _forward(self, model: CausalLM, size: int) -> Tensor:
         batch = self._inputs.batch(
             num_seqs=size,
             num_tokens=size,
             max_query_len=1,
-            max_kv_len=self._model.config.max_model_len,
+            max_kv_len=model.config.max_model_len,
         )
-        return self._model.forward(self._inputs.token_ids(size), batch, self._kv_pool)
+        return model.forward(self._inputs.token_ids(size), batch, self._kv_pool)

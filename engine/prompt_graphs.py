@@ -16,6 +16,7 @@ from engine.batch import StepArrays
 from engine.capture import GraphMemory, capture
 from engine.graph_inputs import GraphInputs
 from engine.models.causal_lm import CausalLM
+from engine.models.shortened import shortened
 from engine.upload import to_device
 
 # Sequences with one token each; multiples of 16, so that what lies behind them is aligned.
@@ -60,6 +61,7 @@ class PromptGraphs:
         `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
         self._model = model
+        self._short_model = shortened(model)
         self._kv_pool = kv_pool
         self._shapes = shapes
         self._inputs = GraphInputs(
@@ -86,13 +88,13 @@ class PromptGraphs:
         for shape in shown:
             self.launch(*shape)
             self._graphs[shape], self._hidden[shape] = capture(
-                lambda shape=shape: self._forward(*shape), memory
+                lambda shape=shape: self._forward(self._model, *shape), memory
             )
 
     @torch.inference_mode()
     def launch(self, num_singles: int, num_tokens: int) -> None:
-        """Kernel by kernel, what a graph of that shape replays."""
-        self._forward(num_singles, num_tokens)
+        """Every kernel that a graph of that shape replays."""
+        self._forward(self._short_model, num_singles, num_tokens)
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
         """Hidden states of the sequences that sample, [num_samples, hidden_size]; None if the step
@@ -139,26 +141,27 @@ class PromptGraphs:
         slow = (num for num in nums_tokens if self._launch_share(num) > _LAUNCH_SHARE)
         return next(slow, 0)
 
+    @torch.inference_mode()
     def _launch_share(self, num_tokens: int) -> float:
         """Of the time that a step of prompts alone takes, kernel by kernel."""
-        self.launch(0, num_tokens)  # compiles kernels, makes workspaces
+        self._forward(self._model, 0, num_tokens)  # compiles kernels, makes workspaces
         torch.cuda.synchronize()
         started_s = time.perf_counter()
-        self.launch(0, num_tokens)
+        self._forward(self._model, 0, num_tokens)
         launched_s = time.perf_counter()
         torch.cuda.synchronize()
         return (launched_s - started_s) / (time.perf_counter() - started_s)
 
-    def _forward(self, num_singles: int, num_tokens: int) -> Tensor:
+    def _forward(self, model: CausalLM, num_singles: int, num_tokens: int) -> Tensor:
         batch = self._inputs.batch(
             num_seqs=num_singles + MAX_CHUNKS,
             num_tokens=num_singles + num_tokens,
             max_query_len=num_tokens,
             max_kv_len=_MAX_KV_LEN,
         )
-        longest = self._model.config.max_model_len
+        longest = model.config.max_model_len
         last = batch.last_tokens(longest)
         if num_singles:
             batch = batch.divided(num_singles, (longest, _MAX_KV_LEN), attends_in_parts=True)
         token_ids = self._inputs.token_ids(num_singles + num_tokens)
-        return self._model.forward(token_ids, batch, self._kv_pool, last)
+        return model.forward(token_ids, batch, self._kv_pool, last)

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped keys and values in the paged pool."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,11 @@ class Attention:
         if options.qk_norm:
             self._q_norm = weights.take(f"{prefix}.q_norm.weight", (config.head_dim,))
             self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
+
+    @property
+    def kind(self) -> Hashable:
+        """As that of projections."""
+        return self.qkv.kind, self._output.kind, self._window, self._q_norm is not None
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """The layer that all served architectures stack: pre-norm attention, then a pre-norm MLP."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from engine.layers.attention import Attention, AttentionOptions
@@ -28,6 +30,11 @@ class DecoderLayer:
         self._attention = Attention(config, layer, weights, options=attention)
         self._mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
         self._mlp = GatedMLP(config, layer, weights, bias=mlp_bias)
+
+    @property
+    def kind(self) -> Hashable:
+        """As that of projections."""
+        return self._attention.kind, self._mlp.kind
 
     def forward(
         self,

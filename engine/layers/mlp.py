@@ -1,5 +1,7 @@
 """The gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from engine.layers.projection import Projection, ProjectionInput, load_projection
@@ -25,6 +27,11 @@ class GatedMLP:
         self._down = load_projection(
             weights, prefix, {"down_proj": hidden}, intermediate, bias=bias
         )
+
+    @property
+    def kind(self) -> Hashable:
+        """As that of projections."""
+        return self.gate_up.kind, self._down.kind
 
     def forward(self, hidden: ProjectionInput, residual: Tensor) -> Tensor | None:
         """`hidden` [num_tokens, hidden_size], made by `gate_up.normed`, to the same shape, or None

@@ -1,5 +1,6 @@
 """Linear layers of a decoder, each with the operation before it, as its number format wants it."""
 
+from collections.abc import Hashable
 from typing import Protocol
 
 import torch
@@ -28,6 +29,11 @@ ProjectionInput = Tensor | Fp8Rows
 
 class Projection(Protocol):
     """`x @ weight.T + bias`, for one projection or several of the same input, joined."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Projections of one kind launch the same kernels for the same input."""
+        ...
 
     def forward(self, x: ProjectionInput) -> Tensor:
         """[num_tokens, in_features] to [num_tokens, out_features]."""
@@ -63,6 +69,11 @@ class DenseProjection:
     def __init__(self, packed: PackedLinear) -> None:
         self._packed = packed
 
+    @property
+    def kind(self) -> Hashable:
+        packed = self._packed
+        return "dense", packed.out_features, packed.in_features, packed.bias is not None
+
     def forward(self, x: ProjectionInput) -> Tensor:
         assert isinstance(x, Tensor)
         return linear(x, self._packed)
@@ -93,6 +104,12 @@ class Fp8Projection:
     def __init__(self, packed: Fp8Linear, dtype: torch.dtype) -> None:
         self.packed = packed
         self._dtype = dtype
+
+    @property
+    def kind(self) -> Hashable:
+        packed = self.packed
+        shape = packed.weight.values.shape
+        return "fp8", *shape, packed.bias is not None, packed.input_scale is not None
 
     def forward(self, x: ProjectionInput) -> Tensor:
         return fp8_linear(x, self.packed, dtype=self._dtype)
