@@ -13,9 +13,14 @@ from engine import LLM
 FP8 = {"dtype": "bfloat16", "gpu_memory_utilization": 0.1}
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+# e5m2 has one bit less: where rounding differs, it differs by twice as much.
+@pytest.mark.parametrize(("kv_cache_dtype", "least_equal"), [("fp8_e4m3", 0.7), ("fp8_e5m2", 0.5)])
 def test_graphs_and_eager_steps_agree_but_for_rounding(
-    model_dir: Path, prompts: list[list[int]], reference: GreedyReference, kv_cache_dtype: str
+    model_dir: Path,
+    prompts: list[list[int]],
+    reference: GreedyReference,
+    kv_cache_dtype: str,
+    least_equal: float,
 ) -> None:
     graphs = LLM(str(model_dir), **FP8, kv_cache_dtype=kv_cache_dtype)
     alone = [token_ids(graphs, [prompt])[0] for prompt in prompts]
@@ -23,7 +28,7 @@ def test_graphs_and_eager_steps_agree_but_for_rounding(
     eager = LLM(str(model_dir), **FP8, kv_cache_dtype=kv_cache_dtype, enforce_eager=True)
     # They split contexts differently, and what is rounded to 8 bits a little differently, differs.
     pairs = zip(alone, (token_ids(eager, [prompt])[0] for prompt in prompts), strict=True)
-    assert sum(a == b for a, b in pairs) >= 0.7 * len(prompts)
+    assert sum(a == b for a, b in pairs) >= least_equal * len(prompts)
     first = [ids[0] == reference(prompt)[0] for ids, prompt in zip(alone, prompts, strict=True)]
     assert sum(first) >= len(first) // 2
 
