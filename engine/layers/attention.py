@@ -20,6 +20,10 @@ from kernels.norm import rms_norm
 from kernels.rope import rope_and_store_kv
 from kernels.rotated_attention import rotate_and_attend
 
+# On a GPU, products of so many tokens have kernels of their own for each shape of weights: leaving
+# queries out gains less than it takes to compile another.
+_FEW_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
@@ -59,9 +63,7 @@ class Attention:
             config.hidden_size,
             bias=options.qkv_bias,
         )
-        # A part begins where its format lets it, so a few of q's channels may come along.
-        self._num_extra = q_size % PART_MULTIPLE
-        self._kv = self.qkv.from_channel(q_size - self._num_extra)
+        self._kv = self.qkv.from_channel(q_size // PART_MULTIPLE * PART_MULTIPLE)
         self._output = load_projection(
             weights, prefix, {"o_proj": config.hidden_size}, q_size, bias=options.output_bias
         )
@@ -110,7 +112,9 @@ class Attention:
         self, hidden: ProjectionInput, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
     ) -> None:
         """The part of `forward` that others attend to: no queries, no output."""
-        heads = self._kv.forward(hidden)[:, self._num_extra :].unflatten(-1, (-1, self._head_dim))
+        product = self._kv if batch.num_tokens > _FEW_TOKENS else self.qkv
+        size = 2 * self._num_kv_heads * self._head_dim
+        heads = product.forward(hidden)[:, -size:].unflatten(-1, (-1, self._head_dim))
         k, v = heads.chunk(2, dim=1)
         if self._k_norm is not None:
             k = rms_norm(k, self._k_norm, self._eps)

@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-multi-head": ("Llama", {"num_key_value_heads": 4}),
+    "llama-uneven-heads": (
+        "Llama",
+        {"head_dim": 20, "num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
     "llama-head-dim": ("Llama", {"head_dim": 16}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": ("Llama", rope(rope_type="linear", factor=2.0)),
@@ -273,6 +277,18 @@ def test_last_tokens_alone(pair: Pair) -> None:
     paged.step([(sequences[1], 3), (sequences[2], 7)])
     for sequence in sequences[1:]:
         assert_equal(sequence, pair.expected(sequence.token_ids))
+
+
+def test_last_tokens_of_many(pair: Pair) -> None:
+    """So many tokens that the last layer makes no queries for them."""
+    paged = PagedModel(pair.ours)
+    sequences = [paged.sequence(pair.tokens(32, seed=i)) for i in range(10)]
+    paged.step([(sequence, 30) for sequence in sequences], last_only=True)
+    paged.step([(sequence, 2) for sequence in sequences])
+    for sequence in sequences:
+        computed = torch.cat(sequence.logits)
+        expected = pair.expected(sequence.token_ids)[29:]
+        torch.testing.assert_close(computed, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_dynamic_scaling_beyond_the_trained_length(tmp_path: Path) -> None:
