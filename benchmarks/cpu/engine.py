@@ -32,7 +32,7 @@ from engine.step_loop import StepLoop
 from engine.weights.dtype import resolve_dtype
 from engine.weights.model_dir import model_name, resolve_model
 from engine.weights.source import DummyWeights
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, LastTokens
 from protocol.ids import RequestKey
 from protocol.request import Request
 from protocol.sampling import SamplingParams
@@ -61,9 +61,15 @@ class TimedModel:
         self.device = model.device
         self.spent_s = 0.0
 
-    def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        kv_pool: Tensor,
+        last: LastTokens | None = None,
+    ) -> Tensor:
         started = time.perf_counter()
-        hidden = self._model.forward(token_ids, batch, kv_pool)
+        hidden = self._model.forward(token_ids, batch, kv_pool, last)
         self.spent_s += time.perf_counter() - started
         return hidden
 

@@ -33,7 +33,7 @@ from engine.models.config import ModelConfig, read_model_config
 from engine.models.registry import load_model
 from engine.sequence import Sequence
 from engine.step_loop import StepLoop
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, LastTokens
 from kernels.fp8 import quantize_rows
 from kernels.gpu.fp8_linear import library_linear
 from protocol.ids import RequestKey
@@ -192,10 +192,15 @@ class Bench:
             fill_with_noise(self.engine.kv_pool)
             forward = model.forward
 
-            def decode_only(token_ids: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> Tensor:
-                if batch.max_query_len == 1:
+            def decode_only(
+                token_ids: Tensor,
+                batch: AttentionBatch,
+                kv_pool: Tensor,
+                last: LastTokens | None = None,
+            ) -> Tensor:
+                if last is None:
                     return forward(token_ids, batch, kv_pool)
-                shape = (len(token_ids), model.config.hidden_size)
+                shape = (batch.num_seqs, model.config.hidden_size)
                 return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
             model.forward = decode_only
@@ -203,16 +208,19 @@ class Bench:
         hidden, mlp = shape["hidden_size"], shape["intermediate_size"]
         kv_size = shape["num_key_value_heads"] * shape["head_dim"]
         self._layer_weights = num_layers * hidden * (2 * hidden + 2 * kv_size + 3 * mlp)
+        # Of the last layer, a prompt's tokens but the last need no more than keys and values.
+        needed = (num_layers - 1) / num_layers
+        self._prompt_weights = needed * self._layer_weights + 2 * kv_size * hidden
         self._head_weights = shape["vocab_size"] * hidden
         self._weight_bytes = 2 if quantization is None else 1
         self._tflops = ceilings.matmul_tflops if quantization is None else ceilings.fp8_tflops
-        self._attention_flops = 4 * hidden * num_layers
+        self._attention_flops = 4 * hidden * (num_layers - 1)
 
     def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, Any]:
         """Prompts of one length until each has its first token; once more for the profile."""
         total_s = self._compute(num_seqs, prompt_len)
         attention_flops = self._attention_flops * prompt_len**2 / 2 + 2 * self._head_weights
-        layers_s = 2 * self._layer_weights * prompt_len / self._tflops
+        layers_s = 2 * self._prompt_weights * prompt_len / self._tflops
         floor_s = num_seqs * (layers_s + attention_flops / self._ceilings.matmul_tflops) / 1e12
         return {
             "num_seqs": num_seqs,
