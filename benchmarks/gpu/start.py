@@ -1,13 +1,14 @@
 """Times an engine's start with nothing compiled yet, its kernels compiled ahead or as they come.
 
     python -m benchmarks.gpu.start [--quantization fp8] [--kv-cache-dtype fp8] [--layers 32]
-        [--repeats 2] [--out benchmarks/results/gpu-start.json]
+        [--repeats 2] [--ahead-only] [--out benchmarks/results/gpu-start.json]
 
 The model has Llama-3.1-8B's shape and random weights. Each start is a process of its own, in turns
 with an empty cache of Triton's, both ways, and with the one that the start before has filled.
 Seconds are of imports, of making the weights, and of the parts of `Engine`'s construction: kernels
 compiled ahead, the measured largest step and captures of the largest graphs, the warm-up, and the
-captures.
+captures. "compiler_s" is what compiling took by its stages, waits for Python's lock and for cores
+included, all kernels together, and of the slowest kernel.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -38,11 +40,14 @@ def start_once(args: argparse.Namespace, *, started_s: float) -> dict[str, Any]:
     from engine.runner import ModelRunner
 
     seconds: dict[str, float] = {}
-    compiled: list[str] = []
+    compiled: list[tuple[float, str]] = []
+    stages: Counter[str] = Counter()
 
-    def listen(*, src: Any, cache_hit: bool, **_: object) -> None:  # noqa: ANN401
+    def listen(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:  # noqa: ANN401
         if not cache_hit:
-            compiled.append(src.fn.__name__)
+            compiled.append((round(times.total / 1e6, 2), src.fn.__name__))
+            stages.update(dict(times.lowering_stages))
+            stages.update({"python": times.ir_initialization, "store": times.store_results})
 
     def timed(owner: Any, name: str, phase: str) -> None:  # noqa: ANN401
         call: Callable[..., Any] = getattr(owner, name)
@@ -81,6 +86,8 @@ def start_once(args: argparse.Namespace, *, started_s: float) -> dict[str, Any]:
     return {
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
         "num_compiled": len(compiled),
+        "compiler_s": {stage: round(value / 1e6, 2) for stage, value in stages.items()},
+        "slowest_kernel": max(compiled, default=None),
         "card": torch.cuda.get_device_name(),
         "triton": triton.__version__,
     }
@@ -100,6 +107,7 @@ def main() -> None:
     parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--ahead-only", action="store_true", help="no kernels as they come")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     parser.add_argument(_CHILD, action="store_true", help=argparse.SUPPRESS)
@@ -108,16 +116,17 @@ def main() -> None:
     if args.start_once:
         print(json.dumps(start_once(args, started_s=started_s)))
         return
+    ways = [(), ("--as-they-come",)][: 1 if args.ahead_only else 2]
     rows: list[dict[str, Any]] = []
     for _ in range(args.repeats):
-        for flags in ((), ("--as-they-come",)):
+        for flags in ways:
             with TemporaryDirectory() as cache:
                 for is_cached in (False, True):
                     way = "as they come" if flags else "ahead"
                     row = {"compiled": way, "cached": is_cached, **in_process(cache, *flags)}
                     rows.append(row)
                     print(row, flush=True)
-    for way in ("ahead", "as they come"):
+    for way in ("ahead", "as they come")[: len(ways)]:
         for is_cached in (False, True):
             starts = [r for r in rows if (r["compiled"], r["cached"]) == (way, is_cached)]
             middle_s = median(row["seconds"]["all"] for row in starts)
