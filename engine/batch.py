@@ -19,9 +19,9 @@ class StepArrays:
 
     `token_ids` int64 [num_tokens]; `samples` int64 [num_samples] are the indexes of the sequences
     that sample, `sample_rows` their rows, and `sample_positions` the sampled tokens' indexes among
-    their outputs. `sources` int64 [num_tokens], if any, says
-    which tokens aren't known to the host: their places among the samples of the step before, -1
-    for all others. The first `num_decodes` sequences have one query each.
+    their outputs. `sources` int64 [num_tokens], if any, says which tokens aren't known to the
+    host: their places among the samples of the step before, -1 for all others. The first
+    `num_decodes` sequences have one query each.
     """
 
     token_ids: NDArray[np.int64]

@@ -14,6 +14,9 @@ def shortened(model: CausalLM) -> CausalLM:
 
 
 def unlike(kinds: Sequence[Hashable]) -> list[int]:
-    """The first of each kind, and the last of all, which does less for prompts than others."""
-    firsts = {kinds.index(kind) for kind in kinds}
-    return sorted(firsts | {len(kinds) - 1})
+    """The first of each kind; the last of all, which does less for prompts than others; and unless
+    that is like the first of all, another that is: it may find an output to add."""
+    some = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
+    if kinds[-1] != kinds[0] and kinds[0] in kinds[1:]:
+        some.add(kinds.index(kinds[0], 1))
+    return sorted(some)
