@@ -10,7 +10,8 @@ its first token, then runs two loads:
 - "interference": 32 running streams, and then 8,192-token prompts, four a second. Counted are the
   streams' gaps between tokens while those come.
 
-"offline" is `engine.LLM` in a process of its own: long prompts, and a long shared prefix.
+"offline" is `engine.LLM` in a process of its own: a long shared prefix, and long prompts, of which
+`--offline-repeats` tells whether the first run is like others.
 """
 
 import argparse
@@ -209,7 +210,7 @@ def measure_stack(name: str, model_dir: Path, flags: Sequence[str], log: Path) -
         return {"start_to_first_token_s": server.first_token_s} | asyncio.run(run(server))
 
 
-def measure_offline(model_dir: Path, flags: Sequence[str]) -> dict[str, Any]:
+def measure_offline(model_dir: Path, flags: Sequence[str], num_repeats: int) -> dict[str, Any]:
     """Output tokens a second of one engine; called in a process of its own. `flags` are pairs of a
     name and a value."""
     # Only here, since the parent must leave the card alone.
@@ -220,6 +221,7 @@ def measure_offline(model_dir: Path, flags: Sequence[str]) -> dict[str, Any]:
     options = dict(zip(names, flags[1::2], strict=True))
     llm = LLM(str(model_dir), load_format="dummy", max_num_batched_tokens=8192, **options)
     result: dict[str, Any] = {"start_s": time.perf_counter() - started_s}
+    result["num_blocks"] = llm.engine.kv_pool.shape[0]
     rng = random.Random(0)
 
     def tokens(count: int) -> list[int]:
@@ -237,7 +239,9 @@ def measure_offline(model_dir: Path, flags: Sequence[str]) -> dict[str, Any]:
     result["shared_prefix_64x4096+128_out128"] = rate(
         [prefix + tokens(128) for _ in range(64)], 128
     )
-    result["long_prompts_128x4096_out256"] = rate([tokens(4096) for _ in range(128)], 256)
+    rates = [rate([tokens(4096) for _ in range(128)], 256) for _ in range(num_repeats)]
+    result["long_prompts_128x4096_out256"] = median(rates)
+    result["long_prompts_each"] = rates
     return result
 
 
@@ -245,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--stacks", nargs="*", default=list(STACKS), choices=list(STACKS))
     parser.add_argument("--offline", action="store_true", help="also engine.LLM")
+    parser.add_argument("--offline-repeats", type=int, default=1, help="of the long prompts")
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--flags", default="", help="more of tandem serve's, in one word")
     parser.add_argument("--commit", help="what was measured, where there is no git")
@@ -253,7 +258,9 @@ def main() -> None:
     parser.add_argument("--offline-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.offline_in is not None:
-        print(json.dumps(measure_offline(arguments.offline_in, arguments.flags.split())))
+        flags = arguments.flags.split()
+        measured = measure_offline(arguments.offline_in, flags, arguments.offline_repeats)
+        print(json.dumps(measured))
         return
 
     result: dict[str, Any] = {
@@ -271,7 +278,8 @@ def main() -> None:
             result[stack] = measure_stack(stack, model_dir, arguments.flags.split(), log)
             _keep(stack, result, arguments.output)
         if arguments.offline:
-            flags = (f"--flags={arguments.flags}", "--offline-in", name)
+            repeats = ("--offline-repeats", str(arguments.offline_repeats))
+            flags = (f"--flags={arguments.flags}", "--offline-in", name, *repeats)
             command = [sys.executable, "-m", "benchmarks.gpu.serve", *flags]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             result["offline"] = json.loads(done.stdout.splitlines()[-1])
