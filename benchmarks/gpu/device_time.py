@@ -25,7 +25,8 @@ KINDS = (
 
 def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
     """Start, end (µs) and name of all kernels and copies of a call, by their start."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    # Of one cycle there is nothing to accumulate, but without it some torch releases warn.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
     # The host's calls to the driver are events, too, and a wait for the device lasts long.
     events = [event for event in profiler.events() if event.device_type == DEVICE]

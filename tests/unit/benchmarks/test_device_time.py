@@ -18,9 +18,9 @@ SPANS = [
 ]
 
 
-def profiled_on_cpu(activities: list[ProfilerActivity]) -> profile:
+def profiled_on_cpu(activities: list[ProfilerActivity], *, acc_events: bool) -> profile:
     assert activities == [ProfilerActivity.CUDA]
-    return profile(activities=[ProfilerActivity.CPU])
+    return profile(activities=[ProfilerActivity.CPU], acc_events=acc_events)
 
 
 @pytest.mark.parametrize("device", [DeviceType.CPU, DeviceType.CUDA])
