@@ -8,7 +8,7 @@ from engine.layers.attention import Attention, AttentionOptions
 from engine.layers.mlp import GatedMLP
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
-from kernels.attention import AttentionBatch, LastTokens
+from kernels.attention import AttentionBatch
 
 
 class DecoderLayer:
@@ -67,24 +67,3 @@ class DecoderLayer:
         normed, residual = self._attention.qkv.normed(output, residual, self._input_norm, self._eps)
         self._attention.store_kv(normed, cos_sin, batch, kv_pool)
         return residual
-
-
-def run_layers(
-    layers: list[DecoderLayer],
-    hidden: Tensor,
-    cos_sin: Tensor,
-    batch: AttentionBatch,
-    kv_pool: Tensor,
-    last: LastTokens | None,
-) -> tuple[Tensor | None, Tensor]:
-    """All of a model's, on embedded tokens [num_tokens, hidden_size]. Returns what a layer does.
-
-    If nobody asks for others than the `last` tokens, the last layer only stores the others' KV.
-    """
-    output, residual = None, hidden
-    for layer in layers[:-1]:
-        output, residual = layer.forward(output, residual, cos_sin, batch, kv_pool)
-    if last is not None:
-        stored = layers[-1].store_kv(output, residual, cos_sin, batch, kv_pool)
-        output, residual, batch = None, stored.index_select(0, last.rows), last.batch
-    return layers[-1].forward(output, residual, cos_sin, batch, kv_pool)

@@ -11,19 +11,19 @@ from engine.models.bert import BertModel
 from engine.models.causal_lm import CausalLM
 from engine.models.config import ModelConfig
 from engine.models.encoder_config import ENCODER_ARCHITECTURES, EncoderConfig
-from engine.models.llama import LlamaForCausalLM
-from engine.models.mistral import MistralForCausalLM
-from engine.models.qwen2 import Qwen2ForCausalLM
-from engine.models.qwen3 import Qwen3ForCausalLM
+from engine.models.llama import llama
+from engine.models.mistral import mistral
+from engine.models.qwen2 import qwen2
+from engine.models.qwen3 import qwen3
 from engine.weights.source import DummyWeights, LinearFormat, SafetensorsWeights, WeightSource
 from kernels.fp8_linear import multiplies_fp8
 from protocol.errors import StartupError
 
 ARCHITECTURES: dict[str, Callable[[ModelConfig, WeightSource], CausalLM]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": MistralForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
 }
 
 
