@@ -1,7 +1,8 @@
 """Times engine steps of a model with random weights on a GPU, beside the card's own ceilings.
 
     python -m benchmarks.gpu.engine [--quantization fp8] [--kv-cache-dtype fp8] [--layers 32]
-        [--only decode] [--one-by-one] [--skip-prompts] [--out benchmarks/results/gpu-engine.json]
+        [--only decode] [--one-by-one] [--skip-prompts] [--max-num-batched-tokens 16384]
+        [--out benchmarks/results/gpu-engine.json]
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
@@ -143,13 +144,14 @@ def make_engine(
     *,
     quantization: str | None,
     kv_cache_dtype: str,
+    max_num_batched_tokens: int = BATCHED_TOKENS,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Engine, CausalLM]:
     """Llama-3.1-8B's shape with random weights; `options` are `EngineConfig`'s."""
     model_config = llama_config(model_dir, num_layers, quantization)
     config = EngineConfig(
         model=str(model_dir),
-        max_num_batched_tokens=BATCHED_TOKENS,
+        max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
         kv_cache_dtype=kv_cache_dtype,
         **options,
@@ -176,6 +178,7 @@ class Bench:
         quantization: str | None,
         one_by_one: bool,
         kv_cache_dtype: str,
+        max_num_batched_tokens: int,
         skip_prompts: bool,
     ) -> None:
         shape = LLAMA_8B | {"num_hidden_layers": num_layers}
@@ -185,6 +188,7 @@ class Bench:
             num_layers,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
+            max_num_batched_tokens=max_num_batched_tokens,
             async_scheduling=not one_by_one,
         )
         self.start_s = time.perf_counter() - started
@@ -282,6 +286,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
     parser.add_argument("--skip-prompts", action="store_true", help="only for decode")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
@@ -296,6 +301,7 @@ def main() -> None:
             quantization=args.quantization,
             one_by_one=args.one_by_one,
             kv_cache_dtype=args.kv_cache_dtype,
+            max_num_batched_tokens=args.max_num_batched_tokens,
             skip_prompts=args.skip_prompts,
         )
     print(f"start {bench.start_s:.1f} s")
@@ -307,6 +313,7 @@ def main() -> None:
         "quantization": args.quantization,
         "one_by_one": args.one_by_one,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
         "skip_prompts": args.skip_prompts,
         "ceilings": dataclasses.asdict(ceilings),
         "start_s": bench.start_s,

@@ -1,0 +1,132 @@
+"""Times products of a step's tokens on a GPU, whole and in two parts, at Llama-3.1-8B's shapes.
+
+    python -m benchmarks.gpu.products [--quantization fp8] [--tokens 1024 1088 ...] [--out FILE]
+
+The library cuts a product into tiles that run in waves, one tile a multiprocessor: a few tokens
+more can cost a whole wave. "parts" are the library's product of the most tokens that are a multiple
+of 128 and fewer by up to 256, and that of the rest, by the kernel that `kernels.fp8_linear` or
+`kernels.linear` takes. As in `benchmarks.gpu.kernels`, calls are captured in CUDA graphs and walk
+over several weights; the two ways take turns.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.commit import current_commit
+from benchmarks.gpu.kernels import time_s
+from kernels.fp8 import Fp8Rows, quantize_rows
+from kernels.fp8_linear import Fp8Linear, fp8_linear
+from kernels.gpu.fp8_linear import library_linear
+from kernels.linear import PackedLinear, linear, pack_linear
+
+# (out_features, in_features) of a layer's projections.
+LINEARS = {
+    "qkv": (6144, 4096),
+    "output": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+}
+TOKENS = (
+    *range(320, 1025, 64), 1056, 1072, 1088, 1152, 1280, 1344, 1536, 1600, 1792, 1856, 1920, 2048,
+    2064, 2112, 2176, 4096, 4160, 8192, 8256, 8448, 16384, 16896,
+)  # fmt: skip
+TILE = 128
+MOST_OF_REST = 256
+NUM_WEIGHTS = 4
+DTYPE = torch.bfloat16
+
+Rows = Tensor | Fp8Rows
+Product = Callable[[Rows, Any], Tensor]
+
+
+def part(x: Rows, first: int, last: int) -> Rows:
+    if isinstance(x, Fp8Rows):
+        return Fp8Rows(x.values[first:last], x.scales[first:last])
+    return x[first:last]
+
+
+def dense_library(x: Rows, weight: PackedLinear) -> Tensor:
+    assert isinstance(x, Tensor)
+    return torch.nn.functional.linear(x, weight.weight)
+
+
+def dense(x: Rows, weight: PackedLinear) -> Tensor:
+    assert isinstance(x, Tensor)
+    return linear(x, weight)
+
+
+def fp8_library(x: Rows, weight: Fp8Linear) -> Tensor:
+    assert isinstance(x, Fp8Rows)
+    return library_linear(x, weight.weight, None, dtype=DTYPE)
+
+
+def fp8(x: Rows, weight: Fp8Linear) -> Tensor:
+    return fp8_linear(x, weight, dtype=DTYPE)
+
+
+def bench(name: str, num_tokens: int, *, is_fp8: bool) -> dict[str, Any]:
+    out_features, in_features = LINEARS[name]
+    library, ours = (fp8_library, fp8) if is_fp8 else (dense_library, dense)
+    x: Rows = torch.randn(num_tokens, in_features, device="cuda", dtype=DTYPE)
+    weights: list[Any] = []
+    for _ in range(NUM_WEIGHTS):
+        weight = torch.randn(out_features, in_features, device="cuda", dtype=DTYPE)
+        weights.append(
+            Fp8Linear(quantize_rows(weight), None, None) if is_fp8 else pack_linear(weight)
+        )
+    if is_fp8:
+        x = quantize_rows(x)
+
+    def whole(weight: Any) -> Callable[[], object]:  # noqa: ANN401
+        return lambda: library(x, weight)
+
+    def parts(weight: Any, first: int) -> Callable[[], object]:  # noqa: ANN401
+        def call() -> None:
+            library(part(x, 0, first), weight)
+            ours(part(x, first, num_tokens), weight)
+
+        return call
+
+    row: dict[str, Any] = {"linear": name, "tokens": num_tokens}
+    seconds = time_s([whole(weight) for weight in weights])
+    row["whole_us"] = round(1e6 * seconds, 1)
+    row["tflops"] = round(2 * num_tokens * out_features * in_features / seconds / 1e12)
+    last = (num_tokens - 1) // TILE * TILE
+    for first in range(last, max(num_tokens - MOST_OF_REST, TILE) - 1, -TILE):
+        split_s = time_s([parts(weight, first) for weight in weights])
+        row[f"{first}_and_rest_us"] = round(1e6 * split_s, 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quantization", choices=("fp8",))
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in LINEARS:
+        for num_tokens in args.tokens:
+            rows.append(bench(name, num_tokens, is_fp8=args.quantization == "fp8"))
+            print(json.dumps(rows[-1]), flush=True)
+    if args.out:
+        results = {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": args.commit,
+            "card": torch.cuda.get_device_name(),
+            "quantization": args.quantization,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
