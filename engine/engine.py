@@ -20,11 +20,12 @@ from engine.models.encoder_config import is_encoder
 from engine.models.registry import load_model
 from engine.product_check import check_products_under_mps
 from engine.profiling import measure_gpu_memory, warm_up
-from engine.prompt_graphs import MAX_CHUNKS, graph_shapes
+from engine.prompt_graphs import MAX_CHUNKS, SINGLES, graph_shapes
 from engine.runner import ModelRunner
 from engine.running_step import RunningStep
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import StepPlan
+from engine.scheduler.tiles import StepTiles
 from engine.sequence import Sequence
 from engine.swap import HostBlocks, num_swap_blocks
 from engine.weights.dtype import resolve_dtype, resolve_kv_dtype
@@ -37,6 +38,8 @@ from protocol.request import Request
 logger = logging.getLogger(__name__)
 
 _CPU_MIXED_TOKENS = 512
+# Tokens of the library's tiles in products of 8 bits, and two of those of 16.
+_GPU_TILE = 256
 
 
 class Engine:
@@ -162,6 +165,7 @@ class Engine:
             max_num_batched_tokens=self._config.max_num_batched_tokens,
             max_num_mixed_tokens=self._config.max_num_mixed_tokens
             or (None if self.kv_pool.is_cuda else _CPU_MIXED_TOKENS),
+            tiles=StepTiles(_GPU_TILE, SINGLES) if self.kv_pool.is_cuda else None,
             max_model_len=self.model.max_model_len,
             eos_token_ids=frozenset(self.model.eos_token_ids),
             num_swap_blocks=0 if self._host_blocks is None else self._host_blocks.num_blocks,

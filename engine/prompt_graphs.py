@@ -2,11 +2,12 @@
 
 Launched kernel by kernel, a step takes the host longer than its few hundred tokens take the
 device, and everybody in it waits. So there is a graph for some numbers of running sequences and,
-with each, for a ladder of prompt tokens; a step is padded to the next that has room for it.
+with each, for a ladder of tokens; a step is padded to the next that has room for it.
 """
 
 import time
 from bisect import bisect_left
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from engine.models.shortened import shortened
 from engine.upload import to_device
 
 # Sequences with one token each; multiples of 16, so that what lies behind them is aligned.
-_SINGLES = (0, 16, 64, 128, 256)
-# Tokens of the others; beside many sequences only some of these.
+SINGLES = (0, 16, 64, 128, 256)
+# Tokens of a whole step: those that fill the tiles of products. With many sequences only some.
 _TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 _MANY_SINGLES = 128
-_TOKENS_BESIDE_MANY = (128, 256, 512, 1024, 2048)
+_TOKENS_WITH_MANY = (256, 384, 512, 1024, 2048)
 # Sequences with several tokens in a step, and their contexts: beyond, it's attention that takes
 # the time.
 MAX_CHUNKS = 16
@@ -36,15 +37,18 @@ _LAUNCH_SHARE = 0.75
 def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[int, int]]:
     """(sequences with one token, tokens of others) that may be worth a graph, the largest first."""
     most_singles = min(max_num_seqs, max_num_batched_tokens)
-    singles = _SINGLES[: bisect_left(_SINGLES, most_singles) + 1]
-    tokens = _TOKENS[: bisect_left(_TOKENS, max_num_batched_tokens) + 1]
-    shapes = (
-        (num_singles, num_tokens)
-        for num_singles in singles
-        for num_tokens in tokens
-        if num_singles < _MANY_SINGLES or num_tokens in _TOKENS_BESIDE_MANY
-    )
+    shapes: list[tuple[int, int]] = []
+    for fewer, num_singles in pairwise((-1, *_up_to(most_singles, SINGLES))):
+        ladder = _TOKENS if num_singles < _MANY_SINGLES else _TOKENS_WITH_MANY
+        most_padding = num_singles - fewer - 1
+        rungs = _up_to(max_num_batched_tokens + most_padding, ladder)
+        shapes += ((num_singles, rung - num_singles) for rung in rungs if rung > num_singles)
     return sorted(shapes, key=sum, reverse=True)
+
+
+def _up_to(most: int, ladder: tuple[int, ...]) -> tuple[int, ...]:
+    """With the first that has room for `most`."""
+    return ladder[: bisect_left(ladder, most) + 1]
 
 
 class PromptGraphs:
@@ -81,7 +85,7 @@ class PromptGraphs:
         shapes = self._shapes
         if not always:
             longest = self._longest_slow_to_launch([num for single, num in shapes if not single])
-            shapes = [shape for shape in shapes if shape[1] <= longest]
+            shapes = [shape for shape in shapes if sum(shape) <= longest]
         for num_singles, num_tokens in sorted(shapes):
             self._ladders.setdefault(num_singles, []).append(num_tokens)
         shown = tqdm(shapes, "CUDA graphs of prompts", disable=not progress, leave=False)

@@ -15,13 +15,14 @@ what the running ones leave of a step (policy: prompts.py), then goes on with 3.
 When no block is left for a running sequence, the one that ranks last among those that hold blocks
 loses them and is computed anew later, or goes on with what host memory has kept of it (swap.py).
 So whoever ranks first is never stopped and every sequence becomes first some day: preemption can't
-go round in circles. Nobody is admitted in a step that preempts, nor if it would leave less than a
-watermark of blocks to the running ones.
+go round in circles. Nobody is admitted in a step that preempts, nor if it would leave too few
+blocks for what those who hold some will soon grow by.
 
 `schedule_ahead` says what runs behind a step whose tokens aren't known yet (ahead.py).
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
 
 from engine.block_pool import BlockPool
@@ -38,8 +39,11 @@ from engine.sequence import Sequence
 from protocol.errors import InvalidRequestError
 from protocol.ids import RequestKey
 
-# Blocks kept for growth of running sequences whenever someone is let in.
-WATERMARK = 0.01
+# What whoever comes in has to leave: blocks for so many more tokens of each sequence that holds
+# some, unless it ends before, but at least and at most these shares of the pool. A sequence that is
+# preempted computes its whole context anew.
+GROWTH_TOKENS = 256
+WATERMARKS = (0.01, 0.0625)
 # Transfers may be under way for this share of `max_num_seqs` beyond the batch's free places, so
 # that a place that gets free is taken at once instead of a transfer later.
 RESERVE_AHEAD = 0.125
@@ -51,11 +55,12 @@ class DecodeScheduler:
     def __init__(self, pool: BlockPool, config: SchedulerConfig) -> None:
         self._pool = pool
         self._budget = config.max_num_batched_tokens
+        self._tiles = config.tiles
         self._mixed_budget = config.max_num_mixed_tokens or self._budget
         # Each running sequence takes at least a token of every step.
         self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self._num_ahead = max(1, int(self._max_num_seqs * RESERVE_AHEAD))
-        self._watermark = max(1, int(pool.num_blocks * WATERMARK))
+        self._watermarks = [max(1, int(pool.num_blocks * share)) for share in WATERMARKS]
         self._admission = Admission(pool, config)
         self._stop_rules = StopRules(config.eos_token_ids, self._admission.max_model_len)
         self._prompts = PromptQueue(
@@ -263,7 +268,14 @@ class DecodeScheduler:
             num_spare_blocks=self._num_spare_blocks,
             admit_before=admit_before,
             in_flight=in_flight,
+            worthwhile=self._worthwhile(decoding),
         )
+
+    def _worthwhile(self, decoding: list[ScheduledSequence]) -> Callable[[int], int] | None:
+        """Of the prompt tokens beside `decoding`, how many to take; None for all."""
+        if self._tiles is None or not decoding:
+            return None
+        return functools.partial(self._tiles.worthwhile, len(decoding))
 
     def _num_prompt_tokens(self, decoding: list[ScheduledSequence]) -> int:
         """What `decoding` leaves to prompts. Known tokens beyond one a sequence take a step's time
@@ -282,8 +294,17 @@ class DecodeScheduler:
 
     def _num_spare_blocks(self) -> int:
         """What an admission has to leave; nothing if nobody is there to grow."""
-        is_alone = not (self.num_running or self._batch.arrived or self.num_reserved)
-        return 0 if is_alone else self._watermark
+        batch, prompts = self._batch, self._prompts
+        holders = (*batch.decoding, *batch.arrived, *prompts.active, *self._reservations)
+        if not holders:
+            return 0
+        least, most = self._watermarks
+        return max(least, min(most, sum(self._num_growth_blocks(each) for each in holders)))
+
+    def _num_growth_blocks(self, sequence: Sequence) -> int:
+        soon = sequence.num_tokens + GROWTH_TOKENS
+        num_tokens = min(soon, self._stop_rules.max_tokens(sequence))
+        return self._pool.num_blocks_for(num_tokens) - len(sequence.block_ids)
 
     def _end(self, sequence: Sequence) -> None:
         """It's finished: its blocks are free as soon as no step writes to them."""

@@ -41,6 +41,10 @@ class _StepTokens:
         self._in_flight = in_flight
         self._given: dict[Sequence, int] = {}
 
+    @property
+    def num_given(self) -> int:
+        return sum(self._given.values())
+
     def num_wanted(self, sequence: Sequence) -> int:
         """Its tokens behind those in flight."""
         return sequence.num_uncomputed_tokens - self._in_flight.get(sequence, 0)
@@ -65,6 +69,17 @@ class _StepTokens:
             self._given[sequence] = end - first
             self.left = 0 if is_cut and limit == self.left else self.left - (end - start)
         return limit if is_cut else end - start
+
+    def keep(self, num_tokens: int) -> None:
+        """Takes back what is beyond `num_tokens`, unless that is all of the last chunk."""
+        excess = self.num_given - num_tokens
+        if excess <= 0:
+            return
+        sequence, given = next(reversed(self._given.items()))
+        end = sequence.num_computed_tokens + self._in_flight.get(sequence, 0) + given - excess
+        kept = given - excess - end % self._block_size
+        if kept > 0:
+            self._given[sequence] = kept
 
     def scheduled(self) -> list[ScheduledSequence]:
         return [
@@ -125,12 +140,13 @@ class PromptQueue:
         num_spare_blocks: Callable[[], int],
         admit_before: tuple[int, float] | None = None,
         in_flight: Mapping[Sequence, int] | None = None,
+        worthwhile: Callable[[int], int] | None = None,
     ) -> list[ScheduledSequence]:
         """Chunks for one step of `budget` tokens, admitting up to `max_admissions` sequences.
 
         An admission has to leave `num_spare_blocks()` available. Sequences that rank behind
         `admit_before` are not admitted. `in_flight` tokens of sequences are being computed by the
-        step before.
+        step before. Of the tokens found, `worthwhile` says how many the step had better have.
         """
         gate = _Gate(max_admissions, num_spare_blocks, admit_before)
         step = _StepTokens(budget, self._pool.block_size, in_flight or {})
@@ -141,6 +157,8 @@ class PromptQueue:
                 break
             step.give(sequence, step.left)
         self._admit_in_order(step, gate)
+        if worthwhile is not None:
+            step.keep(worthwhile(step.num_given))
         return step.scheduled()
 
     def _serve_short_prompts(self, step: _StepTokens, gate: "_Gate") -> None:

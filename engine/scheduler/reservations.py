@@ -7,6 +7,7 @@
    its connection is gone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
@@ -43,6 +44,9 @@ class Reservations:
 
     def __len__(self) -> int:
         return len(self._reserved)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._reserved)
 
     @property
     def num_stopping(self) -> int:

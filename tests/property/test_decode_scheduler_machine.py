@@ -25,6 +25,7 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import StepPlan
 from engine.scheduler.reservations import Reservation
+from engine.scheduler.tiles import StepTiles
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
 from protocol.errors import ContextLengthError
@@ -101,6 +102,7 @@ class DecodeMachine(RuleBasedStateMachine):
                 max_num_seqs=MAX_NUM_SEQS,
                 max_num_batched_tokens=MAX_BATCHED_TOKENS,
                 max_num_mixed_tokens=MAX_MIXED_TOKENS,
+                tiles=StepTiles(4, (0, 2)),
                 max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=frozenset({EOS}),
                 num_swap_blocks=self.num_swap_blocks,

@@ -6,6 +6,7 @@ from engine.scheduler.decode import DecodeScheduler
 from engine.scheduler.plan import SequenceUpdate, StepPlan
 from engine.scheduler.prefill import PrefillScheduler
 from engine.scheduler.reservations import Reservation
+from engine.scheduler.tiles import StepTiles
 from engine.sequence import Sequence
 from protocol.block_hash import root_hash
 from protocol.ids import RequestKey
@@ -24,12 +25,14 @@ def make_scheduler(
     mixed_budget: int | None = None,
     enable_prefix_caching: bool = False,
     num_swap_blocks: int = 0,
+    tiles: StepTiles | None = None,
 ) -> tuple[DecodeScheduler, BlockPool]:
     pool = BlockPool(num_blocks, BLOCK_SIZE, enable_prefix_caching=enable_prefix_caching)
     config = SchedulerConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_num_mixed_tokens=mixed_budget,
+        tiles=tiles,
         max_model_len=1000,
         num_swap_blocks=num_swap_blocks,
     )

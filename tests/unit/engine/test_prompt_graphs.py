@@ -16,10 +16,15 @@ def test_shapes_have_room_for_what_a_step_may_hold(
     singles = {num_singles for num_singles, _ in shapes}
     assert 0 in singles
     assert all(num_singles % 16 == 0 for num_singles in singles)
-    most_singles = min(max_num_seqs, max_num_batched_tokens)
-    most_tokens = min(max_num_batched_tokens, 2048)
-    assert any(num >= most_singles and tokens >= most_tokens for num, tokens in shapes)
+    for num_singles in range(min(max_num_seqs, max_num_batched_tokens - 1) + 1):
+        padded = min(num for num in singles if num >= num_singles)
+        num_tokens = min(max_num_batched_tokens - num_singles, 2048 - padded)
+        assert any(num == padded and tokens >= num_tokens for num, tokens in shapes)
+
+
+def test_whole_steps_fill_the_tiles_of_products() -> None:
+    assert {sum(shape) % 64 for shape in graph_shapes(256, 8192)} == {0}
 
 
 def test_a_small_worker_captures_little() -> None:
-    assert graph_shapes(8, 64) == [(16, 64), (0, 64)]
+    assert graph_shapes(8, 64) == [(16, 112), (0, 64), (16, 48)]

@@ -163,6 +163,30 @@ def test_admission_leaves_the_watermark_to_running_sequences() -> None:
     assert pool.counts.free == 1
 
 
+def test_admission_leaves_room_for_what_running_sequences_grow_by() -> None:
+    scheduler, pool = make_scheduler(num_blocks=160, budget=1000)
+    scheduler.add(make_sequence("a", [1] * 32, max_tokens=30))
+    step(scheduler)
+    # 8 blocks of 160 are for "a", which may come to hold 62 tokens.
+    scheduler.add(make_sequence("b", [2] * 4 * 146, max_tokens=2, arrival_s=1.0))
+    assert step(scheduler) == {"a": 1}
+    scheduler.abort(RequestKey("b", 0))
+    scheduler.add(make_sequence("c", [2] * 4 * 144, max_tokens=2, arrival_s=1.0))
+    assert step(scheduler) == {"a": 1, "c": 576}
+    while scheduler.num_running:
+        step(scheduler)
+    assert scheduler.stats.num_preemptions == 0
+    assert pool.counts.free == 160
+
+
+def test_growth_keeps_no_more_than_a_share_of_the_pool() -> None:
+    scheduler, _ = make_scheduler(num_blocks=160, budget=1000)
+    scheduler.add(make_sequence("a", [1] * 32, max_tokens=500))
+    step(scheduler)
+    scheduler.add(make_sequence("b", [2] * 4 * 141, arrival_s=1.0))
+    assert step(scheduler) == {"a": 1, "b": 564}
+
+
 def test_a_sequence_alone_ends_where_the_pool_does() -> None:
     scheduler, _ = make_scheduler(num_blocks=3)
     scheduler.add(make_sequence("a", [1] * 9))
