@@ -24,7 +24,8 @@ def rotate_and_attend(
     kv_scales: KVScales = UNSCALED,
 ) -> Tensor:
     """`kernels.rope.rope_and_store_kv`, then `kernels.attention.paged_attention`, whose result it
-    returns; one kernel for the sequences of one query. `q` may be overwritten.
+    returns; where a kernel of attention can rotate queries itself, none does before it. `q` may be
+    overwritten.
 
     No sequence's context may hold another's new token.
     """
@@ -64,8 +65,11 @@ def _on_gpu(
             new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales)
             gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
+            queries = q[rows]
+            if gpu.rotates_prompts(queries, cos_sin, kv_pool, part, **limits):
+                queries, options["cos_sin"] = queries[:, :0], cos_sin
             rope_and_store_kv(
-                q[rows], k[rows], v[rows], cos_sin, part, kv_pool, layer, kv_scales=kv_scales
+                queries, k[rows], v[rows], cos_sin, part, kv_pool, layer, kv_scales=kv_scales
             )
             gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
         first = rows.stop
