@@ -5,21 +5,28 @@ launch can tell which one it wants. Within `compile_ahead`, launches do no more 
 """
 
 import functools
+import hashlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+
+from kernels.gpu.forks import call_in_forks
 
 logger = logging.getLogger(__name__)
+
+# Several times what the slowest kernel takes on a busy machine.
+_PATIENCE_S = 60.0
 
 
 class Kernel(Protocol):
@@ -52,57 +59,88 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
     except ImportError:
         logger.info("this Triton compiles kernels one by one, as they are launched")
         return
-    # Python 3.11 may fail to parse in several threads at once: what failed is tried again, in one.
-    for num_threads in (len(os.sched_getaffinity(0)), 1):
-        errors = _compile(AsyncCompileMode, launch_all, num_threads, progress=progress)
-        if not errors:
-            return
-    logger.warning("compiling kernels left %d to their first launch: %r", len(errors), errors[0])
-
-
-def _compile(
-    mode_type: Any,  # noqa: ANN401
-    launch_all: Callable[[], object],
-    num_threads: int,
-    *,
-    progress: bool,
-) -> list[BaseException]:
-    """Compiles what isn't in memory, and returns what went wrong."""
     started_s = time.perf_counter()
-    # Compiling begins in Python, and torch gives up its lock at every operation: beside threads
-    # that compile, the launches would wait for it again and again.
-    all_asked = threading.Event()
-    with (
-        ThreadPoolExecutor(num_threads, "compiler", initializer=all_asked.wait) as pool,
-        _asking() as kernels,
-        mode_type(pool, ignore_errors=True) as mode,
-    ):
+    later = _Later()
+    with _asking() as kernels, AsyncCompileMode(later, ignore_errors=True) as mode:
         try:
             launch_all()
-        finally:
-            all_asked.set()
-        asked_s = time.perf_counter() - started_s
-        futures: list[Future[Any]] = mode.raw_futures
-        for future in tqdm(
-            as_completed(futures),
-            "compiling kernels",
-            len(futures),
-            disable=not progress,
-            leave=False,
-        ):
-            if future.exception() is None:
-                pool.submit(_build_launcher, future.result())
-        errors = [error for future in futures if (error := future.exception()) is not None]
+            asked_s = time.perf_counter() - started_s
+            futures = {key: kernel.future for key, kernel in mode.future_kernels.items()}
+            new = [future for key, future in futures.items() if not _is_on_disk(key)]
+            _compile_in_forks([later.calls[future] for future in new], progress=progress)
+        except BaseException as error:
+            later.fail(error)
+            _forget_failed(kernels)
+            raise
+        errors = later.run()
     if errors:
         _forget_failed(kernels)
+        logger.warning(
+            "compiling kernels left %d to their first launch: %r", len(errors), errors[0]
+        )
     if futures:
         logger.info(
-            "compiled %d kernels, or found them on disk, in %.1f s, of which asking took %.1f",
-            len(futures) - len(errors),
+            "compiled %d kernels and found %d on disk in %.1f s, of which asking took %.1f",
+            len(new) - len(errors),
+            len(futures) - len(new),
             time.perf_counter() - started_s,
             asked_s,
         )
-    return errors
+
+
+class _Later(Executor):
+    """Keeps what it is to call until it's told to."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Future[Any], Callable[[], CompiledKernel]] = {}
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401
+        future: Future[Any] = Future()
+        self.calls[future] = functools.partial(fn, *args, **kwargs)
+        return future
+
+    def run(self) -> list[Exception]:
+        """Returns what went wrong."""
+        errors: list[Exception] = []
+        for future, call in self.calls.items():
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001  (whatever a compiler raises)
+                errors.append(error)
+                future.set_exception(error)
+        return errors
+
+    def fail(self, error: BaseException) -> None:
+        for future in self.calls:
+            future.set_exception(error)
+
+
+def _is_on_disk(key: str) -> bool:
+    """Whether Triton's cache has the kernel of this key; at worst it's looked for once more."""
+    cache: Any = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    return any(Path(cache.cache_dir).glob("__grp__*"))
+
+
+def _compile_in_forks(calls: list[Callable[[], CompiledKernel]], *, progress: bool) -> None:
+    """Leaves on disk what each of `calls` compiles, where that goes well.
+
+    In threads they would wait for each other: a kernel's way to its first representation is
+    Python's, and goes on for a third of the time.
+    """
+    if len(calls) < 2:
+        return
+    both = [functools.partial(_compile_with_launcher, call) for call in calls]
+    done = call_in_forks(both, len(os.sched_getaffinity(0)), patience_s=_PATIENCE_S)
+    for _ in tqdm(done, "compiling kernels", len(calls), disable=not progress, leave=False):
+        pass
+
+
+def _compile_with_launcher(compile_kernel: Callable[[], CompiledKernel]) -> None:
+    """Before 3.7, Triton has a C compiler make a launcher for each kernel, at its first launch; it
+    stays on disk, too."""
+    kernel = compile_kernel()
+    launcher = driver.active.launcher_cls  # pyright: ignore[reportAttributeAccessIssue]
+    launcher(kernel.src, kernel.metadata)
 
 
 @contextmanager
@@ -113,13 +151,6 @@ def _asking() -> Iterator[set[Kernel]]:
         yield kernels
     finally:
         _asked.reset(token)
-
-
-def _build_launcher(kernel: CompiledKernel) -> None:
-    """Before 3.7, Triton has a C compiler make a launcher for each kernel, at its first launch; it
-    stays on disk, too."""
-    launcher = driver.active.launcher_cls  # pyright: ignore[reportAttributeAccessIssue]
-    launcher(kernel.src, kernel.metadata)
 
 
 def _forget_failed(kernels: set[Kernel]) -> None:

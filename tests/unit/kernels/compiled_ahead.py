@@ -2,6 +2,7 @@
 is made up. `test_kernels_launching.py` runs these in a process of its own."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,8 +39,9 @@ def _fail(out, VALUE: tl.constexpr):  # noqa: N803
 class Hopper:
     """What Triton asks its driver until a kernel is launched, and its launchers."""
 
-    def __init__(self) -> None:
-        self.launched: list[str] = []
+    def __init__(self, launchers: Path) -> None:
+        self.launchers = launchers
+        launchers.touch()
 
     def get_current_device(self) -> int:
         return 0
@@ -52,22 +54,39 @@ class Hopper:
 
     def launcher_cls(self, src: Any, metadata: Any) -> None:
         assert metadata.name == src.fn.__name__
-        self.launched.append(metadata.name)
+        with self.launchers.open("a") as file:
+            file.write(f"{metadata.name}\n")
+
+
+class Log:
+    """Names of kernels as they are compiled, in any process, or found on disk by this one."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._process = os.getpid()
+        file.touch()
+
+    def listen(self, *, src: Any, cache_hit: bool, **_: Any) -> None:
+        if cache_hit and os.getpid() != self._process:
+            return
+        what = "found" if cache_hit else "here" if os.getpid() == self._process else "forked"
+        with self._file.open("a") as file:
+            file.write(f"{src.fn.__name__} {what}\n")
+
+    def names(self, *what: str) -> list[str]:
+        lines = (line.split() for line in self._file.read_text().splitlines())
+        return sorted(name for name, how in lines if how in what)
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """The names of kernels as they are compiled or found on disk, where none is at first."""
-    names: list[str] = []
-
-    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        names.append(f"{src.fn.__name__}{' found' if cache_hit else ''}")
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Log]:
+    """Where no kernel is on disk at first."""
+    log = Log(tmp_path / "log")
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper(tmp_path / "launchers"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     with triton.knobs.compilation.scope():
-        triton.knobs.compilation.listener = listen
-        yield names
+        triton.knobs.compilation.listener = log.listen
+        yield log
 
 
 def fill(kernel: Any, *values: int) -> torch.Tensor:
@@ -81,32 +100,34 @@ def memory_of(kernel: Any) -> list[Any]:
     return list(kernel.device_caches[0][0].values())
 
 
-def test_each_kernel_is_compiled_once_and_then_found(compiled: list[str]) -> None:
+def test_each_kernel_is_compiled_once_and_then_found(log: Log) -> None:
     kernel = JITFunction(_fill)
     written: list[torch.Tensor] = []
     compile_ahead(lambda: written.append(fill(kernel, 1, 2, 1, 1, 2)), progress=False)
-    assert compiled == ["_fill", "_fill"]
+    assert log.names("forked", "here") == log.names("forked") == ["_fill", "_fill"]
     assert not written[0].any()
     assert all(isinstance(each, CompiledKernel) for each in memory_of(kernel))
+    num_found = len(log.names("found"))
     compile_ahead(lambda: fill(kernel, 2, 1), progress=False)
     kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=2, grid=(1,), warmup=True)
-    assert len(compiled) == 2
+    assert len(log.names("found")) == num_found == 2
     other_process = JITFunction(_fill)
     compile_ahead(lambda: fill(other_process, 2, 3), progress=False)
-    assert sorted(compiled[2:]) == ["_fill", "_fill found"]
+    # A single one that is new isn't worth a fork.
+    assert (log.names("here"), log.names("found")[num_found:]) == (["_fill"], ["_fill"])
 
 
-def test_nothing_is_compiled_before_all_is_asked_for(compiled: list[str]) -> None:
+def test_nothing_is_compiled_before_all_is_asked_for(log: Log) -> None:
     def launch_all() -> None:
         fill(JITFunction(_fill), 1, 2)
-        assert not compiled
+        assert not log.names("forked", "here", "found")
 
     compile_ahead(launch_all, progress=False)
-    assert len(compiled) == 2
+    assert log.names("forked") == ["_fill", "_fill"]
 
 
 def test_what_does_not_compile_is_left_to_its_launch(
-    compiled: list[str], caplog: pytest.LogCaptureFixture
+    log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = JITFunction(_fill), JITFunction(_fail)
     out = torch.zeros(1, dtype=torch.int32)
@@ -119,46 +140,51 @@ def test_what_does_not_compile_is_left_to_its_launch(
     with caplog.at_level(logging.WARNING):
         compile_ahead(launch_all, progress=False)
     assert "left 1 to their first launch: CompileTimeAssertionFailure" in caplog.text
-    assert sorted(compiled) == ["_fail", "_fill"]
-    assert sorted(triton.runtime.driver.active.launched) == ["_fail", "_fill"]
+    assert log.names("forked") == ["_fail", "_fill"]
+    launchers = triton.runtime.driver.active.launchers.read_text().split()
+    assert sorted(launchers) == ["_fail", "_fill"]
     assert len(memory_of(bad)) == len(memory_of(good)) == 1
     with pytest.raises(triton.compiler.errors.CompileTimeAssertionFailure):
         bad.run(out, VALUE=1, grid=(1,), warmup=True)
 
 
-def test_what_fails_once_is_tried_again(
-    compiled: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fate", ["dies", "hangs"])
+def test_a_fork_that_ends_badly_leaves_its_kernels_to_this_process(
+    log: Log, monkeypatch: pytest.MonkeyPatch, fate: str
 ) -> None:
+    kernel, process = JITFunction(_fill), os.getpid()
+    parse = kernel.parse
+
+    def parse_here() -> Any:
+        if os.getpid() == process:
+            return parse()
+        return os._exit(1) if fate == "dies" else threading.Event().wait()
+
+    monkeypatch.setattr(kernel, "parse", parse_here)
+    monkeypatch.setattr(launching, "_PATIENCE_S", 0.2)
+    compile_ahead(lambda: fill(kernel, 1, 2), progress=False)
+    assert log.names("forked", "here") == log.names("here") == ["_fill", "_fill"]
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # no fork is left
+
+
+def test_an_error_while_asking_ends_it(log: Log) -> None:
     kernel = JITFunction(_fill)
-    parse, failures = kernel.parse, [SystemError("two threads parse")]
 
-    def parse_at_last() -> Any:
-        if failures and threading.current_thread() is not threading.main_thread():
-            raise failures.pop()
-        return parse()
-
-    monkeypatch.setattr(kernel, "parse", parse_at_last)
-    with caplog.at_level(logging.WARNING):
-        compile_ahead(lambda: fill(kernel, 1), progress=False)
-    assert compiled == ["_fill"]
-    assert not failures
-    assert not caplog.text
-
-
-def test_an_error_while_asking_ends_it(compiled: list[str]) -> None:
     def launch_all() -> None:
-        fill(JITFunction(_fill), 1)
+        fill(kernel, 1)
         raise torch.OutOfMemoryError("too large")
 
     with pytest.raises(torch.OutOfMemoryError):
         compile_ahead(launch_all, progress=False)
     assert launching._asked.get() is None
-    kernel = JITFunction(_fill)
-    compile_ahead(lambda: fill(kernel, 5), progress=False)
-    assert isinstance(memory_of(kernel)[0], CompiledKernel)
+    assert not log.names("forked", "here")
+    compile_ahead(lambda: fill(kernel, 1, 5), progress=False)
+    assert all(isinstance(each, CompiledKernel) for each in memory_of(kernel))
+    assert len(memory_of(kernel)) == 2
 
 
-def test_the_width_of_block_tables_makes_no_other_kernel(compiled: list[str]) -> None:
+def test_the_width_of_block_tables_makes_no_other_kernel(log: Log) -> None:
     """A step with prompts would stand still for seconds until one is compiled."""
     q = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
     pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=torch.float8_e4m3fn)
@@ -171,4 +197,4 @@ def test_the_width_of_block_tables_makes_no_other_kernel(compiled: list[str]) ->
                 attend(q, pool, 0, batch, scale=1.0, sliding_window=None, softcap=None)
 
     compile_ahead(launch_all, progress=False)
-    assert sorted(compiled) == ["_decode_kernel", "_prefill_kernel"]
+    assert log.names("forked") == ["_decode_kernel", "_prefill_kernel"]

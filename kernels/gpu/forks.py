@@ -1,0 +1,72 @@
+"""Calls in forks of this process, for what they leave on disk: Python's lock is one a process."""
+
+import os
+import select
+import signal
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+_INDEX = struct.Struct("H")
+
+
+def call_in_forks(
+    calls: Sequence[Callable[[], object]], num_forks: int, *, patience_s: float
+) -> Iterator[int]:
+    """Makes each call once, in one of the forks, and yields its place as soon as it has ended,
+    however it did. What it returns or raises is gone.
+
+    Ends before all are through if the forks die, or if none ends a call for `patience_s`: they are
+    killed then. A call must not use the GPU, nor what another thread might hold at the fork.
+    """
+    to_do, put_to_do = os.pipe()
+    done, put_done = os.pipe()
+    # All at once: a pipe holds 64 KiB.
+    os.write(put_to_do, b"".join(_INDEX.pack(place) for place in range(len(calls))))
+    os.close(put_to_do)
+    forks: list[int] = []
+    try:
+        for _ in range(min(num_forks, len(calls))):
+            fork = _fork()
+            if fork == 0:
+                os.close(done)
+                _work(calls, to_do, put_done)
+            forks.append(fork)
+        os.close(put_done)
+        put_done = -1
+        while select.select([done], [], [], patience_s)[0]:
+            place = os.read(done, _INDEX.size)
+            if not place:
+                return
+            yield _INDEX.unpack(place)[0]
+    finally:
+        for descriptor in (to_do, done, put_done):
+            if descriptor >= 0:
+                os.close(descriptor)
+        for fork in forks:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(fork, signal.SIGKILL)
+                os.waitpid(fork, 0)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Of other threads, whose locks nobody in the fork waits for.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _work(calls: Sequence[Callable[[], object]], to_do: int, put_done: int) -> NoReturn:
+    """A fork's life. It ends, too, when nobody listens any more."""
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        while place := os.read(to_do, _INDEX.size):
+            with suppress(Exception):
+                calls[_INDEX.unpack(place)[0]]()
+            os.write(put_done, place)
+    finally:
+        os._exit(0)
