@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch, paged_attention
 from kernels.kv_format import UNSCALED, KVScales, scales_of
+from kernels.norm import HeadNorms, rms_norm
 from kernels.rope import check_rope, rope_and_store_kv
 
 
@@ -22,6 +23,7 @@ def rotate_and_attend(
     scale: float,
     sliding_window: int | None = None,
     kv_scales: KVScales = UNSCALED,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """`kernels.rope.rope_and_store_kv`, then `kernels.attention.paged_attention`, whose result it
     returns; one kernel for the sequences of one query. `q` may be overwritten.
@@ -29,9 +31,14 @@ def rotate_and_attend(
     No sequence's context may hold another's new token.
     """
     if q.is_cuda:
-        check_rope(q, k, v, cos_sin, kv_pool)
+        check_rope(q, k, v, cos_sin, kv_pool, norms)
         assert 0 <= layer < kv_pool.shape[1]
-        return _on_gpu(q, k, v, cos_sin, batch, kv_pool, layer, scale, sliding_window, kv_scales)
+        return _on_gpu(
+            q, k, v, cos_sin, batch, kv_pool, layer, scale, sliding_window, kv_scales, norms
+        )
+    if norms is not None:
+        # To tensors of their own: `rope_and_store_kv` would copy queries back.
+        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
     rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, layer, kv_scales=kv_scales)
     return paged_attention(
         q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, kv_scales=kv_scales
@@ -49,6 +56,7 @@ def _on_gpu(
     scale: float,
     sliding_window: int | None,
     kv_scales: KVScales,
+    norms: HeadNorms | None,
 ) -> Tensor:
     from kernels.gpu import attention as gpu
 
@@ -61,11 +69,19 @@ def _on_gpu(
         options: dict[str, Any] = {"scale": scale * scales.k, "v_scale": scales.v, **limits}
         options["out"] = out[rows]
         if gpu.rotates(q, cos_sin, part):
-            new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales)
+            new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales, norms)
             gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
             rope_and_store_kv(
-                q[rows], k[rows], v[rows], cos_sin, part, kv_pool, layer, kv_scales=kv_scales
+                q[rows],
+                k[rows],
+                v[rows],
+                cos_sin,
+                part,
+                kv_pool,
+                layer,
+                kv_scales=kv_scales,
+                norms=norms,
             )
             gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
         first = rows.stop
