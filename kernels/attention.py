@@ -27,7 +27,7 @@ class AttentionBatch:
     kv_lens: Tensor  # int32 [num_seqs], tokens including this step's
     block_tables: Tensor  # int32 [num_seqs, max_blocks]
     slots: Tensor  # int64 [num_tokens], block id * block_size + offset of each new token
-    positions: Tensor  # int64 [num_tokens]
+    positions: Tensor  # int64 [num_tokens], rows of RoPE's table; a sequence's follow each other
     max_query_len: int
     max_kv_len: int
     num_seqs: int

@@ -26,7 +26,8 @@ def rotate_and_attend(
     norms: HeadNorms | None = None,
 ) -> Tensor:
     """`kernels.rope.rope_and_store_kv`, then `kernels.attention.paged_attention`, whose result it
-    returns; one kernel for the sequences of one query. `q` may be overwritten.
+    returns; where a kernel of attention can rotate queries itself, none does before it. `q` may be
+    overwritten.
 
     No sequence's context may hold another's new token.
     """
@@ -72,8 +73,12 @@ def _on_gpu(
             new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales, norms)
             gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
+            queries = q[rows]
+            # Hopper's kernel rotates what it is given: norms come before that.
+            if norms is None and gpu.rotates_prompts(queries, cos_sin, kv_pool, part, **limits):
+                queries, options["cos_sin"] = queries[:, :0], cos_sin
             rope_and_store_kv(
-                q[rows],
+                queries,
                 k[rows],
                 v[rows],
                 cos_sin,

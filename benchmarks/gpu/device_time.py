@@ -20,11 +20,16 @@ KINDS = (
     ("gemm", "products"),
     ("cutlass", "products"),
     ("linear", "products"),
+    ("choose", "sampling"),
 )
 
 
-def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
-    """Start, end (µs) and name of all kernels and copies of a call, by their start."""
+Span = tuple[float, float, str]
+"""Start, end (µs) and name of a kernel or copy."""
+
+
+def device_spans(call: Callable[[], object]) -> list[Span]:
+    """All kernels and copies of a call, by their start."""
     # Of one cycle there is nothing to accumulate, but without it some torch releases warn.
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
@@ -33,16 +38,15 @@ def device_spans(call: Callable[[], object]) -> list[tuple[float, float, str]]:
     return sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
 
 
-def idle_share(call: Callable[[], object]) -> float:
-    """For which share of the time from its first to its last kernel or copy the device has none."""
-    spans = device_spans(call)
+def idle_share(spans: list[Span]) -> float:
+    """For which share of the time from the first to the last kernel or copy the device has none."""
     return _idle_us(spans) / (max(end for _, end, _ in spans) - spans[0][0])
 
 
-def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of each kind of kernel in a call, and of nothing; most first."""
+def kernel_ms(spans: list[Span]) -> dict[str, float]:
+    """Milliseconds of each kind of kernel, and of nothing; most first. Those that start before
+    their predecessor has ended wait meanwhile, and that counts, too."""
     kinds: Counter[str] = Counter()
-    spans = device_spans(call)
     for start, end, name in spans:
         kinds[_kind_of(name)] += end - start
     kinds["nothing"] = _idle_us(spans)
@@ -53,7 +57,7 @@ def _kind_of(kernel: str) -> str:
     return next((kind for part, kind in KINDS if part in kernel.lower()), "other")
 
 
-def _idle_us(spans: list[tuple[float, float, str]]) -> float:
+def _idle_us(spans: list[Span]) -> float:
     idle, until = 0.0, spans[0][0]
     for start, end, _ in spans:
         idle += max(0.0, start - until)

@@ -6,10 +6,11 @@
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
-weights and KV for decode. Ceilings are measured first, in the same run. A profile says what
-prefill's time goes to, and for which share of decode's no kernel ran; `--one-by-one` launches no
-step before the one before is known. `--skip-prompts` decodes over blocks of random numbers instead
-of computed prompts.
+weights and KV for decode. Ceilings are measured first, in the same run, and tokens checked:
+those of decode steps are to be the ones that a prompt of the same context yields. A profile says
+what time goes to, and for which share of decode's no kernel ran; `--one-by-one` launches no step
+before the one before is known. `--skip-prompts` decodes over blocks of random numbers instead of
+computed prompts.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu.device_time import idle_share, kernel_ms
+from benchmarks.gpu.device_time import device_spans, idle_share, kernel_ms
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.causal_lm import CausalLM
@@ -63,6 +64,9 @@ PREFILL = ((64, 2048), (8, 8192), (1, 32768))
 # With what is generated until and while steps are timed, contexts of 1,168 tokens, as in the table
 # that docs/performance.md compares with.
 DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640), (16, 32640))
+# Sequences, prompt tokens and outputs of the check.
+CHECKED = (6, 300, 16)
+LEAST_AGREEMENT = 0.5
 NUM_DECODE_STEPS = 64
 NUM_PROFILED_STEPS = 16
 BATCHED_TOKENS = 16384
@@ -70,11 +74,13 @@ BATCHED_TOKENS = 16384
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the card does at best: TFLOP/s of a large bf16 and fp8 product, GB/s read."""
+    """What the card does at best: TFLOP/s of a large bf16 and fp8 product, GB/s read, and GB/s read
+    and written by a copy."""
 
     matmul_tflops: float
     fp8_tflops: float
     read_gb_per_s: float
+    copy_gb_per_s: float
 
 
 def measure_ceilings() -> Ceilings:
@@ -82,10 +88,17 @@ def measure_ceilings() -> Ceilings:
     matmul_s = time_call(lambda: a @ a)
     memory = torch.zeros(1 << 30, device="cuda", dtype=torch.float32)
     read_s = time_call(lambda: memory.sum())
+    source, target = memory.chunk(2)
+    copy_s = time_call(lambda: target.copy_(source))
     rows = quantize_rows(a)
     fp8_s = time_call(lambda: library_linear(rows, rows, None, dtype=a.dtype))
     flops = 2 * 8192**3
-    return Ceilings(flops / matmul_s / 1e12, flops / fp8_s / 1e12, memory.nbytes / read_s / 1e9)
+    return Ceilings(
+        flops / matmul_s / 1e12,
+        flops / fp8_s / 1e12,
+        memory.nbytes / read_s / 1e9,
+        memory.nbytes / copy_s / 1e9,
+    )
 
 
 def time_call(call: Any, repeats: int = 20) -> float:  # noqa: ANN401
@@ -108,16 +121,21 @@ def add_requests(
     rng = random.Random(num_seqs)
     sequences: list[Sequence] = []
     for i in range(num_seqs):
-        request = Request(
-            key=RequestKey(str(i), 0),
-            token_ids=[rng.randrange(1000, 100_000) for _ in range(prompt_len)],
-            num_prompt_tokens=prompt_len,
-            sampling=SamplingParams(temperature=0.0, max_tokens=num_outputs, ignore_eos=True),
-        )
-        root = loop.engine.root_hash(None)
-        sequences.append(Sequence(request=request, root=root, arrival_s=float(i)))
+        token_ids = [rng.randrange(1000, 100_000) for _ in range(prompt_len)]
+        sequences.append(make_sequence(loop, i, token_ids, num_outputs))
         loop.add(sequences[-1])
     return sequences
+
+
+def make_sequence(loop: StepLoop, number: int, token_ids: list[int], num_outputs: int) -> Sequence:
+    request = Request(
+        key=RequestKey(str(number), 0),
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
+        sampling=SamplingParams(temperature=0.0, max_tokens=num_outputs, ignore_eos=True),
+    )
+    root = loop.engine.root_hash(None)
+    return Sequence(request=request, root=root, arrival_s=float(number))
 
 
 def run_step(loop: StepLoop) -> tuple[int, float]:
@@ -220,6 +238,25 @@ class Bench:
         self._tflops = ceilings.matmul_tflops if quantization is None else ceilings.fp8_tflops
         self._attention_flops = 4 * hidden * (num_layers - 1)
 
+    def agreement(self) -> float:
+        """For which share of contexts decode steps and prompts, which have kernels of their own,
+        choose the same token. Where two are almost equally likely, they may not."""
+        loop = StepLoop(self.engine)
+        decoded = add_requests(loop, *CHECKED)
+        while loop.has_work:
+            run_step(loop)
+        num_prompt_tokens = CHECKED[1]
+        chosen: list[Sequence] = []
+        for sequence in decoded:
+            for end in range(num_prompt_tokens, sequence.num_tokens):
+                chosen.append(make_sequence(loop, len(chosen), sequence.token_ids[:end], 1))
+                loop.add(chosen[-1])
+        while loop.has_work:
+            run_step(loop)
+        expected = (token for each in decoded for token in each.token_ids[num_prompt_tokens:])
+        pairs = zip(expected, chosen, strict=True)
+        return mean(token == sequence.token_ids[-1] for token, sequence in pairs)
+
     def prefill(self, num_seqs: int, prompt_len: int) -> dict[str, Any]:
         """Prompts of one length until each has its first token; once more for the profile."""
         total_s = self._compute(num_seqs, prompt_len)
@@ -231,7 +268,7 @@ class Bench:
             "prompt_len": prompt_len,
             "tokens_per_s": num_seqs * prompt_len / total_s,
             "share_of_limit": floor_s / total_s,
-            "kernel_ms": kernel_ms(lambda: self._compute(num_seqs, prompt_len)),
+            "kernel_ms": kernel_ms(device_spans(lambda: self._compute(num_seqs, prompt_len))),
         }
 
     def _compute(self, num_seqs: int, prompt_len: int) -> float:
@@ -249,7 +286,7 @@ class Bench:
         needed = num_seqs * -(-num_tokens // layout.block_size)
         return needed <= self.engine.kv_pool.shape[0]
 
-    def decode(self, num_seqs: int, prompt_len: int) -> dict[str, float]:
+    def decode(self, num_seqs: int, prompt_len: int) -> dict[str, Any]:
         """The median step with all sequences running."""
         loop = StepLoop(self.engine)
         num_outputs = NUM_DECODE_STEPS + NUM_PROFILED_STEPS + num_seqs
@@ -261,7 +298,7 @@ class Bench:
             if num_sampled == num_seqs:
                 times.append(seconds)
                 contexts.append(mean(sequence.num_tokens for sequence in sequences))
-        idle = idle_share(lambda: [run_step(loop) for _ in range(NUM_PROFILED_STEPS)])
+        spans = device_spans(lambda: [run_step(loop) for _ in range(NUM_PROFILED_STEPS)])
         while loop.has_work:
             run_step(loop)
         # The first ones of the full batch are prefill's last.
@@ -274,8 +311,12 @@ class Bench:
             "num_seqs": num_seqs,
             "context": context,
             "step_ms": 1e3 * decode_s,
-            "idle_share": idle,
+            "idle_share": idle_share(spans),
             "share_of_limit": floor_s / decode_s,
+            "kernel_ms": {
+                kind: round(spent_ms / NUM_PROFILED_STEPS, 3)
+                for kind, spent_ms in kernel_ms(spans).items()
+            },
         }
 
 
@@ -321,6 +362,10 @@ def main() -> None:
         "decode": [],
     }
     if not args.skip_prompts:
+        results["agreement"] = bench.agreement()
+        print(f"decode steps and prompts agree on {results['agreement']:.0%} of tokens")
+        if results["agreement"] < LEAST_AGREEMENT:
+            raise SystemExit(f"less than {LEAST_AGREEMENT:.0%}: a kernel is wrong")
         bench.prefill(8, 2048)
     for num_seqs, prompt_len in PREFILL if args.only != "decode" else ():
         results["prefill"].append(bench.prefill(num_seqs, prompt_len))

@@ -180,8 +180,10 @@ def bench_prefill() -> list[dict[str, Any]]:
         if is_supported(q, pool, batch, sliding_window=None, softcap=None):
             from kernels.gpu.hopper.attention import hopper_attention
 
-            scale = HEAD_DIM**-0.5
-            calls["hopper"] = functools.partial(hopper_attention, q, pool, 0, batch, scale=scale)
+            hopper = functools.partial(hopper_attention, q, pool, 0, batch, scale=HEAD_DIM**-0.5)
+            calls["hopper"] = hopper
+            cos_sin = torch.rand(kv_len, HEAD_DIM, device="cuda")
+            calls["hopper, rotating"] = functools.partial(hopper, cos_sin=cos_sin)
         if not context:
             calls["cudnn"] = _cudnn_call(num_seqs, num_queries)
         for name, call in calls.items():

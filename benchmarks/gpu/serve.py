@@ -8,7 +8,9 @@ its first token, then runs two loads:
 
 - "steady": 1,024-token prompts, 256 tokens out, 64 streams at once.
 - "interference": 32 running streams, and then 8,192-token prompts, four a second. Counted are the
-  streams' gaps between tokens while those come.
+  streams' gaps between tokens while those come; a stream that ended before them stops the run.
+
+An answer of another length than was asked for stops it, too.
 
 "offline" is `engine.LLM` in a process of its own: a long shared prefix, and long prompts, of which
 `--offline-repeats` tells whether the first run is like others.
@@ -66,7 +68,8 @@ MODEL = "llama-8b-shape"
 STEADY = (1024, 256, 64)
 NUM_STEADY = 256
 NUM_STREAMS = 32
-STREAM_TOKENS = 700
+STREAM_TOKENS = 2400
+"""Enough for the time of all long prompts at 5 ms a token."""
 INTRUDER_TOKENS = 8192
 INTRUDERS_PER_S = 4.0
 INTERFERENCE_S = 8.0
@@ -123,6 +126,9 @@ class Load:
             self._run(streams, NUM_STREAMS), self._run(intruders, None)
         )
         end_s = SETTLE_S + INTERFERENCE_S
+        first_end_s = min(result.start_s + result.end_to_end_s for result in running_streams)
+        if first_end_s < end_s:
+            raise SystemExit(f"a stream ended after {first_end_s:.1f} s, not after {end_s:.1f}")
         return {
             "before": _gaps_ms(running_streams, 1.0, SETTLE_S),
             "meanwhile": _gaps_ms(running_streams, SETTLE_S, end_s),
@@ -148,6 +154,9 @@ class Load:
         errors = [result.error for result in results if result.error is not None]
         if errors:
             raise SystemExit(f"{len(errors)} of {len(results)} requests failed: {errors[0]}")
+        for request, result in zip(requests, results, strict=True):
+            if result.output_tokens != request.output_len:
+                raise SystemExit(f"{result.output_tokens} tokens instead of {request.output_len}")
         return results, duration_s
 
     def _requests(

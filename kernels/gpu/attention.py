@@ -9,12 +9,19 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
-from kernels.gpu.hopper.support import is_supported
+from kernels.gpu.hopper.support import is_supported, rotates_heads
 from kernels.gpu.prefill_attention import prefill_attention
 
-__all__ = ["NewTokens", "decode_attention", "paged_attention", "parts_to_attend", "rotates"]
+__all__ = [
+    "NewTokens",
+    "decode_attention",
+    "paged_attention",
+    "parts_to_attend",
+    "rotates",
+    "rotates_prompts",
+]
 
-# Whether attention of one query a sequence rotates it, or a kernel of its own before it does.
+# Whether attention rotates queries where it can, or a kernel of its own always does before it.
 ROTATES_IN_ATTENTION = True
 
 
@@ -24,6 +31,37 @@ def rotates(q: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> bool:
         ROTATES_IN_ATTENTION
         and batch.max_query_len == 1
         and rotates_whole_heads(q.shape[2], cos_sin.shape[1])
+    )
+
+
+def rotates_prompts(
+    q: Tensor,
+    cos_sin: Tensor,
+    kv_pool: Tensor,
+    batch: AttentionBatch,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> bool:
+    """Whether `paged_attention` had better rotate the queries of one part on its way; their new
+    tokens are stored before."""
+    return (
+        ROTATES_IN_ATTENTION
+        and rotates_heads(q.shape[2], cos_sin.shape[1])
+        and _has_hopper_kernel(q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap)
+    )
+
+
+def _has_hopper_kernel(
+    q: Tensor,
+    kv_pool: Tensor,
+    part: AttentionBatch,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> bool:
+    return part.max_query_len > 1 and is_supported(
+        q, kv_pool, part, sliding_window=sliding_window, softcap=softcap
     )
 
 
@@ -56,9 +94,14 @@ def paged_attention(
     v_scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    cos_sin: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.attention.paged_attention`; `scale` includes that of keys in an 8-bit pool."""
+    """`kernels.attention.paged_attention`; `scale` includes that of keys in an 8-bit pool.
+
+    With `cos_sin`, which is for what `rotates_prompts` says yes to, queries are rotated first, as
+    by `kernels.rope.rope_and_store_kv`; `q` stays as it is.
+    """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
@@ -66,14 +109,14 @@ def paged_attention(
     for part in parts_to_attend(q, kv_pool, batch, **limits):
         end = first + part.num_tokens
         rows, target = q[first:end], out[first:end]
-        if part.max_query_len == 1:
-            attend = functools.partial(decode_attention, **limits)
-        elif is_supported(rows, kv_pool, part, **limits):
+        if _has_hopper_kernel(rows, kv_pool, part, **limits):
             from kernels.gpu.hopper.attention import hopper_attention
 
-            attend = hopper_attention
+            attend = functools.partial(hopper_attention, cos_sin=cos_sin)
         else:
-            attend = functools.partial(prefill_attention, **limits)
+            assert cos_sin is None
+            kernel = decode_attention if part.max_query_len == 1 else prefill_attention
+            attend = functools.partial(kernel, **limits)
         attend(rows, kv_pool, layer, part, scale=scale, v_scale=v_scale, out=target)
         first = end
     return out

@@ -1,6 +1,8 @@
 """Hopper's own attention kernel against float64 references, and beside the portable kernel."""
 
+import itertools
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from attention_cases import FP8_DTYPES, MIXED, check, make_batch, make_pool
 from torch import Tensor
 
 from kernels.attention import AttentionBatch, paged_attention
+from kernels.gpu import attention
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.kv_format import KVScales
+from kernels.rope import rope_and_store_kv
+from kernels.rotated_attention import rotate_and_attend
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -121,3 +126,104 @@ def test_decode_rows_and_prompts_apart(kv_dtype: torch.dtype) -> None:
     divided = batch.divided(4, (2100, 1300))
     apart = paged_attention(q, pool, 1, divided, scale=0.1, kv_scales=scales)
     torch.testing.assert_close(apart, whole, atol=2e-2, rtol=2e-2)
+
+
+def make_table(num_rows: int, head_dim: int = 128) -> Tensor:
+    angles = 100 * torch.rand(num_rows, head_dim // 2)
+    return torch.cat((angles.cos(), angles.sin()), 1).cuda()
+
+
+def split_heads(qkv: Tensor, heads: tuple[int, int]) -> tuple[Tensor, ...]:
+    return qkv.split([heads[0], heads[1], heads[1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads"),
+    [
+        *((torch.bfloat16, (group, 1)) for group in (1, 2, 8, 16, 32, 64)),
+        *itertools.product((torch.bfloat16, torch.float16), ((9, 3), (8, 2), (14, 2))),
+    ],
+)
+def test_queries_rotated_on_the_way_equal_those_rotated_before(
+    dtype: torch.dtype, heads: tuple[int, int]
+) -> None:
+    """To the bit. The longest sequence ends in the table's last row; every other one has rows of
+    its own, behind those of the rest, as those with the long frequencies of LongRoPE have."""
+    from kernels.gpu.hopper.attention import hopper_attention
+
+    torch.manual_seed(0)
+    batch = make_batch(LENGTHS, 16)
+    num_rows = batch.max_kv_len
+    counts = batch.query_starts.diff()
+    offsets = (num_rows * (torch.arange(len(LENGTHS)) % 2)).repeat_interleave(counts)
+    assert int((batch.positions + offsets).max()) == 2 * num_rows - 1
+    batch = moved(replace(batch, positions=batch.positions + offsets))
+    cos_sin = make_table(2 * num_rows)
+    pool = make_pool(batch, heads[1], 16, 128).to("cuda", dtype)
+    qkv = torch.randn(batch.num_tokens, heads[0] + 2 * heads[1], 128).to("cuda", dtype)
+    q, k, v = split_heads(qkv.clone(), heads)
+    rope_and_store_kv(q, k, v, cos_sin, batch, pool, 1)
+    expected = hopper_attention(q, pool, 1, batch, scale=0.1)
+    before = qkv.clone()
+    q = split_heads(qkv, heads)[0]
+    actual = hopper_attention(q, pool, 1, batch, scale=0.1, cos_sin=cos_sin)
+    assert not expected.isnan().any()
+    assert not torch.equal(hopper_attention(q, pool, 1, batch, scale=0.1), expected)
+    assert torch.equal(actual, expected)
+    assert torch.equal(qkv, before)
+
+
+def test_many_tiles_a_program_are_each_rotated_once() -> None:
+    from kernels.gpu.hopper.attention import hopper_attention
+
+    torch.manual_seed(0)
+    lengths = [(2000, 2000), (700, 4100), (2, 2), (1500, 1500), (64, 5000), (33, 130)]
+    batch = make_batch(lengths, 16)
+    pool = make_pool(batch, 8, 16, 128).bfloat16().cuda()
+    qkv = torch.randn(batch.num_tokens, 48, 128).bfloat16().cuda()
+    cos_sin, batch = make_table(batch.max_kv_len), moved(batch)
+    q, k, v = split_heads(qkv.clone(), (32, 8))
+    rope_and_store_kv(q, k, v, cos_sin, batch, pool, 1)
+    expected = hopper_attention(q, pool, 1, batch, scale=0.1)
+    q = split_heads(qkv, (32, 8))[0]
+    for _ in range(10):
+        assert torch.equal(
+            hopper_attention(q, pool, 1, batch, scale=0.1, cos_sin=cos_sin), expected
+        )
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_divided", [False, True])
+def test_where_queries_are_rotated_makes_no_difference(
+    monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype, head_dim: int, *, is_divided: bool
+) -> None:
+    """Of a step, with keys and values stored; heads of 64 elements have their own kernel for it."""
+    torch.manual_seed(0)
+    num_decodes = 2 if is_divided else 0
+    lengths = [*[(1, 700), (1, 90)][:num_decodes], (333, 333), (300, 1300)]
+    heads = (14, 2)
+    batch = make_batch(lengths, 16)
+    pool = make_pool(batch, heads[1], 16, head_dim).nan_to_num().to(kv_dtype).cuda()
+    qkv = torch.randn(batch.num_tokens, sum(heads) + heads[1], head_dim).bfloat16().cuda()
+    cos_sin, batch = make_table(1300, head_dim), moved(batch)
+    limits: dict[str, Any] = {"sliding_window": None, "softcap": None}
+    if is_divided:
+        batch = batch.divided(num_decodes, (700, 1300), attends_in_parts=True)
+    prompts = batch if batch.parts is None else batch.parts[1]
+    q = qkv[num_decodes:, : heads[0]]
+    is_rotated = attention.rotates_prompts(q, cos_sin, pool, prompts, **limits)
+    assert is_rotated == (head_dim == 128)
+    found: list[tuple[Tensor, Tensor]] = []
+    for rotates in (True, False):
+        monkeypatch.setattr(attention, "ROTATES_IN_ATTENTION", rotates)
+        q, k, v = split_heads(qkv.clone(), heads)
+        target = pool.clone()
+        scales = KVScales(k=0.9, v=0.5)
+        out = rotate_and_attend(q, k, v, cos_sin, batch, target, 1, scale=0.1, kv_scales=scales)
+        found.append((out, target.float()))
+    (actual, stored), (expected, expected_stored) = found
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+    assert torch.equal(actual[num_decodes:], expected[num_decodes:])
+    # Decode rows' own tokens come from another kernel.
+    torch.testing.assert_close(stored, expected_stored, atol=0, rtol=2**-3)

@@ -2,7 +2,7 @@
 
 The softmax of a tile of tokens runs while the matrix units work on the weighted sum of the tile
 before it and, for the other warpgroup, on scores. Tokens are walked backwards: only the first one
-or two tiles have some that a row must not see.
+or two tiles have some that a row must not see. Before that, queries may be rotated where they lie.
 """
 
 # Gluon has no public way to see pieces of shared memory as one tile.
@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.gpu.hopper.loading import (
+    FIRST_ANGLES,
     FIRST_POSITION,
     FIRST_TOKEN,
     KV_HEAD,
@@ -65,6 +66,40 @@ def _zero_past_end(
     for line in gl.static_range(num_lines):
         box = flat.index((stage * num_lines + line) * num_boxes + (kv_len - first) // BOX)
         box.store(gl.where((rows < kv_len % BOX)[:, None], box.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.constexpr_function
+def _rotation_layout(group: int) -> gl.BlockedLayout:
+    """Of [queries, heads, elements]: 8 elements, 16 bytes, of up to 4 heads a thread, which rotate
+    by the same angles. Each element is one thread's: two would rotate it twice."""
+    heads = min(group, 4)
+    lanes = min(group // heads, 4)
+    warps = group // heads // lanes
+    return gl.BlockedLayout(
+        [1, heads, 8], [4 // lanes, lanes, 8], [4 // warps, warps, 1], [2, 1, 0]
+    )
+
+
+@gluon.jit
+def _rotate(
+    boxes, first_box, cos_sin, first_row, first_query, num_left, PADDED_GROUP: gl.constexpr
+):
+    """RoPE of a warpgroup's queries in shared memory, as `kernels.gpu.rope` has it: a head's halves
+    are a line each, in two boxes. Queries past the sequence's end rotate as its last one."""
+    layout: gl.constexpr = _rotation_layout(PADDED_GROUP)
+    angle_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    queries = gl.arange(0, ROWS // PADDED_GROUP, layout=gl.SliceLayout(1, angle_layout))
+    columns = gl.arange(0, LINE, layout=gl.SliceLayout(0, angle_layout))
+    row = first_row + gl.minimum(first_query + queries, num_left - 1)
+    angles = cos_sin + row[:, None] * (2 * LINE) + columns[None, :]
+    cos = gl.load(angles).expand_dims(1)
+    sin = gl.load(angles + LINE).expand_dims(1)
+    first_half, second_half = boxes.index(first_box), boxes.index(first_box + 1)
+    first = first_half.load(layout).to(gl.float32)
+    second = second_half.load(layout).to(gl.float32)
+    first_half.store((first * cos - second * sin).to(boxes.dtype))
+    second_half.store((second * cos + first * sin).to(boxes.dtype))
     fence_async_shared()
 
 
@@ -161,6 +196,7 @@ def _step(
 def attend(
     half: gl.constexpr,
     out,
+    cos_sin,
     buffers,
     barriers,
     scale,
@@ -202,6 +238,10 @@ def attend(
         first_position = _get_scalar(scalars, slot * NUM_SCALARS + FIRST_POSITION)
         kv_len = _get_scalar(scalars, slot * NUM_SCALARS + KV_LEN)
         query = queries.index(slot * 2 + half)
+        if cos_sin is not None:
+            first_angles = _get_scalar(scalars, slot * NUM_SCALARS + FIRST_ANGLES)
+            first_box = (slot * 2 + half) * (HEAD_DIM // LINE)
+            _rotate(query_boxes, first_box, cos_sin, first_angles, my_first, num_left, PADDED_GROUP)
         positions = first_position + my_queries
         end = gl.minimum(first_position + QUERIES, kv_len)
         num = (end + TOKENS - 1) // TOKENS

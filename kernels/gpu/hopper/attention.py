@@ -41,16 +41,19 @@ LOADING_REGISTERS = gl.constexpr(24)
 
 @gluon.jit(
     do_not_specialize=[
-        "num_seqs", "table_stride", "num_tiles", "num_blocks", "first_row", "heads_together"
+        "positions", "num_seqs", "table_stride", "num_tiles", "num_blocks", "first_row",
+        "heads_together",
     ]
 )  # fmt: skip
 def _hopper_attention_kernel(
     q_desc,
     kv_desc,
     out,
+    cos_sin,
     query_starts,
     kv_lens,
     block_tables,
+    positions,
     counter,
     num_seqs,
     table_stride,
@@ -102,24 +105,24 @@ def _hopper_attention_kernel(
             (
                 attend,
                 (
-                    0, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
-                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
+                    0, out, cos_sin, buffers, barriers, scale, v_scale, num_heads, GROUP,
+                    PADDED_GROUP, QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
                 attend,
                 (
-                    1, out, buffers, barriers, scale, v_scale, num_heads, GROUP, PADDED_GROUP,
-                    QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
+                    1, out, cos_sin, buffers, barriers, scale, v_scale, num_heads, GROUP,
+                    PADDED_GROUP, QUERIES, HEAD_DIM, BOX, TOKENS, STAGES, SLOTS,
                 ),
             ),
             (
                 load,
                 (
-                    q_desc, kv_desc, query_starts, kv_lens, block_tables, counter, num_seqs,
-                    table_stride, num_tiles, num_blocks, first_row, heads_together, buffers,
-                    barriers, NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM, BLOCK_SIZE, BOX, TOKENS,
-                    STAGES, SLOTS,
+                    q_desc, kv_desc, query_starts, kv_lens, block_tables, positions, counter,
+                    num_seqs, table_stride, num_tiles, num_blocks, first_row, heads_together,
+                    buffers, barriers, NUM_KV_HEADS, GROUP, QUERIES, HEAD_DIM, BLOCK_SIZE, BOX,
+                    TOKENS, STAGES, SLOTS,
                 ),
             ),
         ],
@@ -136,10 +139,12 @@ def hopper_attention(
     *,
     scale: float,
     v_scale: float = 1.0,
+    cos_sin: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where `is_supported` (support.py) says so; arguments as
-    `prefill_attention`'s."""
+    `prefill_attention`'s. With `cos_sin`, where `rotates_heads` does, queries are first rotated as
+    by `kernels.rope.rope_and_store_kv`, but `q` stays as it is."""
     if kv_pool.dtype is not q.dtype:
         kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype)
         layer = 0
@@ -171,9 +176,11 @@ def hopper_attention(
             layout=gl.NVMMASharedLayout(128, 16, 4),
         ),
         out,
+        cos_sin,
         batch.query_starts,
         batch.kv_lens,
         batch.block_tables,
+        None if cos_sin is None else batch.positions,
         counter,
         batch.num_seqs,
         batch.block_tables.stride(0),

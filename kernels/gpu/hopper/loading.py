@@ -18,13 +18,15 @@ ROWS = gl.constexpr(64)
 LINE = gl.constexpr(64)
 ELEMENT_BYTES = gl.constexpr(2)
 # The scalars of a tile: its first row among all tokens, queries that its sequence has from there
-# on, their first position, the sequence's tokens, and the KV head: -1 after the last tile.
+# on, their first position, the sequence's tokens, the first query's row of the table of angles if
+# queries are still to be rotated, and the KV head: -1 after the last tile.
 FIRST_TOKEN = gl.constexpr(0)
 NUM_LEFT = gl.constexpr(1)
 FIRST_POSITION = gl.constexpr(2)
 KV_LEN = gl.constexpr(3)
-KV_HEAD = gl.constexpr(4)
-NUM_SCALARS = gl.constexpr(5)
+FIRST_ANGLES = gl.constexpr(4)
+KV_HEAD = gl.constexpr(5)
+NUM_SCALARS = gl.constexpr(6)
 
 
 @gluon.jit
@@ -91,6 +93,7 @@ def load(
     query_starts,
     kv_lens,
     block_tables,
+    positions,
     counter,
     num_seqs,
     table_stride,
@@ -138,6 +141,9 @@ def load(
             _put_scalar(scalars, at + NUM_LEFT, num_queries - first_query)
             _put_scalar(scalars, at + FIRST_POSITION, first_position)
             _put_scalar(scalars, at + KV_LEN, kv_len)
+            if positions is not None:
+                angles = gl.load(positions + seq_start + first_query).to(gl.int32)
+                _put_scalar(scalars, at + FIRST_ANGLES, angles)
             _put_scalar(scalars, at + KV_HEAD, kv_head)
             mbarrier.expect(q_full.index(slot), 2 * ROWS * HEAD_DIM * ELEMENT_BYTES)
             for half in gl.static_range(2):

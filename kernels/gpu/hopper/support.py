@@ -13,6 +13,8 @@ _HOPPER = 9
 # Gluon still changes between releases; these compile the kernels.
 _TRITON_VERSIONS = ("3.6.", "3.7.")
 _HEAD_DIMS = (64, 128)
+# Its halves are the two lines of shared memory that such a head has.
+_ROTATED_HEAD_DIM = 128
 _MIN_BLOCK_SIZE = 8
 _MAX_GROUP = 64
 
@@ -41,6 +43,11 @@ def is_supported(
         and is_hopper(q.device)
         and (q.dtype is kv_pool.dtype or pays_off(q, kv_pool, batch))
     )
+
+
+def rotates_heads(head_dim: int, rotary_dim: int) -> bool:
+    """Whether `hopper_attention` can rotate queries of such heads itself."""
+    return head_dim == rotary_dim == _ROTATED_HEAD_DIM
 
 
 @functools.cache

@@ -18,9 +18,10 @@ from kernels.rotated_attention import rotate_and_attend
 
 pytest.importorskip("triton")
 from kernels.gpu import rope
-from kernels.gpu.attention import rotates
+from kernels.gpu.attention import rotates, rotates_prompts
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens
+from kernels.gpu.hopper import support
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -136,3 +137,33 @@ def test_which_batches_rotate_on_the_way() -> None:
     assert not rotates(q, torch.empty(9, 32), decodes)
     for head_dim in (80, 96):
         assert not rotates(torch.empty(2, 4, head_dim), torch.empty(9, head_dim), decodes)
+
+
+def test_which_prompts_rotate_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = make_batch([(1, 9), (300, 300)], 16)
+    decodes = make_batch([(1, 9), (1, 4)], 16)
+
+    def is_rotated(
+        batch: AttentionBatch,
+        head_dim: int = 128,
+        rotary_dim: int = 128,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        sliding_window: int | None = None,
+    ) -> bool:
+        q = torch.empty(batch.num_tokens, 4, head_dim, dtype=torch.bfloat16)
+        pool = torch.empty(20, 1, 2, 2, 16, head_dim, dtype=kv_dtype)
+        table = torch.empty(300, rotary_dim)
+        limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None}
+        return rotates_prompts(q, table, pool, batch, **limits)
+
+    assert not is_rotated(prompts)
+    monkeypatch.setattr(support, "is_hopper", lambda _: True)
+    assert is_rotated(prompts)
+    assert not is_rotated(decodes)
+    # A head of one line of shared memory, or one of which a part is left as it is.
+    assert not is_rotated(prompts, 64, 64)
+    assert not is_rotated(prompts, 128, 64)
+    # The portable kernel attends: there is a window, or too few queries to widen what they see.
+    assert not is_rotated(prompts, sliding_window=64)
+    assert not is_rotated(prompts, kv_dtype=FP8)
+    assert is_rotated(make_batch([(300, 300)], 16), kv_dtype=FP8)
