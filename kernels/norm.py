@@ -1,6 +1,7 @@
 """RMS normalisation, alone and fused with the residual addition before it."""
 
 from ctypes import byref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +9,15 @@ from torch import Tensor
 from kernels.fp8 import Fp8Rows, quantize_rows_reference
 from kernels.native.arguments import AddRmsNormArgs, RmsNormArgs
 from kernels.native.library import Operation, native_kernel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorms:
+    """`rms_norm` of each head of q and of k, with weights [head_dim], before RoPE."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""Rotary position embedding, fused with storing keys and values in the paged pool."""
+"""Rotary position embedding, fused with norms of heads before it and with storing keys and values
+in the paged pool."""
 
 from ctypes import byref
 
@@ -9,6 +10,7 @@ from kernels.attention import AttentionBatch
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales, native_format, saturated
 from kernels.native.arguments import RopeArgs
 from kernels.native.library import NativeKernel, Operation, native_kernel
+from kernels.norm import HeadNorms, rms_norm, rms_norm_reference
 
 
 def rope_and_store_kv(
@@ -21,6 +23,7 @@ def rope_and_store_kv(
     layer: int,
     *,
     kv_scales: KVScales = UNSCALED,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Rotate `q` in place, and put the rotated `k` and `v` into the pool at `batch.slots`.
 
@@ -30,8 +33,9 @@ def rope_and_store_kv(
     dimension i rotates with i + rotary_dim / 2 (the NeoX way), those past rotary_dim stay. `k` is
     left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim];
     with 8 bits it holds what came in divided by `kv_scales`, bounded by its type's largest value.
+    With `norms`, heads are normalised before they are rotated, and rounded in between.
     """
-    check_rope(q, k, v, cos_sin, kv_pool)
+    check_rope(q, k, v, cos_sin, kv_pool, norms)
     assert 0 <= layer < kv_pool.shape[1]
     kernel = native_kernel(Operation.ROPE_AND_STORE_KV, q)
     is_uniform = q.dtype is k.dtype is v.dtype
@@ -40,11 +44,13 @@ def rope_and_store_kv(
     if q.is_cuda:
         from kernels.gpu import rope as gpu
 
-        gpu.rope_and_store_kv(*inputs, kv_scales=kv_scales)
+        gpu.rope_and_store_kv(*inputs, kv_scales=kv_scales, norms=norms)
     elif kernel is None or kv_format is None:
-        rope_and_store_kv_reference(*inputs, kv_scales=kv_scales)
+        rope_and_store_kv_reference(*inputs, kv_scales=kv_scales, norms=norms)
     else:
-        _rope_and_store_kv_native(kernel, *inputs, kv_format=kv_format, kv_scales=kv_scales)
+        _rope_and_store_kv_native(
+            kernel, *inputs, kv_format=kv_format, kv_scales=kv_scales, norms=norms
+        )
 
 
 def _rope_and_store_kv_native(
@@ -59,7 +65,11 @@ def _rope_and_store_kv_native(
     *,
     kv_format: int,
     kv_scales: KVScales,
+    norms: HeadNorms | None,
 ) -> None:
+    if norms is not None:
+        q.copy_(rms_norm(q, norms.q, norms.eps))
+        k = rms_norm(k, norms.k, norms.eps)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     block_stride, layer_stride, *_ = kv_pool.stride()
@@ -91,7 +101,9 @@ def _rope_and_store_kv_native(
     kernel(byref(args))
 
 
-def check_rope(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor) -> None:
+def check_rope(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor, norms: HeadNorms | None
+) -> None:
     """Raises ValueError where their shapes, or on a GPU their layouts, don't fit."""
     if k.shape != v.shape or q.shape[::2] != k.shape[::2]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit")
@@ -99,6 +111,8 @@ def check_rope(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv_pool: Tensor
         raise ValueError(f"k {tuple(k.shape)} doesn't fit the pool {tuple(kv_pool.shape)}")
     if cos_sin.shape[1] > q.shape[2]:
         raise ValueError(f"rotary_dim {cos_sin.shape[1]} exceeds head_dim {q.shape[2]}")
+    if norms is not None and not norms.q.shape == norms.k.shape == q.shape[2:]:
+        raise ValueError(f"norms {tuple(norms.q.shape)}, {tuple(norms.k.shape)} don't fit heads")
     if q.is_cuda:
         _check_layout(q, k, v, cos_sin, kv_pool)
 
@@ -119,8 +133,12 @@ def rope_and_store_kv_reference(
     layer: int,
     *,
     kv_scales: KVScales = UNSCALED,
+    norms: HeadNorms | None = None,
 ) -> None:
     """`rope_and_store_kv` in torch."""
+    if norms is not None:
+        q[:] = rms_norm_reference(q, norms.q, norms.eps)
+        k = rms_norm_reference(k, norms.k, norms.eps)
     cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
     q[..., : cos_sin.shape[1]] = _rotated(q, cos, sin)
     block_size = kv_pool.shape[4]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch, paged_attention
 from kernels.kv_format import UNSCALED, KVScales, scales_of
+from kernels.norm import HeadNorms, rms_norm
 from kernels.rope import check_rope, rope_and_store_kv
 
 
@@ -22,6 +23,7 @@ def rotate_and_attend(
     scale: float,
     sliding_window: int | None = None,
     kv_scales: KVScales = UNSCALED,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """`kernels.rope.rope_and_store_kv`, then `kernels.attention.paged_attention`, whose result it
     returns; where a kernel of attention can rotate queries itself, none does before it. `q` may be
@@ -30,9 +32,14 @@ def rotate_and_attend(
     No sequence's context may hold another's new token.
     """
     if q.is_cuda:
-        check_rope(q, k, v, cos_sin, kv_pool)
+        check_rope(q, k, v, cos_sin, kv_pool, norms)
         assert 0 <= layer < kv_pool.shape[1]
-        return _on_gpu(q, k, v, cos_sin, batch, kv_pool, layer, scale, sliding_window, kv_scales)
+        return _on_gpu(
+            q, k, v, cos_sin, batch, kv_pool, layer, scale, sliding_window, kv_scales, norms
+        )
+    if norms is not None:
+        # To tensors of their own: `rope_and_store_kv` would copy queries back.
+        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
     rope_and_store_kv(q, k, v, cos_sin, batch, kv_pool, layer, kv_scales=kv_scales)
     return paged_attention(
         q, kv_pool, layer, batch, scale=scale, sliding_window=sliding_window, kv_scales=kv_scales
@@ -50,6 +57,7 @@ def _on_gpu(
     scale: float,
     sliding_window: int | None,
     kv_scales: KVScales,
+    norms: HeadNorms | None,
 ) -> Tensor:
     from kernels.gpu import attention as gpu
 
@@ -62,14 +70,23 @@ def _on_gpu(
         options: dict[str, Any] = {"scale": scale * scales.k, "v_scale": scales.v, **limits}
         options["out"] = out[rows]
         if gpu.rotates(q, cos_sin, part):
-            new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales)
+            new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales, norms)
             gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
             queries = q[rows]
-            if gpu.rotates_prompts(queries, cos_sin, kv_pool, part, **limits):
+            # Hopper's kernel rotates what it is given: norms come before that.
+            if norms is None and gpu.rotates_prompts(queries, cos_sin, kv_pool, part, **limits):
                 queries, options["cos_sin"] = queries[:, :0], cos_sin
             rope_and_store_kv(
-                queries, k[rows], v[rows], cos_sin, part, kv_pool, layer, kv_scales=kv_scales
+                queries,
+                k[rows],
+                v[rows],
+                cos_sin,
+                part,
+                kv_pool,
+                layer,
+                kv_scales=kv_scales,
+                norms=norms,
             )
             gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
         first = rows.stop

@@ -16,7 +16,7 @@ from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch
 from kernels.kv_format import KVScales
-from kernels.norm import rms_norm
+from kernels.norm import HeadNorms
 from kernels.rope import rope_and_store_kv
 from kernels.rotated_attention import rotate_and_attend
 
@@ -50,7 +50,6 @@ class Attention:
         self._num_heads = config.num_heads
         self._num_kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
-        self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
         self._window = options.window
         prefix = f"model.layers.{layer}.self_attn"
@@ -67,17 +66,19 @@ class Attention:
         self._output = load_projection(
             weights, prefix, {"o_proj": config.hidden_size}, q_size, bias=options.output_bias
         )
-        self._q_norm: Tensor | None = None
-        self._k_norm: Tensor | None = None
         self._kv_scales = read_kv_scales(weights, prefix)
+        self._norms: HeadNorms | None = None
         if options.qk_norm:
-            self._q_norm = weights.take(f"{prefix}.q_norm.weight", (config.head_dim,))
-            self._k_norm = weights.take(f"{prefix}.k_norm.weight", (config.head_dim,))
+            self._norms = HeadNorms(
+                q=weights.take(f"{prefix}.q_norm.weight", (config.head_dim,)),
+                k=weights.take(f"{prefix}.k_norm.weight", (config.head_dim,)),
+                eps=config.rms_norm_eps,
+            )
 
     @property
     def kind(self) -> Hashable:
         """As that of projections."""
-        return self.qkv.kind, self._output.kind, self._window, self._q_norm is not None
+        return self.qkv.kind, self._output.kind, self._window, self._norms is not None
 
     def forward(
         self,
@@ -91,9 +92,6 @@ class Attention:
         that is in the residual stream already; the new KV goes to the pool."""
         heads = self.qkv.forward(hidden).unflatten(-1, (-1, self._head_dim))
         q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q = rms_norm(q, self._q_norm, self._eps)
-            k = rms_norm(k, self._k_norm, self._eps)
         attended = rotate_and_attend(
             q,
             k,
@@ -105,6 +103,7 @@ class Attention:
             scale=self._scale,
             sliding_window=self._window,
             kv_scales=self._kv_scales,
+            norms=self._norms,
         )
         return self._output.onto(attended.flatten(1), residual)
 
@@ -116,11 +115,16 @@ class Attention:
         size = 2 * self._num_kv_heads * self._head_dim
         heads = product.forward(hidden)[:, -size:].unflatten(-1, (-1, self._head_dim))
         k, v = heads.chunk(2, dim=1)
-        if self._k_norm is not None:
-            k = rms_norm(k, self._k_norm, self._eps)
-        no_queries = heads[:, :0]
         rope_and_store_kv(
-            no_queries, k, v, cos_sin, batch, kv_pool, self._layer, kv_scales=self._kv_scales
+            heads[:, :0],  # no queries
+            k,
+            v,
+            cos_sin,
+            batch,
+            kv_pool,
+            self._layer,
+            kv_scales=self._kv_scales,
+            norms=self._norms,
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.decode_prefetch import prefetch_norms, prefetch_tiles
 from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
 from kernels.gpu.decode_tiles import (
     ASSEMBLY_HEAD_DIM,
@@ -21,10 +22,8 @@ from kernels.gpu.decode_tiles import (
     tile_for,
 )
 from kernels.gpu.dependent_launch import (
-    LINE_BITS,
     launch_options,
     let_successor_start,
-    prefetch_to_l2,
     wait_for_predecessor,
 )
 from kernels.gpu.launching import launch
@@ -46,6 +45,8 @@ def _decode_kernel(
     q,
     k,
     v,
+    q_weight,
+    k_weight,
     cos_sin,
     positions,
     slots,
@@ -66,6 +67,7 @@ def _decode_kernel(
     scale,
     v_scale,
     softcap,
+    eps,
     k_factor,
     v_factor,
     largest,
@@ -102,19 +104,15 @@ def _decode_kernel(
     end = tl.minimum((tile + tiles_per_split) * TOKENS, kv_len)
     if PDL and tile * TOKENS < end:
         # The newest token's are being written, but most are there since long ago.
-        line: tl.constexpr = LINE_BITS // pool.dtype.element_ty.primitive_bitwidth
-        for ahead in tl.static_range(PREFETCHED):
-            tokens = (tile + ahead) * TOKENS + tl.arange(0, TOKENS)
-            tokens = tl.minimum(tl.maximum(tokens, first), end - 1)
-            block = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
-            at = block * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
-            for column in tl.static_range(0, HEAD_DIM, line):
-                prefetch_to_l2(head_pool + at + column)
-                prefetch_to_l2(head_pool + at + column + kv_stride)
+        prefetch_tiles(
+            head_pool, table, tile, first, end, block_stride, kv_stride,
+            PREFETCHED, TOKENS, BLOCK_SIZE, HEAD_DIM,
+        )  # fmt: skip
     if k is not None:
         angles = cos_sin + tl.load(positions + seq) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
         cos, sin = tl.load(angles), tl.load(angles + HEAD_DIM // 2)
         slot = tl.load(slots + seq)
+    prefetch_norms(q_weight, k_weight, HEAD_DIM, PDL)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     num_parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), 1)
@@ -131,13 +129,15 @@ def _decode_kernel(
             heads_of_token + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
         )
     else:
-        query = rotated_query(heads_of_token, heads, rows < GROUP, cos, sin, HEAD_DIM // 2)
+        query = rotated_query(
+            heads_of_token, q_weight, eps, heads, rows < GROUP, cos, sin, HEAD_DIM // 2
+        )
         # A padded row of a captured graph has no slot.
         if split == num_parts - 1 and slot >= 0:
             target = head_pool + (slot // BLOCK_SIZE) * block_stride
             store_new_token(
                 k + seq * k_stride + kv_head * HEAD_DIM, v + seq * v_stride + kv_head * HEAD_DIM,
-                target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
+                k_weight, eps, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
                 k_factor, v_factor, largest, HEAD_DIM // 2, IS_FP8,
             )  # fmt: skip
     if USES_FLOAT16:
@@ -158,7 +158,8 @@ def _decode_kernel(
         key = tl.load(in_pool, mask=present, other=0.0).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_SOFTCAP:
-            scores = softcap * _tanh(scores * (scale / softcap)) * LOG2_E
+            capped = 2.0 * tl.sigmoid(2.0 * scores * (scale / softcap)) - 1.0
+            scores = softcap * capped * LOG2_E
         else:
             scores = scores * (scale * LOG2_E)
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -195,11 +196,6 @@ def _decode_kernel(
                     GROUP, PADDED_GROUP, HEAD_DIM, DIM, NUM_SPLITS, PARTS,
                 )  # fmt: skip
                 tl.store(arrivals + pair, 0)
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 def decode_attention(
@@ -247,10 +243,13 @@ def decode_attention(
             arrivals = arrival_counters(num_pairs, q.device)
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
+    norms = new and new.norms
     launch(_decode_kernel, (splits, num_kv_heads, num_seqs))(
         q,
         new and new.k,
         new and new.v,
+        norms and norms.q,
+        norms and norms.k,
         new and new.cos_sin,
         batch.positions,
         batch.slots,
@@ -271,6 +270,7 @@ def decode_attention(
         scale,
         v_scale,
         softcap or 0.0,
+        norms and norms.eps,
         1.0 / new.kv_scales.k if new else 0.0,
         1.0 / new.kv_scales.v if new else 0.0,
         torch.finfo(kv_pool.dtype).max,

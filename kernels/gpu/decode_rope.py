@@ -1,8 +1,11 @@
-"""RoPE of a decode step's query, key and value inside of attention's kernel.
+"""RoPE of a decode step's query, key and value inside of attention's kernel, and norms before it.
 
 Who rotates a token's query needs no other program's, and its key and value are read by one program
 alone, of each KV head: that with the end of the context, which stores them first.
 """
+
+# What kernels call is compiled with them, whatever types its decorator has.
+# pyright: reportGeneralTypeIssues=false
 
 from dataclasses import dataclass
 
@@ -10,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.norm import normalised
 from kernels.gpu.rope import bounded
 from kernels.kv_format import KVScales
+from kernels.norm import HeadNorms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +27,7 @@ class NewTokens:
     v: Tensor
     cos_sin: Tensor
     kv_scales: KVScales
+    norms: HeadNorms | None = None
 
 
 def rotates_whole_heads(head_dim: int, rotary_dim: int) -> bool:
@@ -30,13 +36,26 @@ def rotates_whole_heads(head_dim: int, rotary_dim: int) -> bool:
 
 
 @triton.jit
-def rotated_query(query, heads, is_head, cos, sin, HALF: tl.constexpr):
-    """[heads, 2 * HALF] of a token, rotated."""
+def _normalised_halves(first, second, weight, columns, eps, dtype: tl.constexpr):
+    """Of one head, or of several in rows."""
+    half: tl.constexpr = columns.shape[0]
+    squares = tl.sum(first * first + second * second, -1, keep_dims=True)
+    scale = tl.rsqrt(squares / (2 * half) + eps)
+    first = normalised(first, scale, weight, columns, None, dtype)
+    return first, normalised(second, scale, weight + half, columns, None, dtype)
+
+
+@triton.jit
+def rotated_query(query, weight, eps, heads, is_head, cos, sin, HALF: tl.constexpr):
+    """[heads, 2 * HALF] of a token, rotated; normalised before if there is a norm's `weight`."""
     columns = tl.arange(0, HALF)
     cos, sin = cos[None, :], sin[None, :]
     at = heads[:, None] * (2 * HALF) + columns[None, :]
     first = tl.load(query + at, mask=is_head[:, None], other=0.0).to(tl.float32)
     second = tl.load(query + at + HALF, mask=is_head[:, None], other=0.0).to(tl.float32)
+    if weight is not None:
+        dtype: tl.constexpr = query.dtype.element_ty
+        first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
     left = (first * cos - second * sin).to(query.dtype.element_ty)
     right = (second * cos + first * sin).to(query.dtype.element_ty)
     halves = tl.permute(tl.join(left, right), (0, 2, 1))
@@ -45,13 +64,17 @@ def rotated_query(query, heads, is_head, cos, sin, HALF: tl.constexpr):
 
 @triton.jit
 def store_new_token(
-    key, value, target, kv_stride, cos, sin, k_factor, v_factor, largest,
+    key, value, weight, eps, target, kv_stride, cos, sin, k_factor, v_factor, largest,
     HALF: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes one head's key, rotated, and value to `target`, for this program's threads to read."""
+    """Writes one head's key, rotated as `rotated_query` does, and value to `target`, for this
+    program's threads to read."""
     columns = tl.arange(0, HALF)
     first = tl.load(key + columns).to(tl.float32)
     second = tl.load(key + HALF + columns).to(tl.float32)
+    if weight is not None:
+        dtype: tl.constexpr = key.dtype.element_ty
+        first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
     left = bounded(first * cos - second * sin, k_factor, largest, IS_FP8)
     right = bounded(second * cos + first * sin, k_factor, largest, IS_FP8)
     whole = tl.arange(0, 2 * HALF)

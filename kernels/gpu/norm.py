@@ -17,6 +17,13 @@ from kernels.gpu.sizes import next_power_of_2
 
 
 @triton.jit
+def normalised(values, scale, weight, columns, mask, dtype: tl.constexpr):
+    """Part of rows as `rms_norm` returns it, rounded to `dtype`; in float32 again."""
+    gain = tl.load(weight + columns, mask=mask).to(tl.float32)
+    return (values * scale * gain).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x,
     weight,

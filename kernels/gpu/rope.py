@@ -1,4 +1,4 @@
-"""RoPE of q in place, and of k on its way into the paged pool, with v beside it."""
+"""RoPE of q in place, and of k on its way into the paged pool, with v beside it; norms before."""
 
 import torch
 import triton
@@ -12,8 +12,10 @@ from kernels.gpu.dependent_launch import (
     wait_for_predecessor,
 )
 from kernels.gpu.launching import launch
+from kernels.gpu.norm import normalised
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
+from kernels.norm import HeadNorms
 
 _HEADS_PER_PROGRAM = 8
 
@@ -29,13 +31,32 @@ def bounded(values, factor, largest, IS_FP8: tl.constexpr):
 
 @triton.jit
 def _rotate(
-    source, target, cos, sin, heads, head_stride, target_stride, half, columns, mask,
-    factor, largest, IS_FP8: tl.constexpr,
+    source, target, weight, cos, sin, heads, is_head, head_dim, target_stride, half, columns, mask,
+    eps, factor, largest, DIM: tl.constexpr, HAS_REST: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rotated first 2 * half elements of each head of `source` to `target`."""
-    first_at = heads[:, None] * head_stride + columns[None, :]
+    """Writes the rotated first 2 * half elements of each head of `source` to `target`; with the
+    `weight` of a norm the rest, too."""
+    first_at = heads[:, None] * head_dim + columns[None, :]
     first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
+    if weight is not None:
+        # In place, each part is read only by the threads that write it.
+        dtype: tl.constexpr = source.dtype.element_ty
+        in_half, whole = columns < half, tl.arange(0, DIM)
+        in_rest = (whole >= 2 * half) & (whole < head_dim)
+        is_rest = is_head & in_rest[None, :]
+        squares = tl.sum(first * first + second * second, 1)
+        if HAS_REST:
+            rest_at = heads[:, None] * head_dim + whole[None, :]
+            rest = tl.load(source + rest_at, mask=is_rest, other=0.0).to(tl.float32)
+            squares += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / head_dim + eps)[:, None]
+        first = normalised(first, scale, weight, columns, in_half, dtype)
+        second = normalised(second, scale, weight + half, columns, in_half, dtype)
+        if HAS_REST:
+            rest = normalised(rest, scale, weight, whole, in_rest, dtype)
+            rest = bounded(rest, factor, largest, IS_FP8)
+            tl.store(target + heads[:, None] * target_stride + whole[None, :], rest, mask=is_rest)
     at = heads[:, None] * target_stride + columns[None, :]
     left = bounded(first * cos - second * sin, factor, largest, IS_FP8)
     right = bounded(second * cos + first * sin, factor, largest, IS_FP8)
@@ -58,6 +79,8 @@ def _rope_and_store_kv_kernel(
     q,
     k,
     v,
+    q_weight,
+    k_weight,
     pool,
     cos_sin,
     positions,
@@ -72,12 +95,14 @@ def _rope_and_store_kv_kernel(
     head_dim,
     half,
     block_size,
+    eps,
     k_factor,
     v_factor,
     largest,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     DIM: tl.constexpr,
+    HAS_REST: tl.constexpr,
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -93,11 +118,12 @@ def _rope_and_store_kv_kernel(
     num_q_groups = tl.cdiv(num_heads, HEADS)
     if group < num_q_groups:
         heads = group * HEADS + tl.arange(0, HEADS)
-        mask = (heads < num_heads)[:, None] & in_half[None, :]
+        is_head = (heads < num_heads)[:, None]
+        mask = is_head & in_half[None, :]
         row = q + token * q_stride
         _rotate(
-            row, row, cos, sin, heads, head_dim, head_dim, half, columns, mask,
-            1.0, 0.0, IS_FP8=False,
+            row, row, q_weight, cos, sin, heads, is_head, head_dim, head_dim, half, columns, mask,
+            eps, 1.0, 0.0, DIM, HAS_REST, IS_FP8=False,
         )  # fmt: skip
     else:
         slot = tl.load(slots + token)
@@ -110,14 +136,15 @@ def _rope_and_store_kv_kernel(
             stride = block_size * head_dim
             row = k + token * k_stride
             _rotate(
-                row, target, cos, sin, heads, head_dim, stride, half, columns, mask,
-                k_factor, largest, IS_FP8,
+                row, target, k_weight, cos, sin, heads, is_head, head_dim, stride, half, columns,
+                mask, eps, k_factor, largest, DIM, HAS_REST, IS_FP8,
             )  # fmt: skip
             whole = tl.arange(0, DIM)
-            is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
-            _copy_heads(
-                row, target, heads, head_dim, stride, whole, is_rest, k_factor, largest, IS_FP8
-            )
+            if k_weight is None:
+                is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
+                _copy_heads(
+                    row, target, heads, head_dim, stride, whole, is_rest, k_factor, largest, IS_FP8
+                )
             is_value = is_head & (whole < head_dim)[None, :]
             row = v + token * v_stride
             target += kv_stride
@@ -136,6 +163,7 @@ def rope_and_store_kv(
     layer: int,
     *,
     kv_scales: KVScales = UNSCALED,
+    norms: HeadNorms | None = None,
 ) -> None:
     """`kernels.rope.rope_and_store_kv`; heads of a token lie side by side. Slots below 0 store
     nothing."""
@@ -150,6 +178,8 @@ def rope_and_store_kv(
         q,
         k,
         v,
+        norms and norms.q,
+        norms and norms.k,
         kv_pool.select(1, layer),
         cos_sin,
         batch.positions,
@@ -164,12 +194,14 @@ def rope_and_store_kv(
         head_dim,
         half,
         block_size,
+        norms and norms.eps,
         1.0 / kv_scales.k,
         1.0 / kv_scales.v,
         torch.finfo(kv_pool.dtype).max,
         HEADS=_HEADS_PER_PROGRAM,
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
+        HAS_REST=2 * half < head_dim,
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=4,
         **launch_options(q.device),

@@ -1,6 +1,10 @@
 """Decode attention whose last program of a head merges: in graphs, again and again, and behind
 kernels that let it start before they end."""
 
+from dataclasses import fields, replace
+from typing import Any
+
+import attention_cases
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +14,9 @@ from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.rope import rope_and_store_kv
-from kernels.kv_format import UNSCALED
+from kernels.kv_format import UNSCALED, KVScales
+from kernels.norm import HeadNorms
+from kernels.rotated_attention import rotate_and_attend
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 LENGTHS = [1168, 1, 0, 64, 65, 4000, 129, 700]
@@ -42,8 +48,15 @@ def make_batch(lengths: list[int], first_block: int) -> AttentionBatch:
     )
 
 
+def make_norms(head_dim: int) -> HeadNorms:
+    weights = torch.rand(2, head_dim, device="cuda", dtype=torch.bfloat16) + 0.5
+    return HeadNorms(weights[0], weights[1], 1e-6)
+
+
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_in_graphs(kv_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_in_graphs(kv_dtype: torch.dtype, *, has_norms: bool) -> None:
+    norms = make_norms(HEAD_DIM) if has_norms else None
     batches = [make_batch(LENGTHS[:num], i * NUM_BLOCKS) for i, num in enumerate((1, 3, 8))]
     shape = (len(batches) * NUM_BLOCKS, 3, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     pool = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(kv_dtype)
@@ -55,9 +68,9 @@ def test_in_graphs(kv_dtype: torch.dtype) -> None:
         out = torch.zeros(batch.num_seqs, HEADS, HEAD_DIM, device="cuda", dtype=qkv.dtype)
         for layer in range(3):
             q, k, v = (qkv + out.mean()).split([HEADS, KV_HEADS, KV_HEADS], 1)
-            new = NewTokens(k, v, cos_sin, UNSCALED) if is_fused else None
+            new = NewTokens(k, v, cos_sin, UNSCALED, norms) if is_fused else None
             if new is None:
-                rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer)
+                rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer, norms=norms)
             options = {**OPTIONS, "new": new, "num_splits": num_splits, "is_fused": is_fused}
             out = decode_attention(q, pool, layer, batch, **options)
         return out
@@ -85,3 +98,41 @@ def test_in_graphs(kv_dtype: torch.dtype) -> None:
                 torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
             assert torch.equal(out, firsts[i])
     assert not arrival_counters(1, pool.device).any()
+
+
+def moved(batch: AttentionBatch) -> AttentionBatch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{at: x.cuda() for at, x in tensors.items() if isinstance(x, Tensor)})
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+# In attention's kernel and, where heads are no power of two or rotate in part, before it.
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 64), (96, 96), (128, 128), (128, 64), (256, 256)]
+)
+def test_norms_of_heads(kv_dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
+    torch.manual_seed(0)
+    decodes, prompts = [(1, 700), (1, 1), (1, 64)], [(33, 90), (64, 64)]
+    whole = attention_cases.make_batch(decodes + prompts, BLOCK_SIZE)
+    pool = attention_cases.make_pool(whole, 2, BLOCK_SIZE, head_dim).nan_to_num().to(kv_dtype)
+    angles = torch.outer(torch.arange(700), torch.rand(rotary_dim // 2))
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    norms, scales = make_norms(head_dim), KVScales(k=0.02, v=0.5)
+    qkv = torch.randn(whole.num_tokens, 10, head_dim).bfloat16()
+    options: dict[str, Any] = {"scale": 0.05, "kv_scales": scales}
+    q, k, v = qkv.clone().split([6, 2, 2], 1)
+    expected_pool, on_cpu = pool.clone(), HeadNorms(norms.q.cpu(), norms.k.cpu(), norms.eps)
+    expected = rotate_and_attend(q, k, v, cos_sin, whole, expected_pool, 1, norms=on_cpu, **options)
+    batch = moved(whole)
+    for case in (batch, batch.divided(3, (700, 90))):
+        q, k, v = qkv.cuda().split([6, 2, 2], 1)
+        actual_pool = pool.cuda()
+        actual = rotate_and_attend(
+            q, k, v, cos_sin.cuda(), case, actual_pool, 1, norms=norms, **options
+        )
+        torch.testing.assert_close(actual.cpu(), expected, atol=2e-2, rtol=2e-2)
+        # What is rounded twice may fall to the next value but one.
+        rtol = 2**-6 if kv_dtype is torch.bfloat16 else 2**-2
+        torch.testing.assert_close(
+            actual_pool.cpu().float(), expected_pool.float(), atol=2e-2, rtol=rtol
+        )

@@ -39,7 +39,12 @@ def _llama() -> PreTrainedModel:
 
 
 def _qwen3() -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True))
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True))
+    for name, parameter in model.named_parameters():
+        # They begin as ones, which would hide whose is whose.
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
 
 
 def _mistral() -> PreTrainedModel:

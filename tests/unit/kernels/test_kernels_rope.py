@@ -5,6 +5,7 @@ import torch
 
 from kernels.attention import AttentionBatch
 from kernels.kv_format import KVScales
+from kernels.norm import HeadNorms
 from kernels.rope import rope_and_store_kv, rope_and_store_kv_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -31,13 +32,22 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor, positions: list[int]) -> torc
     return torch.cat((z.real, z.imag, x[..., 2 * half :].double()), -1)
 
 
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rounded, as what is rotated then."""
+    x64 = x.double()
+    return (x64 * (x64.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()).to(x.dtype)
+
+
 @pytest.mark.parametrize("implementation", [rope_and_store_kv, rope_and_store_kv_reference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "rotary_dim", "block_size"),
     [((9, 3), 64, 64, 16), ((2, 2), 80, 32, 5), ((4, 1), 128, 128, 1), ((3, 1), 10, 6, 7)],
 )
-def test_rope_and_store_kv(implementation, dtype, heads, head_dim, rotary_dim, block_size):
+def test_rope_and_store_kv(
+    implementation, dtype, has_norms, heads, head_dim, rotary_dim, block_size
+):
     torch.manual_seed(0)
     num_heads, num_kv_heads = heads
     slots = [block_size * 3, 0, block_size * 2 - 1, block_size * 4 + block_size // 2]
@@ -46,13 +56,22 @@ def test_rope_and_store_kv(implementation, dtype, heads, head_dim, rotary_dim, b
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
     fused = torch.randn(4, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
     q, k, v = fused.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    expected_q, expected_k = rotate(q, cos_sin, positions), rotate(k, cos_sin, positions)
+    norms = None
+    expected_q, expected_k = q, k
+    if has_norms:
+        weights = (torch.rand(2, head_dim) + 0.5).to(dtype)
+        norms = HeadNorms(weights[0], weights[1], 0.1)
+        expected_q, expected_k = normalise(q, norms.q, 0.1), normalise(k, norms.k, 0.1)
+    expected_q = rotate(expected_q, cos_sin, positions)
+    expected_k = rotate(expected_k, cos_sin, positions)
+    key_value = fused[:, num_heads:].clone()
     expected_v = v.clone()
     pool = torch.full((6, 3, 2, num_kv_heads, block_size, head_dim), 9.0, dtype=dtype)
     untouched = pool.clone()
 
-    implementation(q, k, v, cos_sin, make_batch(slots, positions), pool, 1)
+    implementation(q, k, v, cos_sin, make_batch(slots, positions), pool, 1, norms=norms)
 
+    assert torch.equal(fused[:, num_heads:], key_value)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(q.double(), expected_q, atol=tolerance, rtol=tolerance)
     for i, slot in enumerate(slots):
@@ -93,7 +112,8 @@ def test_fp8_pools_round_to_nearest_and_saturate(implementation, dtype, kv_dtype
 
 
 @pytest.mark.parametrize("implementation", [rope_and_store_kv, rope_and_store_kv_reference])
-def test_no_queries(implementation):
+@pytest.mark.parametrize("norms", [None, HeadNorms(torch.rand(8), torch.rand(8), 1e-6)])
+def test_no_queries(implementation, norms):
     """Keys and values are stored as beside queries."""
     torch.manual_seed(0)
     fused = torch.randn(3, 6, 8)
@@ -101,8 +121,8 @@ def test_no_queries(implementation):
     batch = make_batch([5, 0, 2], [1, 2, 3])
     q, k, v = fused.split((2, 2, 2), dim=1)
     pools = torch.zeros(2, 2, 1, 2, 2, 4, 8).unbind()
-    implementation(q[:, :0], k, v, cos_sin, batch, pools[0], 0)
-    implementation(q.clone(), k, v, cos_sin, batch, pools[1], 0)
+    implementation(q[:, :0], k, v, cos_sin, batch, pools[0], 0, norms=norms)
+    implementation(q.clone(), k, v, cos_sin, batch, pools[1], 0, norms=norms)
     assert pools[1].count_nonzero() == 3 * 2 * 2 * 8
     assert torch.equal(*pools)
 
@@ -117,3 +137,6 @@ def test_shapes_that_do_not_fit_are_refused():
         rope_and_store_kv(q, q, q, torch.zeros(4, 8), batch, pool, 0)
     with pytest.raises(ValueError, match="rotary_dim"):
         rope_and_store_kv(q, k, k, torch.zeros(4, 10), batch, pool, 0)
+    norms = HeadNorms(torch.ones(8), torch.ones(4), 1e-6)
+    with pytest.raises(ValueError, match="norms"):
+        rope_and_store_kv(q, k, k, torch.zeros(4, 8), batch, pool, 0, norms=norms)
