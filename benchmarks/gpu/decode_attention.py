@@ -24,15 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu.kernels import (
-    BLOCK_SIZE,
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    Call,
-    make_batch,
-    time_s,
-)
+from benchmarks.gpu.graph_time import Call, time_s
+from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, HEADS, KV_HEADS, make_batch
 from kernels.attention import paged_attention_reference
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens

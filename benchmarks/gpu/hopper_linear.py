@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.fp8_linear import DTYPE, LINEARS, inputs
-from benchmarks.gpu.kernels import ROTATION_BYTES, Call, time_s
+from benchmarks.gpu.graph_time import Call, time_s
+from benchmarks.gpu.kernels import ROTATION_BYTES
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.gpu.fp8_linear import library_linear
 from kernels.gpu.hopper.linear import hopper_fp8_linear

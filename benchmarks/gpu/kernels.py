@@ -3,7 +3,13 @@
     python -m benchmarks.gpu.kernels [linear] [prefill] [decode] [--out FILE]
 
 Calls are captured in a CUDA graph, so that launches cost nothing, and walk over several sets of
-inputs, so that what one call left in the L2 cache doesn't help the next.
+inputs, so that what one call left in the L2 cache doesn't help the next. What is timed is compared
+with a float32 reference first; an error over its bound ends the run.
+
+Attention of prompts is counted as 4 * heads * head_dim FLOPs for each pair of a query and a token
+that it sees under the causal mask, whatever a kernel computes besides. All kernels of a shape are
+timed in turns, and the median counts, so that none has a cooler card; "sustained" is 1.5 s on end
+of each, where the card's power may bind.
 """
 
 import argparse
@@ -13,12 +19,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
+from benchmarks.gpu import correctness
+from benchmarks.gpu.correctness import ATTENTION_ERROR, RESULT_ERROR, Check, sampled_rows
+from benchmarks.gpu.graph_time import captured, replay_s, time_s
+from benchmarks.gpu.library_attention import library_calls
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.hopper.support import is_supported
@@ -56,74 +67,68 @@ PREFILL_TILES = [
 ]
 # (sequences, queries of each, tokens of each)
 PREFILL_SHAPES = ((8, 2048, 2048), (2, 8192, 8192), (1, 16384, 32768), (1, 2048, 32768))
+NUM_TURNS = 10
+# Contexts from here on are timed for longer, too.
+LONG_CONTEXT, SUSTAINED_S = 8192, 1.5
 ROTATION_BYTES = 400 << 20
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
+SCALE = HEAD_DIM**-0.5
+OPTIONS: dict[str, Any] = {"scale": SCALE, "sliding_window": None, "softcap": None}
 
-
-Call = Callable[[], object]
-
-
-def time_s(calls: list[Call], repeats: int = 5) -> float:
-    """Seconds a call, over all of `calls` in one graph; the least of some replays."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return min(times)
+TensorCall = Callable[[], Tensor]
 
 
 def bench_linear() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for (name, (n, k)), m in itertools.product(LINEARS.items(), NUM_TOKENS):
-        num_bytes = 2 * n * k
-        weights = [
-            torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-            for _ in range(max(2, ROTATION_BYTES // num_bytes))
-        ]
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        library_s = time_s([functools.partial(torch.nn.functional.linear, x, w) for w in weights])
-        best: tuple[float, LinearTile] | None = None
-        for tile in LINEAR_TILES:
-            if name == "head" and tile.splits > 1:
-                continue
-            try:
-                seconds = time_s(_linear_calls(x, weights, tile), repeats=3)
-            except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
-                print("no", tile, type(error).__name__)
-                torch.cuda.synchronize()
-                continue
-            if best is None or seconds < best[0]:
-                best = seconds, tile
-        default_s = time_s(_linear_calls(x, weights, None))
-        assert best is not None
-        row = {
-            "linear": name,
-            "tokens": m,
-            "library_gb_per_s": num_bytes / library_s / 1e9,
-            "default_gb_per_s": num_bytes / default_s / 1e9,
-            "best_gb_per_s": num_bytes / best[0] / 1e9,
-            "best": str(best[1]),
-        }
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+    return [_linear_row(name, m) for name, m in itertools.product(LINEARS, NUM_TOKENS)]
 
 
-def _linear_calls(x: Tensor, weights: list[Tensor], tile: LinearTile | None) -> list[Call]:
+def _linear_row(name: str, m: int) -> dict[str, Any]:
+    n, k = LINEARS[name]
+    num_bytes = 2 * n * k
+    weights = [
+        torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        for _ in range(max(2, ROTATION_BYTES // num_bytes))
+    ]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    expected = correctness.product(x, weights[0], sampled_rows(m, x.device))
+    check = Check(f"linear {name}, {m} tokens", expected, bound=RESULT_ERROR)
+
+    def timed_s(what: str, calls: list[TensorCall], repeats: int = 5) -> float:
+        check(what, calls[0]())
+        return time_s(calls, repeats)
+
+    library = torch.nn.functional.linear
+    library_s = timed_s("library", [functools.partial(library, x, w) for w in weights])
+    best: tuple[float, LinearTile] | None = None
+    for tile in LINEAR_TILES:
+        if name == "head" and tile.splits > 1:
+            continue
+        try:
+            seconds = timed_s(str(tile), _linear_calls(x, weights, tile), repeats=3)
+        except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
+            print("no", tile, type(error).__name__)
+            torch.cuda.synchronize()
+            continue
+        if best is None or seconds < best[0]:
+            best = seconds, tile
+    default_s = timed_s("default", _linear_calls(x, weights, None))
+    assert best is not None
+    row = {
+        "linear": name,
+        "tokens": m,
+        "library_gb_per_s": num_bytes / library_s / 1e9,
+        "default_gb_per_s": num_bytes / default_s / 1e9,
+        "best_gb_per_s": num_bytes / best[0] / 1e9,
+        "best": str(best[1]),
+        "library_error": check.errors["library"],
+        "default_error": check.errors["default"],
+        "best_error": check.errors[str(best[1])],
+    }
+    print(row, flush=True)
+    return row
+
+
+def _linear_calls(x: Tensor, weights: list[Tensor], tile: LinearTile | None) -> list[TensorCall]:
     return [functools.partial(linear, x, weight, None, tile=tile) for weight in weights]
 
 
@@ -164,52 +169,82 @@ def compile_linear(share: int, num_shares: int) -> None:
 
 
 def bench_prefill() -> list[dict[str, Any]]:
-    """The portable kernel in each tile, Hopper's own where the card is one, and cuDNN's through
-    torch, which takes contiguous keys and values of sequences of one length, without a context."""
-    rows: list[dict[str, Any]] = []
-    options = {"scale": HEAD_DIM**-0.5, "sliding_window": None, "softcap": None}
-    for num_seqs, num_queries, kv_len in PREFILL_SHAPES:
-        batch = make_batch(num_seqs, num_queries, kv_len)
-        q, pool = _attention_inputs(batch, 1)
-        context = kv_len - num_queries
-        flops = 4 * HEADS * HEAD_DIM * num_seqs * num_queries * (context + num_queries / 2)
-        calls: dict[str, Call] = {
-            str(tile): functools.partial(prefill_attention, q, pool, 0, batch, **options, tile=tile)
-            for tile in PREFILL_TILES
-        }
-        if is_supported(q, pool, batch, sliding_window=None, softcap=None):
-            from kernels.gpu.hopper.attention import hopper_attention
-
-            hopper = functools.partial(hopper_attention, q, pool, 0, batch, scale=HEAD_DIM**-0.5)
-            calls["hopper"] = hopper
-            cos_sin = torch.rand(kv_len, HEAD_DIM, device="cuda")
-            calls["hopper, rotating"] = functools.partial(hopper, cos_sin=cos_sin)
-        if not context:
-            calls["cudnn"] = _cudnn_call(num_seqs, num_queries)
-        for name, call in calls.items():
-            try:
-                seconds = time_s([call])
-            except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
-                print("no", name, type(error).__name__)
-                continue
-            row = {
-                "prefill": [num_seqs, num_queries, kv_len],
-                "kernel": name,
-                "tflops": flops / seconds / 1e12,
-            }
-            print(row, flush=True)
-            rows.append(row)
-    return rows
+    return [_prefill_row(*shape) for shape in PREFILL_SHAPES]
 
 
-def _cudnn_call(num_seqs: int, num_queries: int) -> Call:
-    q, k, v = (
-        torch.randn(num_seqs, num_queries, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001
-    return functools.partial(attention, *heads_first, None, compute_log_sumexp=True, is_causal=True)
+def _prefill_row(num_seqs: int, num_queries: int, kv_len: int) -> dict[str, Any]:
+    """The portable kernel in its best tile, Hopper's own where the card is one, and libraries'."""
+    batch = make_batch(num_seqs, num_queries, kv_len)
+    q, pool = _attention_inputs(batch, 1)
+    case = f"prefill {num_seqs} x {num_queries} over {kv_len}"
+    check = _attention_check(case, q, pool, batch)
+    calls = _hopper_calls(q, pool, batch) | library_calls(q, pool, 0, batch, scale=SCALE)
+    for name, call in calls.items():
+        check(name, call().reshape(q.shape))
+    tiles: dict[str, TensorCall] = {
+        str(tile): functools.partial(prefill_attention, q, pool, 0, batch, **OPTIONS, tile=tile)
+        for tile in PREFILL_TILES
+    }
+    best = _fastest(tiles, check)
+    calls["portable"] = tiles[best]
+    errors = check.errors | {"portable": check.errors[best]}
+    times_s = _in_turns(calls, for_long=kv_len >= LONG_CONTEXT)
+    # A query sees its context, itself and the queries before it.
+    num_pairs = num_seqs * num_queries * (kv_len - num_queries + (num_queries + 1) / 2)
+    tflop = 4 * HEADS * HEAD_DIM * num_pairs / 1e12
+    row = {
+        "prefill": [num_seqs, num_queries, kv_len],
+        "ms": {name: round(1e3 * seconds, 4) for name, seconds in times_s.items()},
+        "tflops": {name: round(tflop / seconds, 1) for name, seconds in times_s.items()},
+        "errors": {name: errors[name] for name in calls},
+        "portable_tile": best,
+    }
+    print(row, flush=True)
+    return row
+
+
+def _attention_check(case: str, q: Tensor, pool: Tensor, batch: AttentionBatch) -> Check:
+    rows = sampled_rows(len(q), q.device)
+    expected = correctness.attention(q, pool, 0, batch, rows, scale=SCALE)
+    return Check(case, expected, bound=ATTENTION_ERROR, rows=rows)
+
+
+def _hopper_calls(q: Tensor, pool: Tensor, batch: AttentionBatch) -> dict[str, TensorCall]:
+    if not is_supported(q, pool, batch, sliding_window=None, softcap=None):
+        return {}
+    from kernels.gpu.hopper.attention import hopper_attention
+
+    hopper = functools.partial(hopper_attention, q, pool, 0, batch, scale=SCALE)
+    # By angles of 0, so that the result is the same.
+    angles = torch.zeros(batch.max_query_len, HEAD_DIM, device="cuda")
+    angles[:, : HEAD_DIM // 2] = 1.0
+    return {"hopper": hopper, "hopper_rotating": functools.partial(hopper, cos_sin=angles)}
+
+
+def _fastest(calls: dict[str, TensorCall], check: Check) -> str:
+    """Which takes least time, of those that fit the card; each is checked first."""
+    times_s: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            check(name, call())
+            times_s[name] = time_s([call])
+        except Exception as error:  # noqa: BLE001  (a tile that doesn't fit the card)
+            print("no", name, type(error).__name__)
+            torch.cuda.synchronize()
+    return min(times_s, key=lambda name: times_s[name])
+
+
+def _in_turns(calls: dict[str, TensorCall], *, for_long: bool) -> dict[str, float]:
+    """Seconds of each call, and of one of many on end as `{name}_sustained`."""
+    graphs = {name: captured([call]) for name, call in calls.items()}
+    turns = [{name: replay_s(graph) for name, graph in graphs.items()} for _ in range(NUM_TURNS)]
+    times_s = {name: median(turn[name] for turn in turns) for name in graphs}
+    sustained_s: dict[str, float] = {}
+    if for_long:
+        for name, graph in graphs.items():
+            num_replays = round(SUSTAINED_S / times_s[name])
+            sustained_s[f"{name}_sustained"] = replay_s(graph, num_replays)
+    return times_s | sustained_s
 
 
 def bench_decode() -> list[dict[str, Any]]:
@@ -221,18 +256,21 @@ def bench_decode() -> list[dict[str, Any]]:
         batch = make_batch(num_seqs, 1, kv_len)
         q, pool = _attention_inputs(batch, num_layers)
         pool = pool.to(dtype)
-        options = {"scale": 0.1, "sliding_window": None, "softcap": None}
         calls = [
-            functools.partial(decode_attention, q, pool, layer, batch, **options)
+            functools.partial(decode_attention, q, pool, layer, batch, **OPTIONS)
             for layer in range(num_layers)
         ]
+        kv = str(dtype).removeprefix("torch.")
+        check = _attention_check(f"decode {num_seqs} x {kv_len}, {kv}", q, pool, batch)
+        error = check("attention", calls[0]())
         seconds = time_s(calls)
         num_bytes = pool.nbytes / num_layers
         row = {
             "decode": [num_seqs, kv_len],
-            "kv": str(dtype).removeprefix("torch."),
+            "kv": kv,
             "us": 1e6 * seconds,
             "gb_per_s": num_bytes / seconds / 1e9,
+            "error": error,
         }
         print(row, flush=True)
         rows.append(row)

@@ -6,7 +6,8 @@ The library cuts a product into tiles that run in waves, one tile a multiprocess
 more can cost a whole wave. "parts" are the library's product of the most tokens that are a multiple
 of 128 and fewer by up to 256, and that of the rest, by the kernel that `kernels.fp8_linear` or
 `kernels.linear` takes. As in `benchmarks.gpu.kernels`, calls are captured in CUDA graphs and walk
-over several weights; the two ways take turns.
+over several weights; the two ways take turns. Some rows of each are compared with the product in
+float32, or of the same 8-bit numbers in float64, first; an error over its bound ends the run.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu.kernels import time_s
+from benchmarks.gpu import correctness
+from benchmarks.gpu.correctness import FP8_RESULT_ERROR, RESULT_ERROR, Check, sampled_rows
+from benchmarks.gpu.graph_time import time_s
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.fp8_linear import Fp8Linear, fp8_linear
 from kernels.gpu.fp8_linear import library_linear
@@ -84,24 +87,30 @@ def bench(name: str, num_tokens: int, *, is_fp8: bool) -> dict[str, Any]:
     if is_fp8:
         x = quantize_rows(x)
 
-    def whole(weight: Any) -> Callable[[], object]:  # noqa: ANN401
+    def whole(weight: Any) -> Callable[[], Tensor]:  # noqa: ANN401
         return lambda: library(x, weight)
 
-    def parts(weight: Any, first: int) -> Callable[[], object]:  # noqa: ANN401
-        def call() -> None:
-            library(part(x, 0, first), weight)
-            ours(part(x, first, num_tokens), weight)
+    def parts(weight: Any, first: int) -> Callable[[], list[Tensor]]:  # noqa: ANN401
+        return lambda: [
+            library(part(x, 0, first), weight),
+            ours(part(x, first, num_tokens), weight),
+        ]
 
-        return call
-
+    sample = sampled_rows(num_tokens, torch.device("cuda"))
+    expected = correctness.product(x, weights[0].weight, sample)
+    bound = FP8_RESULT_ERROR if is_fp8 else RESULT_ERROR
+    check = Check(f"{name}, {num_tokens} tokens", expected, bound=bound, rows=sample)
     row: dict[str, Any] = {"linear": name, "tokens": num_tokens}
+    row["whole_error"] = check("the whole", whole(weights[0])())
     seconds = time_s([whole(weight) for weight in weights])
     row["whole_us"] = round(1e6 * seconds, 1)
     row["tflops"] = round(2 * num_tokens * out_features * in_features / seconds / 1e12)
     last = (num_tokens - 1) // TILE * TILE
     for first in range(last, max(num_tokens - MOST_OF_REST, TILE) - 1, -TILE):
+        key = f"{first}_and_rest"
+        row[f"{key}_error"] = check(key, torch.cat(parts(weights[0], first)()))
         split_s = time_s([parts(weight, first) for weight in weights])
-        row[f"{first}_and_rest_us"] = round(1e6 * split_s, 1)
+        row[f"{key}_us"] = round(1e6 * split_s, 1)
     return row
 
 
