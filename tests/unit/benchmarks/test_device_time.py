@@ -32,16 +32,13 @@ def test_events_of_the_device_alone(monkeypatch: pytest.MonkeyPatch, device: Any
     assert all(start <= end for start, end, _ in spans)
 
 
-def test_time_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_time, "device_spans", lambda _: SPANS)
-    assert device_time.idle_share(lambda: None) == pytest.approx(11 / 40)
+def test_time_of_nothing() -> None:
+    assert device_time.idle_share(SPANS) == pytest.approx(11 / 40)
 
 
-def test_kinds_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        device_time, "device_spans", lambda _: [(1e3 * a, 1e3 * b, n) for a, b, n in SPANS]
-    )
-    assert device_time.kernel_ms(lambda: None) == {
+def test_kinds_of_kernels() -> None:
+    spans = [(1e3 * start, 1e3 * end, name) for start, end, name in SPANS]
+    assert device_time.kernel_ms(spans) == {
         "attention": 20.0,
         "nothing": 11.0,
         "products": 6.0,
