@@ -2,6 +2,6 @@
 
 Gluon leaves shared memory, barriers and the division of work among warps to the kernel. Triton's
 interpreter can't run it: tests/gpu compares it with the references on a card, and what is beside
-this package does the same work everywhere. `tests/unit/kernels/gluon_model.py` runs the products'
-source, without its layouts, on a CPU.
+this package does the same work everywhere. `tests/unit/kernels/gluon_model.py` runs its source,
+without the layouts of registers, on a CPU.
 """

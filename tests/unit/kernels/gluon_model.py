@@ -2,10 +2,11 @@
 
 Triton's interpreter doesn't know Gluon. This one runs a kernel's own source over torch tensors on
 the CPU: barriers count arrivals and bytes and block, products are computed only once they are
-waited for, and whoever waits too long fails the test. It knows what our kernels use.
+waited for, and a test fails where shared memory is touched too early or too late
+(gluon_memory.py), or waited for in vain. It knows what our kernels use, but no registers' layouts.
 """
 
-import threading
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -13,13 +14,27 @@ from typing import Any
 
 import pytest
 import torch
+from gluon_memory import Buffer, Buffers
+from gluon_threads import (
+    MAX_CLOCKS,
+    Barrier,
+    Barriers,
+    Program,
+    fence,
+    give_turn,
+    run,
+    this_thread,
+)
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-WAIT_S = 30
-_LOCK = threading.Lock()
-_thread = threading.local()
+# Two float32 numbers to the halves of a register, the first to the lower one.
+_ROUNDINGS = {
+    "cvt.rn.bf16x2.f32 $0, $2, $1;": torch.bfloat16,
+    "cvt.rn.f16x2.f32 $0, $2, $1;": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -38,73 +53,71 @@ class Pointer:
         return SimpleNamespace(element_ty=self.memory.dtype)
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Numbers, [n, rows, columns], or n barriers."""
+class Constant(int):
+    """A module's `gl.constexpr`, whose value its Python reads."""
 
-    parts: Sequence[Any]
-
-    def index(self, i: int) -> Any:
-        return self.parts[i]
+    @property
+    def value(self) -> int:
+        return int(self)
 
 
-class Barrier:
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._num_phases = self._left = self._bytes = self._count = 0
-
-    def init(self, count: int) -> None:
-        self._left = self._count = count
-
-    def change(self, arrived: int, num_bytes: int) -> None:
-        with self._changed:
-            self._left -= arrived
-            self._bytes += num_bytes
-            assert self._left >= 0
-            if self._left == self._bytes == 0:
-                self._left = self._count
-                self._num_phases += 1
-                self._changed.notify_all()
-
-    def wait(self, phase: int) -> None:
-        with self._changed:
-            is_over = self._changed.wait_for(lambda: self._num_phases & 1 != phase, WAIT_S)
-        assert is_over, "a barrier is waited for in vain"
+def _arrive(barrier: Barrier, *, count: int, pred: Any = True) -> None:
+    if pred:
+        barrier.change(count, 0)
 
 
-def _arrive(barrier: Barrier, *, count: int, pred: bool = True) -> None:
-    barrier.change(count if pred else 0, 0)
-
-
-def _expect(barrier: Barrier, num_bytes: int, pred: bool = True) -> None:  # noqa: FBT001, FBT002
+def _expect(barrier: Barrier, num_bytes: int, pred: Any = True) -> None:  # noqa: FBT002
     if pred:
         barrier.change(1, num_bytes)
 
 
 def _copy(
-    desc: TensorDescriptor, at: Sequence[int], barrier: Barrier, to: Tensor, *, pred: bool
+    desc: TensorDescriptor, at: Sequence[Any], barrier: Barrier, to: Buffer, *, pred: Any = True
 ) -> None:
     """Reads zeros past the ends, which count as bytes, too."""
-    if pred:
-        here = desc.base[at[0] :, at[1] :][: to.shape[0], : to.shape[1]].float()
-        to.zero_()
-        to[: here.shape[0], : here.shape[1]] = here
-        barrier.change(0, -to.numel() * desc.base.element_size())
+    if not pred:
+        return
+    assert len(at) == len(desc.shape)
+    base = desc.base.as_strided(desc.shape, desc.strides, desc.base.storage_offset())
+    box = torch.zeros(desc.block_shape, dtype=base.dtype)
+    starts = [int(start) for start in at]
+    ends = list(map(min, map(int.__add__, starts, desc.block_shape), desc.shape))
+    firsts = [max(start, 0) for start in starts]
+    if all(first < end for first, end in zip(firsts, ends, strict=True)):
+        bounds = list(zip(starts, firsts, ends, strict=True))
+        inside = tuple(slice(first - start, end - start) for start, first, end in bounds)
+        box[inside] = base[tuple(slice(first, end) for _, first, end in bounds)]
+    to.copy(box, barrier)
 
 
-def _multiply(a: Tensor, b: Tensor, sums: Tensor, *, is_async: bool) -> Tensor:
+def _multiply(
+    a: Any, b: Buffer, sums: Tensor, *, use_acc: bool = True, is_async: bool = False
+) -> Tensor:
+    """Not a number until it is waited for."""
     assert is_async
-    _thread.pending.append(lambda: sums.add_(a @ b))
-    return sums
+    assert a.dtype is b.dtype
+    for operand in (a, b):
+        if isinstance(operand, Buffer):
+            operand.use()
+    result = torch.full_like(sums, torch.nan)
+
+    def finish() -> None:
+        left, right = (x.multiplied() if isinstance(x, Buffer) else x.float() for x in (a, b))
+        product = left @ right
+        result.copy_(product + sums if use_acc else product)
+
+    this_thread().products.append(finish)
+    return result
 
 
 def _wait(num_left: int, *, deps: list[Tensor]) -> Tensor:
-    while len(_thread.pending) > num_left:
-        _thread.pending.pop(0)()
+    products = this_thread().products
+    while len(products) > num_left:
+        products.pop(0)()
     return deps[0]
 
 
-def _load(pointer: Pointer, *, mask: Any = True, other: float = 0.0, **_: Any) -> Tensor:
+def _load(pointer: Pointer, *, mask: Any = True, other: Any = 0, **_: Any) -> Tensor:
     at = torch.where(torch.as_tensor(mask), torch.as_tensor(pointer.at), 0)
     return torch.where(torch.as_tensor(mask), pointer.memory[at], other)
 
@@ -117,45 +130,33 @@ def _store(pointer: Pointer, value: Any, *, mask: Tensor | None = None) -> None:
 
 
 def _atomic_add(pointer: Pointer, value: int, **_: str) -> int:
-    with _LOCK:
-        before = int(pointer.memory[pointer.at])
-        pointer.memory[pointer.at] += value
+    give_turn()
+    before = int(pointer.memory[pointer.at])
+    pointer.memory[pointer.at] += value
     return before
 
 
-def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
+def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Buffers | Barriers:
     if dtype is torch.int64:
-        return Shared([Barrier() for _ in range(shape[0])])
-    # What nobody has written must not be used.
-    return Shared(torch.full(shape, torch.nan))
+        program = this_thread().program
+        return Barriers([Barrier(program) for _ in range(shape[0])])
+    return Buffers.allocate(dtype, shape, layout)
 
 
 def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
-    _run([lambda f=function, a=arguments: f(*a) for function, arguments in partitions])
+    functions = [lambda f=function, a=arguments: f(*a) for function, arguments in partitions]
+    this_thread().program.specialize(functions)
 
 
-def _run(functions: list[Callable[[], None]]) -> None:
-    """All at once, each in a thread of the same program."""
-    program, failures = getattr(_thread, "program", None), []
+def _inline_asm(
+    asm: str, constraints: str, args: list[Tensor], *, dtype: torch.dtype, is_pure: bool, pack: int
+) -> Tensor:
+    assert (_ROUNDINGS[asm], constraints, is_pure, pack) == (dtype, "=r,f,f", True, 2)
+    return args[0].to(dtype)
 
-    def run(function: Callable[[], None], own: Any) -> None:
-        _thread.program, _thread.pending = own, []
-        try:
-            function()
-            assert not _thread.pending
-        except BaseException as error:  # noqa: BLE001  (raised again by the thread that waits)
-            failures.append(error)
 
-    threads = [
-        threading.Thread(target=run, args=(function, program or (i, len(functions))))
-        for i, function in enumerate(functions)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+def _least(a: Any, b: Any) -> Tensor:
+    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 
 
 MODEL = {
@@ -163,23 +164,36 @@ MODEL = {
         allocate_shared_memory=_allocate,
         arange=lambda start, end, **_: torch.arange(start, end),
         atomic_add=_atomic_add,
+        bfloat16=torch.bfloat16,
         BlockedLayout=lambda *_: None,
         constexpr=None,
         convert_layout=lambda value, *_, **__: value,
+        DotOperandLayout=lambda _, parent, *__: SimpleNamespace(parent=parent),
+        exp2=torch.exp2,
+        float16=torch.float16,
         float32=torch.float32,
+        full=lambda shape, value, dtype, **_: torch.full(shape, value, dtype=dtype),
+        inline_asm_elementwise=_inline_asm,
+        int32=torch.int32,
         int64=torch.int64,
         load=_load,
-        minimum=min,
-        num_programs=lambda _: _thread.program[1],
+        max=torch.amax,
+        maximum=torch.maximum,
+        minimum=_least,
+        num_programs=lambda _: this_thread().program.num_programs,
         NVMMADistributedLayout=lambda *_: None,
-        program_id=lambda _: _thread.program[0],
+        NVMMASharedLayout=gl.NVMMASharedLayout,
+        program_id=lambda _: this_thread().program.number,
         SliceLayout=lambda *_: None,
         split=lambda value: value.unbind(-1),
         static_range=range,
         store=_store,
+        sum=torch.sum,
         warp_specialize=_specialize,
+        where=torch.where,
         zeros=lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype),
     ),
+    "fence_async_shared": fence,
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=Barrier.init,
@@ -195,6 +209,7 @@ MODEL = {
         ),
     ),
     "warpgroup_mma": _multiply,
+    "warpgroup_mma_init": lambda sums: sums,
     "warpgroup_mma_wait": _wait,
 }
 
@@ -204,24 +219,33 @@ class ModelledKernel:
 
     def __init__(self, kernel: JITFunction[Any]) -> None:
         self._function = kernel.fn
-        self._names = kernel.arg_names
+        self._params = kernel.params
 
     def run(self, *arguments: Any, grid: tuple[int], warmup: bool, **options: Any) -> None:
         assert not warmup
-        values = dict(zip(self._names, arguments, strict=False)) | {
-            name: value for name, value in options.items() if name in self._names
+        names = [param.name for param in self._params]
+        values = dict(zip(names, arguments, strict=False)) | {
+            name: value for name, value in options.items() if name in names
         }
-        values["PDL"] = True
-        for name, value in values.items():
+        if "PDL" in names:
+            values["PDL"] = True
+        for param in self._params:
+            value = values[param.name]
             if isinstance(value, Tensor):
-                values[name] = Pointer(value.view(-1))
+                values[param.name] = Pointer(value.view(-1))
             elif isinstance(value, TensorDescriptor):
-                value.dtype = None
-        _run([lambda: self._function(**values)] * grid[0])
+                value.dtype = value.base.dtype
+            elif isinstance(value, int) and not param.is_constexpr:
+                values[param.name] = torch.tensor(value)
+        clock = torch.zeros(MAX_CLOCKS, dtype=torch.int32)
+        programs = [Program(i, grid[0]).new_thread(clock) for i in range(grid[0])]
+        run([(program, lambda: self._function(**values)) for program in programs])
 
 
 def run_modelled(patch: pytest.MonkeyPatch, kernel: str, *modules: ModuleType) -> None:
     """Has the functions of `modules` run in the model, and the kernel of that name launched so."""
+    # Other names of Gluon's tensors are torch's, too.
+    patch.setattr(Tensor, "expand_dims", Tensor.unsqueeze, raising=False)
     for module in modules:
         for name, value in list(vars(module).items()):
             if name in MODEL:
@@ -230,3 +254,21 @@ def run_modelled(patch: pytest.MonkeyPatch, kernel: str, *modules: ModuleType) -
                 patch.setattr(module, name, ModelledKernel(value))
             elif isinstance(value, JITFunction):
                 patch.setattr(module, name, value.fn)
+            elif isinstance(value, gl.constexpr):
+                constant = value.value
+                patch.setattr(
+                    module, name, Constant(constant) if isinstance(constant, int) else constant
+                )
+
+
+def change_source(
+    patch: pytest.MonkeyPatch, function: Callable[..., Any], old: str, new: str, *users: ModuleType
+) -> None:
+    """Has the modules `users` call the modelled function as it were with `old`, once, as `new`."""
+    source = inspect.getsource(function)
+    assert source.count(old) == 1
+    source = source[source.index("def ") :].replace(old, new)
+    changed: dict[str, Any] = {}
+    exec(compile(source, inspect.getfile(function), "exec"), function.__globals__, changed)
+    for module in users:
+        patch.setattr(module, function.__name__, changed[function.__name__])

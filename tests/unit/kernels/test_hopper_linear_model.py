@@ -33,8 +33,6 @@ TILES = [
 @pytest.fixture(autouse=True)
 def _modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     run_modelled(monkeypatch, "_hopper_linear_kernel", linear, linear_loading, multiplying)
-    monkeypatch.setattr(multiplying, "MAX_SPLITS", multiplying.MAX_SPLITS.value)
-    monkeypatch.setattr(multiplying, "PIECE", multiplying.PIECE.value)
     monkeypatch.setattr(linear, "num_multiprocessors", lambda _: NUM_MULTIPROCESSORS)
 
 
