@@ -201,3 +201,32 @@ def test_the_model_tells(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 1)
     with pytest.raises(AssertionError, match=error):
         check(attend, LENGTHS, dtype=torch.float16)
+
+
+def rotated(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    cos, sin = cos_sin[positions][:, None].chunk(2, -1)
+    first, second = q.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(q.dtype)
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (6, 2), (2, 2)])
+def test_queries_are_rotated(heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    batch = make_batch(LENGTHS, 16)
+    pool = make_pool(batch, heads[1], 16, 128).bfloat16()
+    q = torch.randn(len(batch.slots), heads[0], 128).bfloat16()
+    angles = torch.rand(200, 64) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+    before = q.clone()
+    actual = attention.hopper_attention(q, pool, 1, batch, scale=0.1, cos_sin=cos_sin)
+    assert torch.equal(q, before)
+    expected = attention.hopper_attention(
+        rotated(q, cos_sin, batch.positions), pool, 1, batch, scale=0.1
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_rotations_are_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_source(monkeypatch, attending._rotate, "    fence_async_shared()", "", attending)
+    with pytest.raises(AssertionError, match="isn't stored and fenced"):
+        test_queries_are_rotated((4, 1))
