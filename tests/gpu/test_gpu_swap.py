@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from greedy_reference import GreedyReference
 
 from engine import LLM, SamplingParams
+from engine.scheduler import decode
 from engine.scheduler.swap import BlockCopies
 from engine.swap import HostBlocks
 from protocol.layout import KVLayout
@@ -44,8 +46,13 @@ def test_memory_can_be_pinned_again() -> None:
 
 
 def test_swapped_sequences_go_on(
-    model_dir: Path, prompts: list[list[int]], reference: GreedyReference
+    monkeypatch: pytest.MonkeyPatch,
+    model_dir: Path,
+    prompts: list[list[int]],
+    reference: GreedyReference,
 ) -> None:
+    # All are let in, with no room to grow.
+    monkeypatch.setattr(decode, "WATERMARKS", (0.0, 0.0))
     batch = [prompt for prompt in prompts if len(prompt) <= 500]
     llm = LLM(
         str(model_dir),
