@@ -66,7 +66,9 @@ PREFILL = ((64, 2048), (8, 8192), (1, 32768))
 DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640), (16, 32640))
 # Sequences, prompt tokens and outputs of the check.
 CHECKED = (6, 300, 16)
-LEAST_AGREEMENT = 0.5
+# A wrong kernel leaves none. Rounding to 16 bits left 86 %, and of the 8 times coarser one of 8 bits
+# 27 %, which is about 0.86 to the 8th power.
+LEAST_AGREEMENT, LEAST_FP8_AGREEMENT = 0.6, 0.1
 NUM_DECODE_STEPS = 64
 NUM_PROFILED_STEPS = 16
 BATCHED_TOKENS = 16384
@@ -364,8 +366,10 @@ def main() -> None:
     if not args.skip_prompts:
         results["agreement"] = bench.agreement()
         print(f"decode steps and prompts agree on {results['agreement']:.0%} of tokens")
-        if results["agreement"] < LEAST_AGREEMENT:
-            raise SystemExit(f"less than {LEAST_AGREEMENT:.0%}: a kernel is wrong")
+        is_fp8 = args.quantization is not None or args.kv_cache_dtype.startswith("fp8")
+        least = LEAST_FP8_AGREEMENT if is_fp8 else LEAST_AGREEMENT
+        if results["agreement"] < least:
+            raise SystemExit(f"less than {least:.0%}: a kernel is wrong")
         bench.prefill(8, 2048)
     for num_seqs, prompt_len in PREFILL if args.only != "decode" else ():
         results["prefill"].append(bench.prefill(num_seqs, prompt_len))
