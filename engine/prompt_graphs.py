@@ -25,7 +25,7 @@ SINGLES = (0, 16, 64, 128, 256)
 # Tokens of a whole step: those that fill the tiles of products. With many sequences only some.
 _TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 _MANY_SINGLES = 128
-_TOKENS_WITH_MANY = (256, 384, 512, 1024, 2048)
+_TOKENS_WITH_MANY = (256, 384, 512, 1024, 2048, 2304)
 # Sequences with several tokens in a step, and their contexts: beyond, it's attention that takes
 # the time.
 MAX_CHUNKS = 16
@@ -84,7 +84,7 @@ class PromptGraphs:
         run on the device meanwhile."""
         shapes = self._shapes
         if not always:
-            longest = self._longest_slow_to_launch([num for single, num in shapes if not single])
+            longest = self._longest_slow_to_launch(sorted({sum(each) for each in shapes}))
             shapes = [shape for shape in shapes if sum(shape) <= longest]
         for num_singles, num_tokens in sorted(shapes):
             self._ladders.setdefault(num_singles, []).append(num_tokens)
@@ -140,9 +140,9 @@ class PromptGraphs:
         return None
 
     def _longest_slow_to_launch(self, nums_tokens: list[int]) -> int:
-        """Which of these, descending, is the largest number of prompt tokens for which the device
+        """Which of these, ascending, is the largest number of prompt tokens for which the device
         waits for the host; 0 if it never does."""
-        slow = (num for num in nums_tokens if self._launch_share(num) > _LAUNCH_SHARE)
+        slow = (num for num in reversed(nums_tokens) if self._launch_share(num) > _LAUNCH_SHARE)
         return next(slow, 0)
 
     @torch.inference_mode()

@@ -76,6 +76,9 @@ class DecodeScheduler:
         self._reservations = Reservations(pool, self._admission)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._refused_rank: tuple[int, float] | None = None
+        # Blocks that those who hold some will soon grow by, and how many of them were coming in
+        # then: counted once a step, or when somebody has left.
+        self._growth: tuple[int, int] | None = None
         self._ahead = StepAhead()
 
     @property
@@ -161,6 +164,7 @@ class DecodeScheduler:
     def cancel_reservation(self, reservation: Reservation) -> None:
         """Its blocks stay in quarantine until `confirm_stopped`. Raises PhaseError if it has
         arrived or was cancelled already."""
+        self._growth = None
         self._reservations.cancel(reservation.sequence)
         del self._sequences[reservation.sequence.key]
 
@@ -177,6 +181,7 @@ class DecodeScheduler:
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return None
+        self._growth = None
         if sequence.phase is Phase.RESERVED:
             self._reservations.cancel(sequence)
             return sequence
@@ -191,6 +196,7 @@ class DecodeScheduler:
         All steps before it are committed.
         """
         preempted: list[Sequence] = []
+        self._growth = None
         self._batch.join_arrived()
         scheduled = self._batch.plan(self._budget, preempted)
         scheduled += self._plan_prompts(scheduled, may_admit=not preempted)
@@ -202,6 +208,7 @@ class DecodeScheduler:
         """The step behind `running`, which is committed next although this one may be running by
         then. None if there is none, or if blocks run out: it preempts nobody."""
         self._ahead.clear()
+        self._growth = None
         self._batch.join_arrived()
         scheduled = self._batch.plan_ahead(self._budget, running)
         if scheduled is None:
@@ -222,6 +229,7 @@ class DecodeScheduler:
         ended since `schedule` are passed over.
         """
         self._ahead.commit(plan)
+        self._growth = None
         self._refused_rank = None
         updates: list[SequenceUpdate] = []
         num_finished = 0
@@ -295,11 +303,18 @@ class DecodeScheduler:
     def _num_spare_blocks(self) -> int:
         """What an admission has to leave; nothing if nobody is there to grow."""
         batch, prompts = self._batch, self._prompts
-        holders = (*batch.decoding, *batch.arrived, *prompts.active, *self._reservations)
-        if not holders:
+        if not (self.num_running or batch.arrived or self.num_reserved):
             return 0
+        if self._growth is None:
+            holders = (*batch.decoding, *batch.arrived, *prompts.active, *self._reservations)
+            num_blocks = sum(self._num_growth_blocks(each) for each in holders)
+            self._growth = num_blocks, len(prompts.active) + self.num_reserved
+        # Who has come in since is taken to need all that anybody may.
+        num_blocks, num_counted = self._growth
+        num_new = max(0, len(prompts.active) + self.num_reserved - num_counted)
+        num_blocks += num_new * self._pool.num_blocks_for(GROWTH_TOKENS)
         least, most = self._watermarks
-        return max(least, min(most, sum(self._num_growth_blocks(each) for each in holders)))
+        return max(least, min(most, num_blocks))
 
     def _num_growth_blocks(self, sequence: Sequence) -> int:
         soon = sequence.num_tokens + GROWTH_TOKENS

@@ -1,5 +1,6 @@
 """Calls in forks of this process, for what they leave on disk: Python's lock is one a process."""
 
+import ctypes
 import os
 import select
 import signal
@@ -10,6 +11,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 _INDEX = struct.Struct("H")
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def call_in_forks(
@@ -18,8 +21,9 @@ def call_in_forks(
     """Makes each call once, in one of the forks, and yields its place as soon as it has ended,
     however it did. What it returns or raises is gone.
 
-    Ends before all are through if the forks die, or if none ends a call for `patience_s`: they are
-    killed then. A call must not use the GPU, nor what another thread might hold at the fork.
+    Ends before all are through if the forks die, if there can be none, or if none ends a call for
+    `patience_s`: they are killed then, as they are with this process. A call must not use the GPU,
+    nor what another thread might hold at the fork.
     """
     to_do, put_to_do = os.pipe()
     done, put_done = os.pipe()
@@ -27,16 +31,21 @@ def call_in_forks(
     os.write(put_to_do, b"".join(_INDEX.pack(place) for place in range(len(calls))))
     os.close(put_to_do)
     forks: list[int] = []
+    parent = os.getpid()
     try:
-        for _ in range(min(num_forks, len(calls))):
-            fork = _fork()
-            if fork == 0:
-                os.close(done)
-                _work(calls, to_do, put_done)
-            forks.append(fork)
+        # With fewer, if there can't be as many.
+        with suppress(OSError):
+            for _ in range(min(num_forks, len(calls))):
+                fork = _fork()
+                if fork == 0:
+                    os.close(done)
+                    _work(calls, to_do, put_done, parent)
+                forks.append(fork)
         os.close(put_done)
         put_done = -1
-        while select.select([done], [], [], patience_s)[0]:
+        poll = select.poll()
+        poll.register(done, select.POLLIN)
+        while poll.poll(1000 * patience_s):
             place = os.read(done, _INDEX.size)
             if not place:
                 return
@@ -58,13 +67,17 @@ def _fork() -> int:
         return os.fork()
 
 
-def _work(calls: Sequence[Callable[[], object]], to_do: int, put_done: int) -> NoReturn:
-    """A fork's life. It ends, too, when nobody listens any more."""
+def _work(
+    calls: Sequence[Callable[[], object]], to_do: int, put_done: int, parent: int
+) -> NoReturn:
+    """A fork's life."""
     try:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        while place := os.read(to_do, _INDEX.size):
+        # The parent may have ended before the kernel knew our wish.
+        while os.getppid() == parent and (place := os.read(to_do, _INDEX.size)):
             with suppress(Exception):
                 calls[_INDEX.unpack(place)[0]]()
             os.write(put_done, place)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Several times what the slowest kernel takes on a busy machine.
 _PATIENCE_S = 60.0
+# Each holds a compiler's memory.
+_MAX_FORKS = 32
 
 
 class Kernel(Protocol):
@@ -68,11 +71,11 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
             futures = {key: kernel.future for key, kernel in mode.future_kernels.items()}
             new = [future for key, future in futures.items() if not _is_on_disk(key)]
             _compile_in_forks([later.calls[future] for future in new], progress=progress)
+            errors = later.run()
         except BaseException as error:
             later.fail(error)
             _forget_failed(kernels)
             raise
-        errors = later.run()
     if errors:
         _forget_failed(kernels)
         logger.warning(
@@ -112,13 +115,19 @@ class _Later(Executor):
 
     def fail(self, error: BaseException) -> None:
         for future in self.calls:
-            future.set_exception(error)
+            if not future.done():
+                future.set_exception(error)
 
 
 def _is_on_disk(key: str) -> bool:
     """Whether Triton's cache has the kernel of this key; at worst it's looked for once more."""
-    cache: Any = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-    return any(Path(cache.cache_dir).glob("__grp__*"))
+    try:
+        cache: Any = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    except OSError:  # a disk that can't be written
+        return False
+    # Other caches than Triton's own are no directories.
+    directory = getattr(cache, "cache_dir", None)
+    return directory is not None and any(Path(directory).glob("__grp__*"))
 
 
 def _compile_in_forks(calls: list[Callable[[], CompiledKernel]], *, progress: bool) -> None:
@@ -127,12 +136,17 @@ def _compile_in_forks(calls: list[Callable[[], CompiledKernel]], *, progress: bo
     In threads they would wait for each other: a kernel's way to its first representation is
     Python's, and goes on for a third of the time.
     """
-    if len(calls) < 2:
+    if len(calls) < 2 or knobs.compilation.always_compile:
         return
     both = [functools.partial(_compile_with_launcher, call) for call in calls]
-    done = call_in_forks(both, len(os.sched_getaffinity(0)), patience_s=_PATIENCE_S)
-    for _ in tqdm(done, "compiling kernels", len(calls), disable=not progress, leave=False):
-        pass
+    num_forks = min(len(os.sched_getaffinity(0)), _MAX_FORKS)
+    done = call_in_forks(both, num_forks, patience_s=_PATIENCE_S)
+    shown = tqdm(done, "compiling kernels", len(calls), disable=not progress, leave=False)
+    num_done = sum(1 for _ in shown)
+    if num_done < len(calls):
+        logger.warning(
+            "forks compiled %d of %d kernels; the others come one by one", num_done, len(calls)
+        )
 
 
 def _compile_with_launcher(compile_kernel: Callable[[], CompiledKernel]) -> None:

@@ -1,6 +1,7 @@
 """Kernels are compiled ahead for an H100, which takes none; only the driver that would know of one
 is made up. `test_kernels_launching.py` runs these in a process of its own."""
 
+import errno
 import logging
 import os
 import threading
@@ -150,7 +151,7 @@ def test_what_does_not_compile_is_left_to_its_launch(
 
 @pytest.mark.parametrize("fate", ["dies", "hangs"])
 def test_a_fork_that_ends_badly_leaves_its_kernels_to_this_process(
-    log: Log, monkeypatch: pytest.MonkeyPatch, fate: str
+    log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fate: str
 ) -> None:
     kernel, process = JITFunction(_fill), os.getpid()
     parse = kernel.parse
@@ -162,10 +163,39 @@ def test_a_fork_that_ends_badly_leaves_its_kernels_to_this_process(
 
     monkeypatch.setattr(kernel, "parse", parse_here)
     monkeypatch.setattr(launching, "_PATIENCE_S", 0.2)
-    compile_ahead(lambda: fill(kernel, 1, 2), progress=False)
+    with caplog.at_level(logging.WARNING):
+        compile_ahead(lambda: fill(kernel, 1, 2), progress=False)
+    assert "forks compiled 0 of 2 kernels" in caplog.text
     assert log.names("forked", "here") == log.names("here") == ["_fill", "_fill"]
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # no fork is left
+
+
+def test_without_forks_this_process_compiles(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, "too many processes")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    compile_ahead(lambda: fill(JITFunction(_fill), 1, 2), progress=False)
+    assert log.names("here") == ["_fill", "_fill"]
+
+
+def test_a_cache_that_is_no_directory(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "get_cache_manager", lambda _: object())
+    compile_ahead(lambda: fill(JITFunction(_fill), 1, 2), progress=False)
+    assert log.names("forked") == ["_fill", "_fill"]
+
+
+def test_an_interrupt_ends_it(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = JITFunction(_fill)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel, "parse", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(lambda: fill(kernel, 1), progress=False)
+    assert not log.names("forked", "here")
 
 
 def test_an_error_while_asking_ends_it(log: Log) -> None:
