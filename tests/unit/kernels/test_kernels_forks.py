@@ -41,10 +41,18 @@ def test_what_raises_has_ended() -> None:
     assert list(call_in_forks([lambda: 1 / 0], 1, patience_s=60.0)) == [0]
 
 
-def test_who_hangs_is_killed() -> None:
+def test_who_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forked: list[int] = []
+    fork = os.fork
+
+    def noted() -> int:
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", noted)
     assert not list(call_in_forks([threading.Event().wait], 1, patience_s=0.1))
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(forked[0], os.WNOHANG)
 
 
 def test_beside_many_open_files() -> None:
