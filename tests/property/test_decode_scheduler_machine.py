@@ -4,10 +4,8 @@ Every token's "KV" is a hash of all tokens up to it. Steps read what they attend
 they compute, senders write to reserved blocks until they confirm that they stopped: so a block
 that is shared, evicted, reassigned or reused wrongly shows as a wrong value. Tokens follow from
 the KV, so a preempted sequence has to continue as if nothing had happened.
-
 Steps may run one ahead: what such a step writes, it writes when it's launched and once more just
 before it's committed, so that a block it still writes to can't be given away in between.
-
 Tokens may be forced: a step then yields some of those that would follow its own, too.
 """
 
@@ -102,7 +100,7 @@ class DecodeMachine(RuleBasedStateMachine):
                 max_num_seqs=MAX_NUM_SEQS,
                 max_num_batched_tokens=MAX_BATCHED_TOKENS,
                 max_num_mixed_tokens=MAX_MIXED_TOKENS,
-                tiles=StepTiles(4, (0, 2)),
+                tiles=StepTiles(4, (0, 6)),
                 max_model_len=MAX_MODEL_LEN,
                 eos_token_ids=frozenset({EOS}),
                 num_swap_blocks=self.num_swap_blocks,
