@@ -38,8 +38,7 @@ def call_in_forks(
             for _ in range(min(num_forks, len(calls))):
                 fork = _fork()
                 if fork == 0:
-                    os.close(done)
-                    _work(calls, to_do, put_done, parent)
+                    _work(calls, to_do, done, put_done, parent)
                 forks.append(fork)
         os.close(put_done)
         put_done = -1
@@ -68,10 +67,11 @@ def _fork() -> int:
 
 
 def _work(
-    calls: Sequence[Callable[[], object]], to_do: int, put_done: int, parent: int
+    calls: Sequence[Callable[[], object]], to_do: int, done: int, put_done: int, parent: int
 ) -> NoReturn:
-    """A fork's life."""
+    """A fork's life: whatever happens in it, it never goes on as its parent."""
     try:
+        os.close(done)
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM):
