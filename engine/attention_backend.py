@@ -9,11 +9,10 @@ def check_flash_attention(
     *, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int
 ) -> None:
     """Raises StartupError if no prompt of such a model could have it, whatever its length."""
-    reason = None
     if device.type == "cuda":
         reason = _reason_against(device, dtype, kv_dtype, head_dim)
     else:
-        reason = "needs a Hopper GPU, such as an H100, and the model runs on a CPU"
+        reason = "needs a Hopper GPU, such as an H100, not a CPU"
     if reason is not None:
         raise StartupError(
             f"--attention-backend flash-attn {reason}; leave it out for our own kernels."
@@ -28,7 +27,7 @@ def _reason_against(
 
     if not flash_attention.is_for_card(device):
         name = torch.cuda.get_device_name(device)
-        return f"needs a Hopper GPU, such as an H100, and this is a {name}"
+        return f"needs a Hopper GPU, such as an H100, not {name}"
     if dtype is not torch.bfloat16:
         return f"needs a model in bfloat16, and this one runs in {_name(dtype)}"
     if kv_dtype not in flash_attention.KV_DTYPES:

@@ -69,19 +69,7 @@ class Engine:
         """Sizes and allocates the pool, warms the model up, and captures CUDA graphs."""
         self._config = config
         self._model_config = model.config
-        quantization = model.config.quantization
-        kv_dtype = resolve_kv_dtype(
-            config.kv_cache_dtype,
-            model_dtype=model.dtype,
-            has_fp8_kv=quantization is not None and quantization.has_fp8_kv,
-        )
-        if config.uses_flash_attention:
-            check_flash_attention(
-                device=model.device,
-                dtype=model.dtype,
-                kv_dtype=kv_dtype,
-                head_dim=model.config.head_dim,
-            )
+        kv_dtype = _kv_dtype(config, model.config, model.dtype)
         layout = _layout(model, config.block_size, kv_dtype)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
@@ -144,10 +132,19 @@ class Engine:
             .quantized(config.quantization)
             .limited_to(config.max_model_len)
         )
+        dtype = resolve_dtype(config.dtype, device, checkpoint_dtype=model_config.dtype)
+        if config.uses_flash_attention:
+            # Before weights are loaded, which takes its time.
+            check_flash_attention(
+                device=device,
+                dtype=dtype,
+                kv_dtype=_kv_dtype(config, model_config, dtype),
+                head_dim=model_config.head_dim,
+            )
         model = load_model(
             model_config,
             model_dir,
-            dtype=resolve_dtype(config.dtype, device, checkpoint_dtype=model_config.dtype),
+            dtype=dtype,
             device=device,
             load_format=config.load_format,
             progress=progress,
@@ -250,6 +247,17 @@ class Engine:
         """Call it when a sequence finished or was aborted, and when prefill is through with it;
         nothing happens if it never ran or was released."""
         self._runner.release(sequence)
+
+
+def _kv_dtype(
+    config: EngineConfig, model_config: ModelConfig, model_dtype: torch.dtype
+) -> torch.dtype:
+    quantization = model_config.quantization
+    return resolve_kv_dtype(
+        config.kv_cache_dtype,
+        model_dtype=model_dtype,
+        has_fp8_kv=quantization is not None and quantization.has_fp8_kv,
+    )
 
 
 def _layout(model: CausalLM, block_size: int, kv_dtype: torch.dtype) -> KVLayout:

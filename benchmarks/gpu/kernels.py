@@ -7,9 +7,10 @@ inputs, so that what one call left in the L2 cache doesn't help the next. What i
 with a float32 reference first; an error over its bound ends the run.
 
 Attention of prompts is counted as 4 * heads * head_dim FLOPs for each pair of a query and a token
-that it sees under the causal mask, whatever a kernel computes besides. All kernels of a shape are
-timed in turns, and the median counts, so that none has a cooler card; "sustained" is 1.5 s on end
-of each, where the card's power may bind.
+that it sees under the causal mask, whatever a kernel computes besides. FlashAttention 3 is timed
+over keys and values in one piece, and, as the backend of that name, over the pool. All kernels of
+a shape are timed in turns, and the median counts, so that none has a cooler card; "sustained" is
+1.5 s on end of each, where the card's power may bind.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +29,20 @@ from torch import Tensor
 
 from benchmarks.commit import current_commit
 from benchmarks.gpu import correctness
-from benchmarks.gpu.correctness import ATTENTION_ERROR, RESULT_ERROR, Check, sampled_rows
+from benchmarks.gpu.correctness import (
+    ATTENTION_ERROR,
+    FP8_ATTENTION_ERROR,
+    RESULT_ERROR,
+    Check,
+    sampled_rows,
+)
 from benchmarks.gpu.graph_time import captured, replay_s, time_s
 from benchmarks.gpu.library_attention import library_calls
 from kernels.attention import AttentionBatch
+from kernels.fp8 import FP8
+from kernels.gpu.attention import paged_attention
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.flash_attention import library
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.linear import linear
 from kernels.gpu.linear_tiles import LinearTile
@@ -173,21 +184,32 @@ def bench_prefill() -> list[dict[str, Any]]:
 
 
 def _prefill_row(num_seqs: int, num_queries: int, kv_len: int) -> dict[str, Any]:
-    """The portable kernel in its best tile, Hopper's own where the card is one, and libraries'."""
+    """The portable kernel in its best tile, Hopper's own where the card is one, and libraries';
+    and what `--attention-backend` chooses from, over 8 bits, too."""
     batch = make_batch(num_seqs, num_queries, kv_len)
     q, pool = _attention_inputs(batch, 1)
     case = f"prefill {num_seqs} x {num_queries} over {kv_len}"
     check = _attention_check(case, q, pool, batch)
     calls = _hopper_calls(q, pool, batch) | library_calls(q, pool, 0, batch, scale=SCALE)
+    backends = _backend_calls(q, pool, batch)
+    if "flash_attention_backend" in backends:
+        calls["flash_attention_backend"] = backends["flash_attention_backend"]
     for name, call in calls.items():
         check(name, call().reshape(q.shape))
+    pool_8_bits = pool.to(FP8)
+    check_8_bits = _attention_check(
+        f"{case}, 8 bits", q, pool_8_bits, batch, bound=FP8_ATTENTION_ERROR
+    )
+    for name, call in _backend_calls(q, pool_8_bits, batch).items():
+        check_8_bits(f"{name}_8_bits", call())
+        calls[f"{name}_8_bits"] = call
     tiles: dict[str, TensorCall] = {
         str(tile): functools.partial(prefill_attention, q, pool, 0, batch, **OPTIONS, tile=tile)
         for tile in PREFILL_TILES
     }
     best = _fastest(tiles, check)
     calls["portable"] = tiles[best]
-    errors = check.errors | {"portable": check.errors[best]}
+    errors = check.errors | check_8_bits.errors | {"portable": check.errors[best]}
     times_s = _in_turns(calls, for_long=kv_len >= LONG_CONTEXT)
     # A query sees its context, itself and the queries before it.
     num_pairs = num_seqs * num_queries * (kv_len - num_queries + (num_queries + 1) / 2)
@@ -203,10 +225,27 @@ def _prefill_row(num_seqs: int, num_queries: int, kv_len: int) -> dict[str, Any]
     return row
 
 
-def _attention_check(case: str, q: Tensor, pool: Tensor, batch: AttentionBatch) -> Check:
+def _attention_check(
+    case: str, q: Tensor, pool: Tensor, batch: AttentionBatch, *, bound: float = ATTENTION_ERROR
+) -> Check:
     rows = sampled_rows(len(q), q.device)
     expected = correctness.attention(q, pool, 0, batch, rows, scale=SCALE)
-    return Check(case, expected, bound=ATTENTION_ERROR, rows=rows)
+    return Check(case, expected, bound=bound, rows=rows)
+
+
+def _backend_calls(q: Tensor, pool: Tensor, batch: AttentionBatch) -> dict[str, TensorCall]:
+    """As a step has them: blocks gathered or widened, and queries rounded, on the way."""
+    batches = {"native": batch}
+    try:
+        library()
+    except ImportError:
+        pass
+    else:
+        batches["flash_attention_backend"] = replace(batch, uses_flash_attention=True)
+    return {
+        name: functools.partial(paged_attention, q, pool, 0, each, v_scale=1.0, **OPTIONS)
+        for name, each in batches.items()
+    }
 
 
 def _hopper_calls(q: Tensor, pool: Tensor, batch: AttentionBatch) -> dict[str, TensorCall]:

@@ -16,6 +16,9 @@ SPANS = [
     (22.0, 24.0, "Memcpy HtoD"),
     (30.0, 40.0, "_decode_kernel"),
 ]
+# As the profiler calls them.
+FLASH_ATTENTION = "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...> > >"
+GATHERING = "_gather_blocks_kernel"
 
 
 def profiled_on_cpu(activities: list[ProfilerActivity], *, acc_events: bool) -> profile:
@@ -45,3 +48,5 @@ def test_kinds_of_kernels() -> None:
         "add, norm": 5.0,
         "other": 2.0,
     }
+    kinds = device_time.kernel_ms([(0.0, 5e3, GATHERING), (5e3, 9e3, FLASH_ATTENTION)])
+    assert kinds == {"blocks gathered": 5.0, "attention": 4.0, "nothing": 0.0}

@@ -31,6 +31,8 @@ ACCEPTED = """
 --max-loras 1
 --max-lora-rank 16
 --disable-log-requests
+--attention-backend FLASH_ATTN
+--attention-backend TRITON_ATTN
 --guided-decoding-backend guidance
 --guided-decoding-backend llguidance
 --guided-decoding-backend xgrammar
@@ -69,6 +71,7 @@ REFUSED = {
     "--swap-space -1": "0 or more",
     "--quantization awq": "one of fp8, compressed-tensors",
     "--kv-cache-dtype nvfp4": "one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2",
+    "--attention-backend FLASHINFER": "one of auto, native, flash-attn, TRITON_ATTN, FLASH_ATTN",
     "--no-enable-chunked-prefill": "--max-num-batched-tokens says how large",
     "--num-scheduler-steps 8": "the next step is prepared while one runs",
     "--speculative-model draft": "leave it out",
@@ -104,6 +107,22 @@ def serve(line: str) -> Settings:
 @pytest.mark.parametrize("line", ACCEPTED.strip().splitlines())
 def test_what_runs(line: str) -> None:
     assert serve(line).config(EngineConfig) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "uses_it"),
+    [
+        ("auto", False),
+        ("native", False),
+        ("TRITON_ATTN", False),
+        ("flash-attn", True),
+        ("FLASH_ATTN", True),
+    ],
+)
+def test_attention_by_vllm_names(name: str, *, uses_it: bool) -> None:
+    config = serve(f"--attention-backend {name}").config(EngineConfig)
+    assert config.uses_flash_attention == uses_it
+    assert not serve("").config(EngineConfig).uses_flash_attention
 
 
 @pytest.mark.parametrize("line", REFUSED)
