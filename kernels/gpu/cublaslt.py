@@ -152,9 +152,7 @@ def adding_product(
 def products(shape: Shape, device: torch.device, most: int = 1) -> tuple[Product, ...]:
     """By up to `most` algorithms, the first of which the library expects to be fastest; none if it
     can't."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        return ()
-    library = loaded_library()
+    library = _library_for(device)
     if library is None:
         return ()
     try:
@@ -165,6 +163,12 @@ def products(shape: Shape, device: torch.device, most: int = 1) -> tuple[Product
         _report(f"no algorithm, {error}")
         return ()
     return tuple(Product(library, shape, descriptors, estimate) for estimate in estimates)
+
+
+def _library_for(device: torch.device) -> Library | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
+        return None
+    return loaded_library()
 
 
 class _Descriptors:

@@ -122,8 +122,7 @@ class TestLibrary:
             assert product(x, packed.weight, bias, stream)
             assert relative_error(stream, expected) < ERROR
 
-    def test_zeros_of_a_residual_that_is_no_number_are_not_read(self) -> None:
-        """Without `adds` it's memory that holds anything."""
+    def test_what_is_overwritten_may_be_no_numbers(self) -> None:
         x, weight = quantize_rows(random(300, 256)), quantize_rows(random(512, 256))
         shape = cublaslt.Shape(300, 512, 256, has_bias=False, adds=False)
         out = torch.full((300, 512), torch.nan, dtype=DTYPE, device="cuda")
