@@ -35,7 +35,9 @@ def compile_kernels(
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
     """What profiling.py runs, and then the runner captures."""
     kv_pool = allocate_kv_pool(layout, 1, device=model.device)
-    runner = ModelRunner(model, kv_pool, root_seed=0)
+    runner = ModelRunner(
+        model, kv_pool, root_seed=0, uses_flash_attention=config.uses_flash_attention
+    )
     max_model_len = model.config.max_model_len
     largest, _ = largest_step(
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -35,6 +35,13 @@ class EngineConfig:
         help="type of keys and values: that of the model, or one of 8 bits, which takes half the "
         "memory of 16 ('fp8' is 'fp8_e4m3'); 'auto' is fp8 if the checkpoint was calibrated for it",
     )
+    attention_backend: str = setting(
+        "auto",
+        choices=("auto", "native", "flash-attn", "TRITON_ATTN", "FLASH_ATTN"),
+        help="what attends for prompts of some length: our own kernels (native, and auto), or on a "
+        "Hopper GPU FlashAttention 3, an extra to install, which computes in 8 bits where keys and "
+        "values have 8 (fp8); vLLM's TRITON_ATTN is native here, its FLASH_ATTN is flash-attn",
+    )
     device: str = setting("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     load_format: str = setting(
         "auto",
@@ -107,6 +114,10 @@ class EngineConfig:
     num_threads: int | None = setting(
         None, minimum=1, help="CPU threads of this worker; default: all cores of the process"
     )
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self.attention_backend in ("flash-attn", "FLASH_ATTN")
 
 
 def engine_config(given: Mapping[str, Any]) -> EngineConfig:

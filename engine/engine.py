@@ -6,6 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
+from engine.attention_backend import check_flash_attention
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
@@ -74,6 +75,13 @@ class Engine:
             model_dtype=model.dtype,
             has_fp8_kv=quantization is not None and quantization.has_fp8_kv,
         )
+        if config.uses_flash_attention:
+            check_flash_attention(
+                device=model.device,
+                dtype=model.dtype,
+                kv_dtype=kv_dtype,
+                head_dim=model.config.head_dim,
+            )
         layout = _layout(model, config.block_size, kv_dtype)
         max_model_len = model.config.max_model_len
         if model.device.type == "cuda":
@@ -100,7 +108,13 @@ class Engine:
             hidden_size=model.config.hidden_size,
             eos_token_ids=model.config.eos_token_ids,
         )
-        self._runner = ModelRunner(model, self.kv_pool, root_seed=config.seed, grammars=grammars)
+        self._runner = ModelRunner(
+            model,
+            self.kv_pool,
+            root_seed=config.seed,
+            uses_flash_attention=config.uses_flash_attention,
+            grammars=grammars,
+        )
         self.grammars = grammars
         self._host_blocks: HostBlocks | None = None
         self._thread: int | None = None

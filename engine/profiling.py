@@ -98,7 +98,10 @@ def _run_largest_step(model: CausalLM, layout: KVLayout, config: EngineConfig) -
         block_size=layout.block_size,
     )
     kv_pool = allocate_kv_pool(layout, num_blocks, device=model.device)
-    _run(ModelRunner(model, kv_pool, root_seed=0), plan)
+    runner = ModelRunner(
+        model, kv_pool, root_seed=0, uses_flash_attention=config.uses_flash_attention
+    )
+    _run(runner, plan)
     return kv_pool.nbytes
 
 

@@ -39,11 +39,16 @@ class ModelRunner:
         kv_pool: Tensor,
         *,
         root_seed: int,
+        uses_flash_attention: bool = False,
         grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+        """`kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+
+        `uses_flash_attention` is for steps that aren't captured: those that are have short prompts.
+        """
         self._model = model
         self._kv_pool = kv_pool
+        self._uses_flash_attention = uses_flash_attention
         self._batch = PersistentBatch(model.config, block_size=kv_pool.shape[4])
         self._uploader = Uploader(kv_pool.device)
         self._sampler = Sampler(
@@ -184,13 +189,16 @@ class ModelRunner:
             max_query_len=arrays.max_query_len,
             max_kv_len=arrays.max_kv_len,
             num_seqs=len(arrays.kv_lens),
+            uses_flash_attention=self._uses_flash_attention,
         )
         # On a GPU as in decode graphs, so that their kernels serve here, too.
         longest = self._model.config.max_model_len if token_ids.is_cuda else arrays.max_kv_len
         has_prompts = arrays.max_query_len > 1
         last = batch.last_tokens(longest) if has_prompts else None
         num_decodes = arrays.num_decodes
-        if token_ids.is_cuda and _MIN_DECODES <= num_decodes < batch.num_seqs:
+        # FlashAttention would round the queries of any to 8 bits, and read their whole contexts.
+        min_decodes = 1 if self._uses_flash_attention else _MIN_DECODES
+        if token_ids.is_cuda and min_decodes <= num_decodes < batch.num_seqs:
             max_prompt_kv_len = int(arrays.kv_lens[num_decodes:].max())
             batch = batch.divided(num_decodes, (longest, max_prompt_kv_len))
         if read:

@@ -35,6 +35,8 @@ class AttentionBatch:
     """The same rows in two, if the first sequences have one query each and others more."""
     attends_in_parts: bool = False
     """Whether each part has a kernel of its own, whatever is faster: a part may be padded."""
+    uses_flash_attention: bool = False
+    """Whether FlashAttention 3 is to attend for prompts where it can, on a GPU."""
 
     @property
     def num_tokens(self) -> int:

@@ -62,16 +62,19 @@ def _on_gpu(
     from kernels.gpu import attention as gpu
 
     scales = scales_of(kv_pool, kv_scales)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None}
+    parts = gpu.parts_to_attend(q, kv_pool, batch, **limits)
+    # A kernel that has all rows makes its result itself.
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(parts) > 1 else None
+    attended: list[Tensor] = []
     first = 0
-    for part in gpu.parts_to_attend(q, kv_pool, batch, **limits):
+    for part in parts:
         rows = slice(first, first + part.num_tokens)
         options: dict[str, Any] = {"scale": scale * scales.k, "v_scale": scales.v, **limits}
-        options["out"] = out[rows]
+        options["out"] = None if out is None else out[rows]
         if gpu.rotates(q, cos_sin, part):
             new = gpu.NewTokens(k[rows], v[rows], cos_sin, scales, norms)
-            gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
+            result = gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
             queries = q[rows]
             # Hopper's kernel rotates what it is given: norms come before that.
@@ -88,6 +91,7 @@ def _on_gpu(
                 kv_scales=kv_scales,
                 norms=norms,
             )
-            gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
+            result = gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
+        attended.append(result)
         first = rows.stop
-    return out
+    return attended[0] if out is None else out

@@ -11,7 +11,11 @@ DEVICE = DeviceType.CUDA
 KINDS = (
     ("attention", "attention"),
     ("decode_kernel", "attention"),
+    # FlashAttention 3's; they name CUTLASS, too.
+    ("flash", "attention"),
     ("widen_blocks", "blocks widened"),
+    ("gather_blocks", "blocks gathered"),
+    ("saturate_rows", "quantization"),
     ("silu_and_mul", "SiLU · mul"),
     ("rope", "RoPE, store"),
     ("norm", "add, norm"),

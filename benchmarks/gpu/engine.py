@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.engine [--quantization fp8] [--kv-cache-dtype fp8] [--layers 32]
         [--only decode] [--one-by-one] [--skip-prompts] [--max-num-batched-tokens 16384]
-        [--out benchmarks/results/gpu-engine.json]
+        [--attention-backend flash-attn] [--out benchmarks/results/gpu-engine.json]
 
 The model has Llama-3.1-8B's shape, or fewer of its layers. Each row says how long a step took and
 which share of that the limit that binds it would need: the matrix units for prefill, reading
@@ -198,6 +198,7 @@ class Bench:
         quantization: str | None,
         one_by_one: bool,
         kv_cache_dtype: str,
+        attention_backend: str,
         max_num_batched_tokens: int,
         skip_prompts: bool,
     ) -> None:
@@ -208,6 +209,7 @@ class Bench:
             num_layers,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
+            attention_backend=attention_backend,
             max_num_batched_tokens=max_num_batched_tokens,
             async_scheduling=not one_by_one,
         )
@@ -329,6 +331,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
     parser.add_argument("--skip-prompts", action="store_true", help="only for decode")
     parser.add_argument("--out", type=Path)
@@ -344,6 +347,7 @@ def main() -> None:
             quantization=args.quantization,
             one_by_one=args.one_by_one,
             kv_cache_dtype=args.kv_cache_dtype,
+            attention_backend=args.attention_backend,
             max_num_batched_tokens=args.max_num_batched_tokens,
             skip_prompts=args.skip_prompts,
         )
@@ -356,6 +360,7 @@ def main() -> None:
         "quantization": args.quantization,
         "one_by_one": args.one_by_one,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "attention_backend": args.attention_backend,
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "skip_prompts": args.skip_prompts,
         "ceilings": dataclasses.asdict(ceilings),

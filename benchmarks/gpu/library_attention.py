@@ -4,17 +4,13 @@ They get copies in one piece for each sequence, which they take fastest, made be
 """
 
 import functools
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
-
-# FlashAttention 3 as its repository builds it (hopper/), and as the wheel fa3-fwd has it.
-_FLASH_ATTENTION_3 = ("flash_attn_interface", "fa3_fwd_interface")
+from kernels.gpu.flash_attention import library
 
 
 def library_calls(
@@ -32,12 +28,14 @@ def library_calls(
     if batch.max_query_len == batch.max_kv_len:
         heads_first = [x.transpose(1, 2) for x in (queries, k, v)]
         calls["cudnn"] = functools.partial(_cudnn, *heads_first, scale=scale)
-    flash_attention = _flash_attention_3()
-    if flash_attention is not None:
-        # Its causal mask ends at the last query and the last token, as ours does.
-        calls["flash_attention_3"] = functools.partial(
-            flash_attention, queries, k, v, softmax_scale=scale, causal=True
-        )
+    try:
+        attend = library().flash_attn_func
+    except ImportError:
+        return calls
+    # Its causal mask ends at the last query and the last token, as ours does.
+    calls["flash_attention_3"] = functools.partial(
+        attend, queries, k, v, softmax_scale=scale, causal=True
+    )
     return calls
 
 
@@ -45,12 +43,3 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001
     out, *_ = attention(q, k, v, None, compute_log_sumexp=True, is_causal=True, scale=scale)
     return out.transpose(1, 2)
-
-
-def _flash_attention_3() -> Callable[..., Any] | None:
-    for name in _FLASH_ATTENTION_3:
-        try:
-            return importlib.import_module(name).flash_attn_func
-        except ImportError:
-            continue
-    return None

@@ -1,6 +1,7 @@
 """Which kernel attends for which rows of a step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
+from kernels.gpu.flash_attention import flash_attention
+from kernels.gpu.flash_attention import is_supported as is_for_flash_attention
 from kernels.gpu.hopper.support import is_supported, rotates_heads
 from kernels.gpu.prefill_attention import prefill_attention
 
@@ -60,8 +63,11 @@ def _has_hopper_kernel(
     sliding_window: int | None,
     softcap: float | None,
 ) -> bool:
-    return part.max_query_len > 1 and is_supported(
-        q, kv_pool, part, sliding_window=sliding_window, softcap=softcap
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    return (
+        part.max_query_len > 1
+        and not is_for_flash_attention(q, kv_pool, part, **limits)
+        and is_supported(q, kv_pool, part, **limits)
     )
 
 
@@ -76,10 +82,13 @@ def parts_to_attend(
     """Parts of `batch` that have a kernel of their own each, its rows in order."""
     if batch.parts is None:
         return (batch,)
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
     # Hopper's kernel reads decode rows' blocks while it computes prompts; the portable one is
-    # slower at both than kernels of their own.
-    is_whole = not batch.attends_in_parts and is_supported(
-        q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap
+    # slower at both than kernels of their own. FlashAttention is for prompts alone.
+    is_whole = (
+        not batch.attends_in_parts
+        and not is_for_flash_attention(q, kv_pool, batch.parts[1], **limits)
+        and is_supported(q, kv_pool, batch, **limits)
     )
     return (batch,) if is_whole else batch.parts
 
@@ -102,21 +111,40 @@ def paged_attention(
     With `cos_sin`, which is for what `rotates_prompts` says yes to, queries are rotated first, as
     by `kernels.rope.rope_and_store_kv`; `q` stays as it is.
     """
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    scales = {"scale": scale, "v_scale": v_scale}
+    parts = parts_to_attend(q, kv_pool, batch, **limits)
+    if len(parts) == 1:
+        attend = _kernel_for(q, kv_pool, parts[0], cos_sin, **limits)
+        # Without `out`, FlashAttention's result needs no copy.
+        return attend(q, kv_pool, layer, parts[0], **scales, out=out)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
     first = 0
-    for part in parts_to_attend(q, kv_pool, batch, **limits):
-        end = first + part.num_tokens
-        rows, target = q[first:end], out[first:end]
-        if _has_hopper_kernel(rows, kv_pool, part, **limits):
-            from kernels.gpu.hopper.attention import hopper_attention
-
-            attend = functools.partial(hopper_attention, cos_sin=cos_sin)
-        else:
-            assert cos_sin is None
-            kernel = decode_attention if part.max_query_len == 1 else prefill_attention
-            attend = functools.partial(kernel, **limits)
-        attend(rows, kv_pool, layer, part, scale=scale, v_scale=v_scale, out=target)
-        first = end
+    for part in parts:
+        rows = slice(first, first + part.num_tokens)
+        attend = _kernel_for(q[rows], kv_pool, part, cos_sin, **limits)
+        attend(q[rows], kv_pool, layer, part, **scales, out=out[rows])
+        first = rows.stop
     return out
+
+
+def _kernel_for(
+    q: Tensor,
+    kv_pool: Tensor,
+    part: AttentionBatch,
+    cos_sin: Tensor | None,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Callable[..., Tensor]:
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    if _has_hopper_kernel(q, kv_pool, part, **limits):
+        from kernels.gpu.hopper.attention import hopper_attention
+
+        return functools.partial(hopper_attention, cos_sin=cos_sin)
+    assert cos_sin is None
+    if is_for_flash_attention(q, kv_pool, part, **limits):
+        return functools.partial(flash_attention, softcap=softcap)
+    kernel = decode_attention if part.max_query_len == 1 else prefill_attention
+    return functools.partial(kernel, **limits)

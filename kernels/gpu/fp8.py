@@ -62,6 +62,16 @@ def _quantize_rows_kernel(
     store_fp8_row(values, out, scales, static_scale, row, size, columns)
 
 
+@triton.jit
+def _saturate_rows_kernel(x, out, size, x_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < size
+    values = tl.load(x + row * x_stride + columns, mask=mask).to(tl.float32)
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+    tl.store(out + row * size + columns, values.to(tl.float8e4nv), mask=mask)
+
+
 def empty_rows(num_rows: int, size: int, device: torch.device) -> Fp8Rows:
     return Fp8Rows(
         torch.empty((num_rows, size), dtype=FP8, device=device),
@@ -86,6 +96,18 @@ def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
             num_warps=row_warps(block),
             **launch_options(x.device),
         )
+    return out
+
+
+def saturate_rows(x: Tensor) -> Tensor:
+    """`x` in 8 bits without a scale, what is beyond their range as its ends, contiguous. A row's
+    elements, all but the first dimension, are contiguous."""
+    num_rows, size = len(x), x[0].numel()
+    out = torch.empty(x.shape, dtype=FP8, device=x.device)
+    block = next_power_of_2(size)
+    launch(_saturate_rows_kernel, (num_rows,))(
+        x, out, size, x.stride(0), BLOCK=block, num_warps=row_warps(block)
+    )
     return out
 
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
-from kernels.gpu.widened_blocks import pays_off
+from kernels.gpu.block_memory import pays_off
 
 _HOPPER = 9
 # Gluon still changes between releases; these compile the kernels.
@@ -41,7 +41,7 @@ def is_supported(
         and is_power_of_2
         and num_heads // num_kv_heads <= _MAX_GROUP
         and is_hopper(q.device)
-        and (q.dtype is kv_pool.dtype or pays_off(q, kv_pool, batch))
+        and (q.dtype is kv_pool.dtype or pays_off(kv_pool, batch, q.dtype))
     )
 
 

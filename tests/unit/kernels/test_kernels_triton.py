@@ -21,6 +21,7 @@ from kernels.rope import rope_and_store_kv_reference
 pytest.importorskip("triton")
 from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
 from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.block_memory import pays_off
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
@@ -228,9 +229,8 @@ def test_rope_and_store_kv(
 def test_widened_blocks(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
     batch = make_batch([(300, 300), (290, 310), (300, 7)], 16)
     pool = (10 * torch.randn(int(batch.block_tables.max()) + 1, 3, 2, 5, 16, 72)).to(kv_dtype)
-    q = torch.empty(890, 5, 72, dtype=dtype)
-    assert widened_blocks.pays_off(q, pool, batch)
-    assert not widened_blocks.pays_off(q[:700], pool, batch)
+    assert pays_off(pool, batch, dtype)
+    assert not pays_off(pool, replace(batch, slots=batch.slots[:700]), dtype)
     widened, over = widened_blocks.widen_blocks(pool.to(DEVICE), 1, moved(batch), dtype)
     for i, kv_len in enumerate(batch.kv_lens.tolist()):
         num_blocks = -(-kv_len // 16)
