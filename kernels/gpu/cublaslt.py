@@ -185,10 +185,12 @@ class _Descriptors:
         self.operation.set(Operation.FAST_ACCUMULATION, c_int8(1))
         self.operation.set(Operation.A_SCALE_MODE, c_int32(SCALE_OF_EACH_ROW))
         self.operation.set(Operation.B_SCALE_MODE, c_int32(SCALE_OF_EACH_ROW))
+        # Without scales no algorithm is found, and one is chosen by alignment; nothing is read.
+        self.operation.set(Operation.A_SCALE_POINTER, c_void_p(_VECTOR_ALIGNMENT))
+        self.operation.set(Operation.B_SCALE_POINTER, c_void_p(_VECTOR_ALIGNMENT))
         if shape.has_bias:
             self.operation.set(Operation.EPILOGUE, c_uint32(ADD_BIAS))
             self.operation.set(Operation.BIAS_TYPE, c_int32(BFLOAT16))
-            # An algorithm is chosen by the address's alignment; nothing is read.
             self.operation.set(Operation.BIAS_POINTER, c_void_p(_VECTOR_ALIGNMENT))
 
     def point_to(self, a_scales: int, b_scales: int, bias: Tensor | None) -> None:
