@@ -11,6 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, graph_sizes
+from engine.device_blocks import DeviceBlocks
 from engine.kv_memory import allocate_kv_pool
 from engine.made_up_steps import largest_step, warm_up_steps
 from engine.models.causal_lm import CausalLM
@@ -33,7 +34,7 @@ def compile_kernels(
 
 
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
-    """What profiling.py runs, and then the runner captures."""
+    """What profiling.py runs, then the runner captures, and copies of blocks launch."""
     kv_pool = allocate_kv_pool(layout, 1, device=model.device)
     runner = ModelRunner(
         model, kv_pool, root_seed=0, uses_flash_attention=config.uses_flash_attention
@@ -51,6 +52,7 @@ def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None
         for item in plan.scheduled:
             runner.release(item.sequence)
     _choose(model)
+    DeviceBlocks(kv_pool)
     if not config.enforce_eager:
         shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens)
         prompts = PromptGraphs(model, kv_pool, shapes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from kernels.fp8 import FP8, Fp8Rows
-from kernels.fp8_linear import Fp8Linear, fits_fp8, fp8_linear, multiplies_fp8
+from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fits_fp8, fp8_linear, multiplies_fp8
 from protocol.errors import StartupError
 
 _VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -36,6 +36,7 @@ def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: to
     }
     if config.quantization is not None and multiplies_fp8(device, dtype):
         products["fp8 "] = _fp8_product
+        products["adding fp8 "] = _added_fp8_product
     for kind, product in products.items():
         wrong = wrong_product(config, product, dtype, device)
         if wrong is not None:
@@ -74,14 +75,22 @@ def _added_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fp8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Of numbers that 8 bits hold exactly, so that the result is as exact as any."""
     if not fits_fp8(*weight.shape):
         return torch.nn.functional.linear(x, weight)
-    rows, columns = (
-        Fp8Rows(values.to(FP8), torch.ones(len(values), device=values.device))
-        for values in (x, weight)
-    )
-    return fp8_linear(rows, Fp8Linear(columns, None, None), dtype=x.dtype)
+    return fp8_linear(_fp8_rows(x), Fp8Linear(_fp8_rows(weight), None, None), dtype=x.dtype)
+
+
+def _added_fp8_product(x: Tensor, weight: Tensor) -> Tensor:
+    if fits_fp8(*weight.shape):
+        out = x.new_zeros((len(x), len(weight)))
+        if add_fp8_linear(_fp8_rows(x), Fp8Linear(_fp8_rows(weight), None, None), out):
+            return out
+    return _fp8_product(x, weight)
+
+
+def _fp8_rows(x: Tensor) -> Fp8Rows:
+    """Of numbers that 8 bits hold exactly, so that the result is as exact as any."""
+    return Fp8Rows(x.to(FP8), torch.ones(len(x), device=x.device))
 
 
 def _random(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

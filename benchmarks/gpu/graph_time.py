@@ -37,3 +37,12 @@ def time_s(calls: Sequence[Call], repeats: int = 5) -> float:
     """Seconds a call, over all of `calls` in one graph; the least of some replays."""
     graph = captured(calls)
     return min(replay_s(graph) for _ in range(repeats)) / len(calls)
+
+
+def sustained_s(calls: Sequence[Call], duration_s: float = 1.0) -> float:
+    """Seconds a call, over replays for as long as `duration_s` behind a quarter of that: clocks are
+    those that the card's power allows."""
+    graph = captured(calls)
+    num_replays = max(1, round(duration_s / replay_s(graph)))
+    replay_s(graph, -(-num_replays // 4))
+    return replay_s(graph, num_replays) / len(calls)

@@ -1,6 +1,7 @@
-"""Times every sensible tile of Hopper's product of 8-bit numbers, beside torch's.
+"""Times every sensible tile of Hopper's products, beside torch's.
 
-    python -m benchmarks.gpu.hopper_linear [--out FILE] [--linears qkv,down] [--tokens 128,256]
+    python -m benchmarks.gpu.hopper_linear [--bits 16] [--out FILE] [--linears qkv,down]
+        [--tokens 128,256]
 
 Each is compared with float64 first. Kernels are compiled by several processes, then measured by one
 that keeps a journal; should it die or stand still, another goes on behind the case that did it. As
@@ -31,7 +32,7 @@ from benchmarks.gpu.graph_time import Call, time_s
 from benchmarks.gpu.kernels import ROTATION_BYTES
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.gpu.fp8_linear import library_linear
-from kernels.gpu.hopper.linear import hopper_fp8_linear
+from kernels.gpu.hopper.linear import hopper_fp8_linear, hopper_linear
 from kernels.gpu.hopper.linear_tiles import HopperTile
 from kernels.gpu.sizes import ceil_div
 
@@ -49,35 +50,35 @@ WEIGHT_ROWS = {"tokens_are_rows": False}
 FEW_TILES = [
     HopperTile(stages=6),
     HopperTile(stages=4),
-    HopperTile(inner=256, stages=3),
+    HopperTile(inner_bytes=256, stages=3),
     HopperTile(columns=64, stages=8),
-    HopperTile(columns=64, inner=256, stages=4),
+    HopperTile(columns=64, inner_bytes=256, stages=4),
     HopperTile(columns=256, stages=4),
     HopperTile(stages=6, promoted=1),
     HopperTile(stages=6, promoted=4),
     HopperTile(**WEIGHT_ROWS, stages=6),
-    HopperTile(**WEIGHT_ROWS, inner=256, stages=3),
+    HopperTile(**WEIGHT_ROWS, inner_bytes=256, stages=3),
     HopperTile(**WEIGHT_ROWS, rows=128, stages=4),
     HopperTile(**WEIGHT_ROWS, warpgroups=1, stages=4, programs=2),
-    HopperTile(**WEIGHT_ROWS, warpgroups=1, inner=256, stages=2, programs=2),
+    HopperTile(**WEIGHT_ROWS, warpgroups=1, inner_bytes=256, stages=2, programs=2),
     HopperTile(**WEIGHT_ROWS, rows=128, warpgroups=1, stages=3, programs=2),
     HopperTile(**WEIGHT_ROWS, warpgroups=3, stages=5),
 ]
 MIDDLE_TILES = [
     HopperTile(warpgroups=3, stages=5),
     HopperTile(warpgroups=3, columns=64, stages=6),
-    HopperTile(warpgroups=3, inner=256, stages=2),
+    HopperTile(warpgroups=3, inner_bytes=256, stages=2),
     HopperTile(warpgroups=3, stages=5, promoted=4),
 ]
 # Those for 128 tokens, twice.
 TWICE = [HopperTile(columns=256, stages=4), HopperTile(**WEIGHT_ROWS, rows=128, stages=4)]
 MANY_TILES = [
     HopperTile(rows=128, stages=4),
-    HopperTile(rows=128, inner=256, stages=2),
+    HopperTile(rows=128, inner_bytes=256, stages=2),
     HopperTile(rows=128, columns=64, stages=5),
     HopperTile(rows=128, columns=64, stages=5, promoted=4),
     HopperTile(**WEIGHT_ROWS, columns=256, stages=4),
-    HopperTile(**WEIGHT_ROWS, columns=256, inner=256, stages=2),
+    HopperTile(**WEIGHT_ROWS, columns=256, inner_bytes=256, stages=2),
     *TWICE,
 ]
 
@@ -88,17 +89,19 @@ def label(tile: HopperTile | None) -> str:
     side = "tokens" if tile.tokens_are_rows else "weight"
     return (
         f"{side} {tile.warpgroups}x{tile.rows} by {tile.columns} /{tile.splits} m{tile.merged} "
-        f"i{tile.inner} s{tile.stages} p{tile.promoted} x{tile.programs}"
+        f"i{tile.inner_bytes} s{tile.stages} p{tile.promoted} x{tile.programs}"
     )
 
 
-def tiles(name: str, num_tokens: int) -> Iterator[HopperTile]:
+def tiles(name: str, num_tokens: int, bits: int) -> Iterator[HopperTile]:
     given = FEW_TILES
     if num_tokens > 192:
         given = MANY_TILES
     elif num_tokens > 128:
         given = [*MIDDLE_TILES, *MANY_TILES]
     for tile in given:
+        if tile.promoted and bits != 8:
+            continue
         num = ceil_div(num_tokens, tile.tokens) * ceil_div(LINEARS[name][0], tile.features)
         at_once = NUM_MULTIPROCESSORS * tile.programs
         used = {
@@ -113,18 +116,22 @@ def tiles(name: str, num_tokens: int) -> Iterator[HopperTile]:
                 yield replace(tile, splits=splits, merged=MAX_SPLITS)
 
 
-def compile_tiles(share: int, num_shares: int) -> None:
+def compile_tiles(share: int, num_shares: int, names: list[str], bits: int) -> None:
     """Into the cache on disk: those of this share."""
     distinct = {
         replace(tile, splits=min(tile.splits, 2), merged=2)
-        for name, num_tokens in itertools.product(NAMES, TOKENS)
-        for tile in tiles(name, num_tokens)
+        for name, num_tokens in itertools.product(names, TOKENS)
+        for tile in tiles(name, num_tokens, bits)
     }
-    x = quantize_rows(torch.randn(100, 4096, device="cuda", dtype=DTYPE))
-    weight = quantize_rows(torch.randn(1024, 4096, device="cuda", dtype=DTYPE))
+    x = torch.randn(100, 4096, device="cuda", dtype=DTYPE)
+    weight = torch.randn(1024, 4096, device="cuda", dtype=DTYPE)
+    rows, weight_rows = quantize_rows(x), quantize_rows(weight)
     for tile in sorted(distinct, key=label)[share::num_shares]:
         try:
-            hopper_fp8_linear(x, weight, None, dtype=DTYPE, tile=tile)
+            if bits == 8:
+                hopper_fp8_linear(rows, weight_rows, None, dtype=DTYPE, tile=tile)
+            else:
+                hopper_linear(x, weight, None, tile=tile)
         except Exception:  # noqa: BLE001, S112  (the measuring process says what it was)
             continue
 
@@ -133,13 +140,21 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-class Case:
-    """Products of one input and several weights."""
+def exact_product(x: Fp8Rows | Tensor, weight: Fp8Rows | Tensor) -> Tensor:
+    if isinstance(x, Tensor) or isinstance(weight, Tensor):
+        return x.double() @ weight.double().T
+    return x.dequantized(torch.float64) @ weight.dequantized(torch.float64).T
 
-    def __init__(self, x: Fp8Rows, weights: list[Fp8Rows]) -> None:
+
+class Case:
+    """Products of one input and several weights, all of 8 bits or all of 16."""
+
+    def __init__(self, x: Fp8Rows | Tensor, weights: list[Fp8Rows] | list[Tensor]) -> None:
         self._x, self._weights = x, weights
-        self._num_bytes = weights[0].values.numel()
-        exact = x.dequantized(torch.float64) @ weights[0].dequantized(torch.float64).T
+        values = weights[0] if isinstance(weights[0], Tensor) else weights[0].values
+        self._num_weights, self._num_bytes = values.numel(), values.nbytes
+        self._num_tokens = len(x if isinstance(x, Tensor) else x.values)
+        exact = exact_product(x, weights[0])
         self._expected = exact
         self._rounding = relative_error(exact.to(DTYPE), exact)
 
@@ -161,7 +176,7 @@ class Case:
         for _ in range(NUM_HOST_CALLS):
             calls[0]()
         host_s = (time.perf_counter() - started) / NUM_HOST_CALLS
-        flops = 2 * self._x.values.shape[0] * self._num_bytes
+        flops = 2 * self._num_tokens * self._num_weights
         return {
             "gb_per_s": round(self._num_bytes / seconds / 1e9),
             "us": round(1e6 * seconds, 2),
@@ -170,14 +185,18 @@ class Case:
             "short": round(max(error**2 - self._rounding**2, 0) ** 0.5, 6),
         }
 
-    def _call(self, weight: Fp8Rows, tile: HopperTile | None) -> Call:
+    def _call(self, weight: Fp8Rows | Tensor, tile: HopperTile | None) -> Call:
+        if isinstance(weight, Tensor):
+            if tile is None:
+                return functools.partial(torch.nn.functional.linear, self._x, weight)
+            return functools.partial(hopper_linear, self._x, weight, None, tile=tile)
         if tile is None:
             return functools.partial(library_linear, self._x, weight, None, dtype=DTYPE)
         options = {"dtype": DTYPE, "tile": tile}
         return functools.partial(hopper_fp8_linear, self._x, weight, None, **options)
 
 
-def measure(journal: Path, names: list[str], all_tokens: list[int]) -> None:
+def measure(journal: Path, names: list[str], all_tokens: list[int], bits: int) -> None:
     """Every case that the journal doesn't know."""
     begun = {entry["begin"] for entry in read(journal) if "begin" in entry}
     # Each capture of a graph collects garbage: what is here by now is none.
@@ -187,9 +206,11 @@ def measure(journal: Path, names: list[str], all_tokens: list[int]) -> None:
             out_features, in_features = LINEARS[name]
             num_weights = max(2, ROTATION_BYTES // (out_features * in_features))
             x, weights = inputs(max(all_tokens), name, num_weights)
+            wide = [weight.dequantized(DTYPE) for weight in weights] if bits == 16 else []
             for num_tokens in all_tokens:
-                case = Case(quantize_rows(x[:num_tokens]), weights)
-                for tile in (None, *tiles(name, num_tokens)):
+                part = x[:num_tokens]
+                case = Case(part, wide) if wide else Case(quantize_rows(part), weights)
+                for tile in (None, *tiles(name, num_tokens, bits)):
                     key = f"{name}, {num_tokens} tokens: {label(tile)}"
                     if key in begun:
                         continue
@@ -203,7 +224,7 @@ def measure(journal: Path, names: list[str], all_tokens: list[int]) -> None:
                     print(json.dumps(entry), file=file, flush=True)
                     # After an error of the card all else would fail, too: this ends the process.
                     torch.cuda.synchronize()
-            del x, weights
+            del x, weights, wide, case
 
 
 def read(journal: Path) -> list[dict[str, Any]]:
@@ -219,7 +240,7 @@ def results_of(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def run_all(journal: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.hopper_linear"]
     compilers = [
-        subprocess.Popen([*command, "--compile-share", f"{i}/{NUM_COMPILERS}"])
+        subprocess.Popen([*command, "--compile-share", f"{i}/{NUM_COMPILERS}", *arguments])
         for i in range(NUM_COMPILERS)
     ]
     deadline = time.monotonic() + COMPILE_S
@@ -272,24 +293,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--linears", default=",".join(NAMES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8)
     parser.add_argument("--compile-share", help="k/n: only compile part k of n of the tiles")
     parser.add_argument("--journal", type=Path, help="only measure what this doesn't have")
     args = parser.parse_args()
+    names = args.linears.split(",")
     if args.compile_share:
-        compile_tiles(*map(int, args.compile_share.split("/")))
+        compile_tiles(*map(int, args.compile_share.split("/")), names, args.bits)
         return
     if args.journal:
-        measure(args.journal, args.linears.split(","), list(map(int, args.tokens.split(","))))
+        measure(args.journal, names, list(map(int, args.tokens.split(","))), args.bits)
         return
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         journal = Path(file.name)
         started = time.monotonic()
-        run_all(journal, ["--linears", args.linears, "--tokens", args.tokens])
+        shapes = ["--linears", args.linears, "--tokens", args.tokens]
+        run_all(journal, [*shapes, "--bits", str(args.bits)])
         entries = results_of(read(journal))
     results = {
         "date": time.strftime("%Y-%m-%d"),
         "card": torch.cuda.get_device_name(),
         "seconds": round(time.monotonic() - started),
+        "bits": args.bits,
         "cases": entries,
     }
     if args.out:

@@ -28,7 +28,7 @@ def wrong_products() -> list[dict[str, Any]]:
     import torch
 
     from kernels.fp8 import quantize_rows
-    from kernels.fp8_linear import Fp8Linear, fp8_linear
+    from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fp8_linear
 
     wrong: list[dict[str, Any]] = []
     for out_features, in_features in SHAPES:
@@ -41,10 +41,14 @@ def wrong_products() -> list[dict[str, Any]]:
             exact = x.float() @ dense.float().T
             fp8_exact = rows.dequantized(torch.float32) @ weight.dequantized(torch.float32).T
             packed = Fp8Linear(weight, None, None)
+            fp8_exact_sum = fp8_exact + residual.float()
+            if not add_fp8_linear(rows, packed, stream := residual.clone()):
+                stream = fp8_exact_sum
             for name, actual, expected in (
                 ("bf16", x @ dense.T, exact),
                 ("bf16, added", residual.clone().addmm_(x, dense.T), exact + residual.float()),
                 ("fp8", fp8_linear(rows, packed, dtype=torch.bfloat16), fp8_exact),
+                ("fp8, added", stream, fp8_exact_sum),
             ):
                 error = ((actual.float() - expected).norm() / expected.norm()).item()
                 if not error <= MAX_ERROR:

@@ -1,6 +1,7 @@
 """Times products of a step's tokens on a GPU, whole and in two parts, at Llama-3.1-8B's shapes.
 
     python -m benchmarks.gpu.products [--quantization fp8] [--tokens 1024 1088 ...] [--out FILE]
+    python -m benchmarks.gpu.products --cublaslt [--out FILE]
 
 The library cuts a product into tiles that run in waves, one tile a multiprocessor: a few tokens
 more can cost a whole wave. "parts" are the library's product of the most tokens that are a multiple
@@ -8,6 +9,8 @@ of 128 and fewer by up to 256, and that of the rest, by the kernel that `kernels
 `kernels.linear` takes. As in `benchmarks.gpu.kernels`, calls are captured in CUDA graphs and walk
 over several weights; the two ways take turns. Some rows of each are compared with the product in
 float32, or of the same 8-bit numbers in float64, first; an error over its bound ends the run.
+
+`--cublaslt` compares torch's products of 8 bits with cuBLASLt's own (`benchmarks.gpu.cublaslt`).
 """
 
 import argparse
@@ -21,21 +24,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu import correctness
+from benchmarks.gpu import correctness, cublaslt
 from benchmarks.gpu.correctness import FP8_RESULT_ERROR, RESULT_ERROR, Check, sampled_rows
+from benchmarks.gpu.cublaslt import LINEARS
 from benchmarks.gpu.graph_time import time_s
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.fp8_linear import Fp8Linear, fp8_linear
 from kernels.gpu.fp8_linear import library_linear
 from kernels.linear import PackedLinear, linear, pack_linear
 
-# (out_features, in_features) of a layer's projections.
-LINEARS = {
-    "qkv": (6144, 4096),
-    "output": (4096, 4096),
-    "gate_up": (28672, 4096),
-    "down": (4096, 14336),
-}
 TOKENS = (
     *range(320, 1025, 64), 1056, 1072, 1088, 1152, 1280, 1344, 1536, 1600, 1792, 1856, 1920, 2048,
     2064, 2112, 2176, 4096, 4160, 8192, 8256, 8448, 16384, 16896,
@@ -118,20 +115,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--cublaslt", action="store_true", help="torch's fp8 and cuBLASLt's own")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
+    is_fp8 = args.quantization == "fp8"
+    cases = (bench(name, tokens, is_fp8=is_fp8) for name in LINEARS for tokens in args.tokens)
     rows: list[dict[str, Any]] = []
-    for name in LINEARS:
-        for num_tokens in args.tokens:
-            rows.append(bench(name, num_tokens, is_fp8=args.quantization == "fp8"))
-            print(json.dumps(rows[-1]), flush=True)
+    for row in cublaslt.bench() if args.cublaslt else cases:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     if args.out:
         results = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": args.commit,
             "card": torch.cuda.get_device_name(),
-            "quantization": args.quantization,
+            "quantization": "fp8" if args.cublaslt else args.quantization,
             "rows": rows,
         }
         args.out.write_text(json.dumps(results, indent=1) + "\n")

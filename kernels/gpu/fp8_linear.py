@@ -1,10 +1,12 @@
-"""Linear layers over fp8 weights: our kernels for the tokens of a decode step, else torch's."""
+"""Linear layers over fp8 weights: our kernels for the tokens of a decode step, else cuBLASLt's, by
+way of torch or, where it adds to the residual stream, without."""
 
 import torch
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows
 from kernels.fp8_linear import Fp8Linear, quantized
+from kernels.gpu import cublaslt
 from kernels.gpu import linear as few_tokens
 from kernels.gpu.hopper import linear_tiles as hopper_tiles
 from kernels.gpu.hopper.linear_tiles import HopperTile
@@ -24,11 +26,11 @@ def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) ->
 
 
 def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
-    """`kernels.fp8_linear.add_fp8_linear`, which our kernels alone can."""
+    """`kernels.fp8_linear.add_fp8_linear`, which torch's product can't."""
     if _num_tokens(x) > MAX_TOKENS:
         tile = _hopper_tile(x, packed)
         if tile is None:
-            return False
+            return _library_adds(x, packed, residual)
         _hopper_linear(quantized(x, packed), packed, tile, dtype=residual.dtype, residual=residual)
         return True
     few_tokens.fp8_linear(
@@ -63,6 +65,13 @@ def library_linear(
     if bias is not None:
         out += bias
     return out.to(dtype)
+
+
+def _library_adds(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> bool:
+    weight, bias = packed.weight, packed.bias
+    # Asked before the input is quantized, which may be for nothing.
+    product = cublaslt.adding_product(_num_tokens(x), weight, bias, residual)
+    return product is not None and product(quantized(x, packed), weight, bias, residual)
 
 
 def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:

@@ -60,9 +60,10 @@ def test_warm_up_and_capture_find_all_compiled(
     model_dir = write_tiny_model(kind, tmp_path / "model")
     ahead, later = start(model_dir, tmp_path / "cache", *formats)
     assert ahead[0] == "ahead"
-    assert int(ahead[1]) > 10
-    assert later == ["later"]
+    # Forks compile into the cache, where this process then finds what they made.
     num_kernels = sum(map(int, ahead[1:]))
+    assert num_kernels > 10
+    assert later == ["later"]
     again, later = start(model_dir, tmp_path / "cache", *formats)
     assert again == ["ahead", "0", str(num_kernels)]
     assert later == ["later"]

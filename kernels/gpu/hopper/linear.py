@@ -1,4 +1,4 @@
-"""Products of 8-bit numbers for some dozens to some hundreds of tokens.
+"""Products of 8- or 16-bit numbers for some dozens to some hundreds of tokens.
 
 A warp loads and some warpgroups multiply. Programs stay, and share out the units, each of which is
 a tile of the result or, where there are too few of those to fill the card, a part of its sum.
@@ -25,8 +25,6 @@ from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 
-# Lines of 128 bytes, swizzled as the matrix instructions read them.
-_LAYOUT = gl.NVMMASharedLayout(128, 8, 2)
 # Counters of a device's tiles that are summed in parts.
 _NUM_COUNTERS = 1 << 16
 
@@ -58,10 +56,12 @@ def _hopper_linear_kernel(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     INNER: gl.constexpr,
+    ELEMENT_BYTES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     PROMOTED: gl.constexpr,
     IS_SPLIT: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     MULTIPLYING_REGISTERS: gl.constexpr,
@@ -93,15 +93,15 @@ def _hopper_linear_kernel(
                 (
                     multiply,
                     (
-                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     load,
                     (
                         row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
-                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                        COLUMNS, INNER, ELEMENT_BYTES, WARPGROUPS, STAGES, PDL,
                     ),
                 ),
             ],
@@ -114,22 +114,22 @@ def _hopper_linear_kernel(
                 (
                     multiply,
                     (
-                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     multiply,
                     (
-                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     load,
                     (
                         row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
-                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                        COLUMNS, INNER, ELEMENT_BYTES, WARPGROUPS, STAGES, PDL,
                     ),
                 ),
             ],
@@ -142,35 +142,51 @@ def _hopper_linear_kernel(
                 (
                     multiply,
                     (
-                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        0, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     multiply,
                     (
-                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        1, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     multiply,
                     (
-                        2, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, WARPGROUPS, STAGES, PROMOTED,
-                        IS_SPLIT, HAS_BIAS, HAS_RESIDUAL, PDL,
+                        2, work, TOKENS_ARE_ROWS, ROWS, COLUMNS, ELEMENT_BYTES, WARPGROUPS, STAGES,
+                        PROMOTED, IS_SPLIT, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, PDL,
                     ),
                 ),
                 (
                     load,
                     (
                         row_desc, column_desc, buffers, barriers, units, TOKENS_ARE_ROWS, ROWS,
-                        COLUMNS, INNER, WARPGROUPS, STAGES, PDL,
+                        COLUMNS, INNER, ELEMENT_BYTES, WARPGROUPS, STAGES, PDL,
                     ),
                 ),
             ],
             [4, 4, 1],
             [MULTIPLYING_REGISTERS, MULTIPLYING_REGISTERS, LOADING_REGISTERS],
         )  # fmt: skip
+
+
+def hopper_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    tile: HopperTile,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`kernels.gpu.linear.linear` on Hopper, of numbers of 16 bits.
+
+    `weight` is contiguous, `x` in its rows. The result is added to `residual`, in place, if there
+    is one.
+    """
+    return _launch(x, weight, None, bias, residual, dtype=x.dtype, tile=tile)
 
 
 def hopper_fp8_linear(
@@ -182,17 +198,28 @@ def hopper_fp8_linear(
     tile: HopperTile,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`kernels.gpu.linear.fp8_linear` where `multiplies` (support.py) says so.
+    """`hopper_linear` of 8-bit numbers, to a result in `dtype`."""
+    scales = (x.scales, weight.scales)
+    return _launch(x.values, weight.values, scales, bias, residual, dtype=dtype, tile=tile)
 
-    `weight` is contiguous, `x` in its rows. The result is added to `residual`, in place, if there
-    is one.
-    """
-    num_tokens, in_features = x.values.shape
-    out_features = weight.values.shape[0]
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    tile: HopperTile,
+) -> Tensor:
+    num_tokens, in_features = x.shape
+    out_features = weight.shape[0]
     out = residual
     if out is None:
-        out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.values.device)
-    num_steps = ceil_div(in_features, tile.inner)
+        out = torch.empty((num_tokens, out_features), dtype=dtype, device=x.device)
+    inner = tile.inner_bytes // x.element_size()
+    num_steps = ceil_div(in_features, inner)
     splits = min(tile.splits, num_steps)
     num_token_tiles = ceil_div(num_tokens, tile.tokens)
     num_tiles = num_token_tiles * ceil_div(out_features, tile.features)
@@ -208,9 +235,10 @@ def hopper_fp8_linear(
     x_rows, weight_rows = tile.rows, tile.columns
     if not tile.tokens_are_rows:
         x_rows, weight_rows = weight_rows, x_rows
+    x_scales, weight_scales = (out, out) if scales is None else scales
     operands = [
-        (_descriptor(x.values, x_rows, tile.inner), x.scales),
-        (_descriptor(weight.values, weight_rows, tile.inner), weight.scales),
+        (_descriptor(x, x_rows, inner), x_scales),
+        (_descriptor(weight, weight_rows, inner), weight_scales),
     ]
     if not tile.tokens_are_rows:
         operands.reverse()
@@ -236,11 +264,13 @@ def hopper_fp8_linear(
         TOKENS_ARE_ROWS=tile.tokens_are_rows,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        INNER=tile.inner,
+        INNER=inner,
+        ELEMENT_BYTES=x.element_size(),
         WARPGROUPS=tile.warpgroups,
         STAGES=tile.stages,
         PROMOTED=tile.promoted,
         IS_SPLIT=splits > 1,
+        HAS_SCALES=scales is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         MULTIPLYING_REGISTERS=tile.multiplying_registers,
@@ -258,7 +288,8 @@ def _descriptor(values: Tensor, rows: int, inner: int) -> TensorDescriptor:
         shape=list(values.shape),
         strides=[values.stride(0), 1],
         block_shape=[rows, inner],
-        layout=_LAYOUT,
+        # Lines of 128 bytes, swizzled as the matrix instructions read them.
+        layout=gl.NVMMASharedLayout(128, 8 * values.element_size(), 2),
     )
 
 

@@ -84,12 +84,13 @@ def load(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     INNER: gl.constexpr,
+    ELEMENT_BYTES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     full, empty = barriers
-    tile_bytes: gl.constexpr = (WARPGROUPS * ROWS + COLUMNS) * INNER
+    tile_bytes: gl.constexpr = (WARPGROUPS * ROWS + COLUMNS) * INNER * ELEMENT_BYTES
     unit = gl.program_id(0)
     ahead = 0
     if PDL:

@@ -1,4 +1,4 @@
-"""How Hopper's product of 8-bit numbers is cut into programs."""
+"""How Hopper's products are cut into programs."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ _MANY_ROWS = 16384
 
 @dataclass(frozen=True, slots=True)
 class HopperTile:
-    """The tile of a program: `warpgroups` times `rows` by `columns`, `inner` elements a step.
+    """The tile of a program: `warpgroups` times `rows` by `columns`, `inner_bytes` of each a step.
 
     Rows are tokens, or output channels; columns the other. `splits` units share a tile's sum, and
     `merged` of them at a time are added up. After `promoted` steps the tensor cores' short sums
@@ -28,7 +28,7 @@ class HopperTile:
     rows: int = 64
     columns: int = 128
     warpgroups: int = 2
-    inner: int = 128
+    inner_bytes: int = 128
     stages: int = 4
     splits: int = 1
     merged: int = 2
@@ -54,7 +54,7 @@ class HopperTile:
     @property
     def shared_bytes(self) -> int:
         """Of a program's stages, without what it stores results through."""
-        return self.stages * self.inner * (self.rows * self.warpgroups + self.columns)
+        return self.stages * self.inner_bytes * (self.rows * self.warpgroups + self.columns)
 
     @property
     def registers(self) -> int:

@@ -40,7 +40,8 @@ def _product(
     STAGES: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """Summed over `num_steps` steps, at least one, in the tensor cores' short accumulators."""
+    """Summed over `num_steps` steps, at least one, in the tensor cores' accumulators, which are
+    short ones for 8-bit numbers."""
     row_tiles, column_tiles = buffers
     full, empty = barriers
     sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout=layout)
@@ -124,13 +125,15 @@ def _finish_piece(
     column,
     num_tokens,
     out_features,
+    HAS_SCALES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     TOKENS_ARE_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
 ):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, DEPTH])
     row_scales, column_scales = scales
     rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
@@ -147,8 +150,9 @@ def _finish_piece(
         stored: gl.constexpr = gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, 4], [0, 1])
     is_row = rows < num_rows
     is_column = columns < num_columns
-    sums *= gl.load(row_scales + rows, mask=is_row, other=0.0)[:, None]
-    sums *= gl.load(column_scales + columns, mask=is_column, other=0.0)[None, :]
+    if HAS_SCALES:
+        sums *= gl.load(row_scales + rows, mask=is_row, other=0.0)[:, None]
+        sums *= gl.load(column_scales + columns, mask=is_column, other=0.0)[None, :]
     if HAS_BIAS:
         if TOKENS_ARE_ROWS:
             sums += gl.load(bias + columns, mask=is_column, other=0.0).to(gl.float32)[None, :]
@@ -177,27 +181,29 @@ def _finish(
     column,
     num_tokens,
     out_features,
+    HAS_SCALES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     TOKENS_ARE_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
 ):
     """Scales, adds bias and residual, rounds once and stores: in pieces, for want of registers."""
     if ROWS * COLUMNS > PIECE:
         half: gl.constexpr = COLUMNS // 2
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 32])
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, DEPTH])
         pieces = gl.split(sums.reshape([ROWS, 2, half]).permute([0, 2, 1]))
         for i in gl.static_range(2):
             _finish(
                 gl.convert_layout(pieces[i], layout, assert_trivial=True), out, scales, bias, row,
-                column + i * half, num_tokens, out_features, HAS_BIAS, HAS_RESIDUAL,
-                TOKENS_ARE_ROWS, ROWS, half,
+                column + i * half, num_tokens, out_features, HAS_SCALES, HAS_BIAS, HAS_RESIDUAL,
+                TOKENS_ARE_ROWS, ROWS, half, DEPTH,
             )  # fmt: skip
     else:
         _finish_piece(
-            sums, out, scales, bias, row, column, num_tokens, out_features, HAS_BIAS, HAS_RESIDUAL,
-            TOKENS_ARE_ROWS, ROWS, COLUMNS,
+            sums, out, scales, bias, row, column, num_tokens, out_features, HAS_SCALES, HAS_BIAS,
+            HAS_RESIDUAL, TOKENS_ARE_ROWS, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
 
 
@@ -208,16 +214,20 @@ def multiply(
     TOKENS_ARE_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    ELEMENT_BYTES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     PROMOTED: gl.constexpr,
     IS_SPLIT: gl.constexpr,
+    HAS_SCALES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     out, scales, bias, parts, buffers, barriers, num_tokens, out_features, units = work
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    # A matrix instruction takes 32 bytes of a row.
+    depth: gl.constexpr = 32 // ELEMENT_BYTES
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, depth])
     size: gl.constexpr = ROWS * COLUMNS
     wait_for_predecessor(PDL)
     unit = gl.program_id(0)
@@ -252,7 +262,7 @@ def multiply(
                 row = feature_tile * WARPGROUPS * ROWS + group * ROWS
                 column = token_tile * COLUMNS
             _finish(
-                sums, out, scales, bias, row, column, num_tokens, out_features, HAS_BIAS,
-                HAS_RESIDUAL, TOKENS_ARE_ROWS, ROWS, COLUMNS,
+                sums, out, scales, bias, row, column, num_tokens, out_features, HAS_SCALES,
+                HAS_BIAS, HAS_RESIDUAL, TOKENS_ARE_ROWS, ROWS, COLUMNS, depth,
             )  # fmt: skip
         unit += gl.num_programs(0)

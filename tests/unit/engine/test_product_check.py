@@ -31,6 +31,7 @@ def test_what_is_right_passes(config: ModelConfig, dtype: torch.dtype) -> None:
         torch.nn.functional.linear,
         product_check._added_product,
         product_check._fp8_product,
+        product_check._added_fp8_product,
     ):
         assert product_check.wrong_product(config, product, dtype, CPU) is None
 

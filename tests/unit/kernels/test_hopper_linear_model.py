@@ -1,4 +1,4 @@
-"""Hopper's product of 8-bit numbers, run on a model of its machine: what is copied where and when,
+"""Hopper's products, run on a model of its machine: what is copied where and when,
 who waits for whom, and how parts of sums meet. tests/gpu has it compiled."""
 
 import itertools
@@ -26,7 +26,7 @@ TILES = [
     HopperTile(
         tokens_are_rows=False, rows=128, warpgroups=1, stages=2, splits=7, merged=3, programs=2
     ),
-    HopperTile(tokens_are_rows=False, columns=256, stages=2, inner=256),
+    HopperTile(tokens_are_rows=False, columns=256, stages=2, inner_bytes=256),
 ]
 
 
@@ -61,6 +61,20 @@ def test_products(num_tokens: int, tile: HopperTile) -> None:
     wanted = expected(x, weight, residual)
     assert linear.hopper_fp8_linear(x, weight, None, residual=residual, **options) is residual
     torch.testing.assert_close(residual, wanted, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [TILES[1], TILES[2], TILES[6]], ids=str)
+def test_products_of_16_bits(tile: HopperTile) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(-8, 9, (130, 1104)).bfloat16()
+    weight = torch.randint(-8, 9, (304, 1104)).bfloat16()
+    bias, residual = torch.randn(304).bfloat16(), torch.randn(130, 304).bfloat16()
+    sums = x.float() @ weight.float().T
+    actual = linear.hopper_linear(x, weight, bias, tile=tile)
+    torch.testing.assert_close(actual, (sums + bias).bfloat16())
+    wanted = (sums + residual.float()).bfloat16()
+    linear.hopper_linear(x, weight, None, tile=tile, residual=residual)
+    torch.testing.assert_close(residual, wanted)
 
 
 def test_counters_are_left_as_they_were_found() -> None:
