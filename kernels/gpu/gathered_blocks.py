@@ -45,7 +45,8 @@ def _gather_blocks_kernel(
         elements = tl.program_id(1) * TILE + tl.arange(0, TILE)
         run, at = elements // run_size, elements % run_size
         is_in_block = elements < NUM_RUNS * run_size
-        is_in_sequence = index * BLOCK_SIZE + at // HEAD_DIM < kv_len
+        # Not by the token of each element: so the compiler sees that 16 bytes are in together.
+        is_in_sequence = at < (kv_len - index * BLOCK_SIZE) * HEAD_DIM
         values = tl.load(
             pool + block * block_stride + elements, mask=is_in_block & is_in_sequence, other=0
         )
