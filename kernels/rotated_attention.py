@@ -77,7 +77,7 @@ def _on_gpu(
             result = gpu.decode_attention(q[rows], kv_pool, layer, part, new=new, **options)
         else:
             queries = q[rows]
-            # Hopper's kernel rotates what it is given: norms come before that.
+            # Such kernels rotate what they are given: norms come before that.
             if norms is None and gpu.rotates_prompts(queries, cos_sin, kv_pool, part, **limits):
                 queries, options["cos_sin"] = queries[:, :0], cos_sin
             rope_and_store_kv(

@@ -12,6 +12,7 @@ from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
 from kernels.gpu.flash_attention import flash_attention
 from kernels.gpu.flash_attention import is_supported as is_for_flash_attention
+from kernels.gpu.flash_attention import rotates as flash_attention_rotates
 from kernels.gpu.hopper.support import is_supported, rotates_heads
 from kernels.gpu.prefill_attention import prefill_attention
 
@@ -48,11 +49,13 @@ def rotates_prompts(
 ) -> bool:
     """Whether `paged_attention` had better rotate the queries of one part on its way; their new
     tokens are stored before."""
-    return (
-        ROTATES_IN_ATTENTION
-        and rotates_heads(q.shape[2], cos_sin.shape[1])
-        and _has_hopper_kernel(q, kv_pool, batch, sliding_window=sliding_window, softcap=softcap)
-    )
+    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    if not ROTATES_IN_ATTENTION:
+        return False
+    if is_for_flash_attention(q, kv_pool, batch, **limits):
+        return flash_attention_rotates(kv_pool)
+    can_rotate = rotates_heads(q.shape[2], cos_sin.shape[1])
+    return can_rotate and _has_hopper_kernel(q, kv_pool, batch, **limits)
 
 
 def _has_hopper_kernel(
@@ -143,8 +146,8 @@ def _kernel_for(
         from kernels.gpu.hopper.attention import hopper_attention
 
         return functools.partial(hopper_attention, cos_sin=cos_sin)
-    assert cos_sin is None
     if is_for_flash_attention(q, kv_pool, part, **limits):
-        return functools.partial(flash_attention, softcap=softcap)
+        return functools.partial(flash_attention, softcap=softcap, cos_sin=cos_sin)
+    assert cos_sin is None
     kernel = decode_attention if part.max_query_len == 1 else prefill_attention
     return functools.partial(kernel, **limits)

@@ -16,6 +16,7 @@ from kernels.fp8 import FP8
 from kernels.gpu.block_memory import pays_off
 from kernels.gpu.fp8 import saturate_rows
 from kernels.gpu.gathered_blocks import gather_blocks
+from kernels.gpu.rope import rotated_fp8
 
 # As its repository builds it (hopper/), and as the wheel fa3-fwd has it.
 _MODULES = ("flash_attn_interface", "fa3_fwd_interface")
@@ -66,6 +67,12 @@ def is_supported(
     )
 
 
+def rotates(kv_pool: Tensor) -> bool:
+    """Whether `flash_attention` had better rotate queries where it attends: it rounds those to the
+    8 bits of such a pool anyway."""
+    return kv_pool.dtype is FP8
+
+
 def flash_attention(
     q: Tensor,
     kv_pool: Tensor,
@@ -75,18 +82,20 @@ def flash_attention(
     scale: float,
     v_scale: float = 1.0,
     softcap: float | None = None,
+    cos_sin: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where `is_supported` says so; arguments as
     `prefill_attention`'s.
 
-    For an 8-bit pool, queries are rounded to its type, and those beyond ±448 become that.
+    For an 8-bit pool, queries are rounded to its type, and those beyond ±448 become that. With
+    `cos_sin`, for what `rotates` says yes to, they are rotated before.
     """
     # The wheel is built without block tables.
     k, v = gather_blocks(kv_pool, layer, batch)
     v_descale: Tensor | None = None
     if kv_pool.dtype is FP8:
-        q = saturate_rows(q)
+        q = saturate_rows(q) if cos_sin is None else rotated_fp8(q, cos_sin, batch.positions)
         shape = (batch.num_seqs, kv_pool.shape[3])
         v_descale = torch.full(shape, v_scale, dtype=torch.float32, device=q.device)
     attended = library().flash_attn_with_kvcache(

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.fp8 import FP8, FP8_MAX
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -151,6 +152,72 @@ def _rope_and_store_kv_kernel(
             _copy_heads(
                 row, target, heads, head_dim, stride, whole, is_value, v_factor, largest, IS_FP8
             )
+
+
+@triton.jit
+def _rotated_fp8_kernel(
+    q,
+    out,
+    cos_sin,
+    positions,
+    num_heads,
+    q_stride,
+    head_dim,
+    half,
+    largest,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_predecessor(PDL)
+    let_successor_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + token)
+    columns = tl.arange(0, HALF)
+    in_half = columns < half
+    cos = tl.load(cos_sin + position * 2 * half + columns, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(cos_sin + position * 2 * half + half + columns, mask=in_half, other=0.0)[None, :]
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = (heads < num_heads)[:, None]
+    source, target = q + token * q_stride, out + token * num_heads * head_dim
+    _rotate(
+        source, target, None, cos, sin, heads, is_head, head_dim, head_dim, half, columns,
+        is_head & in_half[None, :], 0.0, 1.0, largest, DIM, HAS_REST, IS_FP8=True,
+    )  # fmt: skip
+    if HAS_REST:
+        whole = tl.arange(0, DIM)
+        is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
+        _copy_heads(
+            source, target, heads, head_dim, head_dim, whole, is_rest, 1.0, largest, IS_FP8=True
+        )
+
+
+def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
+    """Queries [num_tokens, num_heads, head_dim] rotated as by `rope_and_store_kv`, in 8 bits
+    (e4m3), what is beyond their range as its ends; heads of a token lie side by side."""
+    num_tokens, num_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=FP8, device=q.device)
+    half = cos_sin.shape[1] // 2
+    launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _HEADS_PER_PROGRAM)))(
+        q,
+        out,
+        cos_sin,
+        positions,
+        num_heads,
+        q.stride(0),
+        head_dim,
+        half,
+        FP8_MAX,
+        HEADS=_HEADS_PER_PROGRAM,
+        HALF=next_power_of_2(half),
+        DIM=next_power_of_2(head_dim),
+        HAS_REST=2 * half < head_dim,
+        num_warps=4,
+        **launch_options(q.device),
+    )
+    return out
 
 
 def rope_and_store_kv(

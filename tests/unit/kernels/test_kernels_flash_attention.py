@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.fp8 import FP8
+from kernels.rope import rope_and_store_kv_reference
 
 pytest.importorskip("triton")
 from kernels.gpu import attention, block_memory, flash_attention
@@ -137,7 +138,8 @@ def test_decode_rows_have_a_kernel_of_their_own(
     q = torch.randn(batch.num_tokens, 4, 64).bfloat16()
     parts = attention.parts_to_attend(q, pool, batch, **NO_LIMITS)
     assert [part.num_seqs for part in parts] == [1, 3]
-    assert not attention.rotates_prompts(q[1:], torch.empty(900, 64), pool, parts[1], **NO_LIMITS)
+    rotates = attention.rotates_prompts(q[1:], torch.empty(900, 64), pool, parts[1], **NO_LIMITS)
+    assert rotates == is_8_bits
     if not is_8_bits:
         return  # the interpreter multiplies bfloat16's bits as integers
     actual = attention.paged_attention(q, pool, 1, batch, scale=0.1, v_scale=1.5, **NO_LIMITS)
@@ -145,6 +147,33 @@ def test_decode_rows_have_a_kernel_of_their_own(
     assert len(call["q"]) == batch.num_tokens - 1
     queries = torch.cat((q[:1].float(), saturate_rows(q[1:]).float()))
     expected = 1.5 * attend_naively(queries, pool, 1, batch, scale=0.1, **NO_LIMITS)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("rotary_dim", [128, 32])
+def test_queries_are_rotated_as_they_are_rounded(
+    calls: list[dict[str, Any]], rotary_dim: int
+) -> None:
+    torch.manual_seed(0)
+    batch = flash_batch(LENGTHS)
+    pool = make_pool(batch, 2, 16, 128).to(FP8)
+    q = 100 * torch.randn(batch.num_tokens, 6, 128).bfloat16()[:, :4]
+    angles = torch.randn(900, rotary_dim // 2)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
+    rotated = q.float()
+    rope_and_store_kv_reference(
+        rotated, rotated[:, :2], rotated[:, :2], cos_sin, batch, pool.float(), 0
+    )
+    before = q.clone()
+    actual = attention.paged_attention(
+        q, pool, 1, batch, scale=0.001, v_scale=1.0, **NO_LIMITS, cos_sin=cos_sin
+    )
+    assert torch.equal(q, before)
+    queries = rotated.clamp(-448, 448)
+    # The interpreter halves what it should round up to a power of 2, 2 % of all.
+    error = (calls[0]["q"].float() - queries).norm() / queries.norm()
+    assert error < 0.1
+    expected = attend_naively(calls[0]["q"], pool, 1, batch, scale=0.001, **NO_LIMITS)
     torch.testing.assert_close(actual.double(), expected, atol=2e-2, rtol=2e-2)
 
 
