@@ -109,11 +109,11 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     if in_features != packed.in_features:
         raise ValueError(f"x is {tuple(x.shape)}, expected [num_tokens, {packed.in_features}]")
     if x.is_cuda and x.dtype is not torch.float32 and x.stride(1) == 1:
-        from kernels.gpu import linear as gpu
-        from kernels.gpu.linear_tiles import is_fastest
+        from kernels.gpu import linear_choice as gpu
 
-        if num_tokens and is_fastest(num_tokens, packed.out_features, in_features):
-            return gpu.linear(x, packed.weight, packed.bias)
+        out = gpu.linear(x, packed.weight, packed.bias)
+        if out is not None:
+            return out
     kernel = native_kernel(Operation.LINEAR, x)
     if not packed.is_native or kernel is None:
         return linear_reference(x, packed)
@@ -148,11 +148,9 @@ def add_linear(x: Tensor, packed: PackedLinear, residual: Tensor) -> bool:
         return False
     if residual.shape != (x.shape[0], packed.out_features):
         raise ValueError(f"x is {tuple(x.shape)} but residual {tuple(residual.shape)}")
-    from kernels.gpu import linear as gpu
-    from kernels.gpu.linear_tiles import is_fastest
+    from kernels.gpu import linear_choice as gpu
 
-    if len(x) and is_fastest(len(x), *packed.weight.shape):
-        gpu.linear(x, packed.weight, packed.bias, residual=residual)
+    if gpu.linear(x, packed.weight, packed.bias, residual=residual) is not None:
         return True
     if packed.bias is None:
         residual.addmm_(x, packed.weight.T)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fp8_linear
-from kernels.gpu.hopper.linear_tiles import HopperTile, tile_for
+from kernels.gpu.hopper.linear_tiles import HopperTile, tile_for, tile_for_16_bits
+from kernels.linear import add_linear, linear, pack_linear
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -143,3 +144,19 @@ def test_layers_use_it(shape: tuple[int, int], num_tokens: int) -> None:
         assert relative_error(residual, expected) < RESULT_ERROR
     else:
         assert not has_tile
+
+
+@pytest.mark.parametrize("num_tokens", [65, 100, 112, 128, 192])
+@pytest.mark.parametrize("shape", [(28672, 4096), (4096, 14336)])
+def test_layers_of_16_bits_use_it(shape: tuple[int, int], num_tokens: int) -> None:
+    torch.manual_seed(0)
+    packed = pack_linear(random(*shape), random(shape[0]))
+    x, residual = random(num_tokens, shape[1]), random(num_tokens, shape[0])
+    assert packed.bias is not None
+    expected = x.double() @ packed.weight.double().T + packed.bias.double()
+    assert relative_error(linear(x, packed), expected) < RESULT_ERROR
+    expected += residual.double()
+    is_faster = tile_for_16_bits(num_tokens, *shape) is not None
+    assert add_linear(x, packed, residual) == is_faster
+    if is_faster:
+        assert relative_error(residual, expected) < RESULT_ERROR

@@ -12,6 +12,7 @@ _MOST_WARPGROUPS = 3
 LOADING_REGISTERS = 24
 # As in `kernels.gpu.linear_tiles`.
 _MANY_ROWS = 16384
+_LONG_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,28 @@ _SPLIT = {tokens: replace(tile, splits=2) for tokens, tile in _WHOLE.items()} | 
 }
 
 
+# The same for 16 bits, by the least and the most tokens.
+_WIDE_16 = {(65, 112): HopperTile(tokens_are_rows=False, rows=128)}
+_LONG_16 = {
+    (97, 128): HopperTile(columns=64, stages=8, splits=2),
+    (129, 192): HopperTile(warpgroups=3, columns=64, stages=6, splits=2),
+}
+
+
+def tile_for_16_bits(num_tokens: int, out_features: int, in_features: int) -> HopperTile | None:
+    """`tile_for` operands of 16 bits."""
+    tiles: dict[tuple[int, int], HopperTile] = {}
+    if out_features >= _MANY_ROWS:
+        tiles = _WIDE_16
+    elif in_features >= _LONG_ROWS:
+        tiles = _LONG_16
+    return next(
+        (tile for (least, most), tile in tiles.items() if least <= num_tokens <= most), None
+    )
+
+
 def tile_for(num_tokens: int, out_features: int, in_features: int) -> HopperTile | None:
-    """The tile for a product of this shape; None where torch's is faster."""
+    """The tile for a product of 8-bit numbers of this shape; None where torch's is faster."""
     tiles = _WHOLE
     if out_features >= _MANY_ROWS:
         tiles = _WIDE
