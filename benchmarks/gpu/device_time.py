@@ -16,6 +16,7 @@ KINDS = (
     ("widen_blocks", "blocks widened"),
     ("gather_blocks", "blocks gathered"),
     ("saturate_rows", "quantization"),
+    ("rotated_fp8", "RoPE, store"),
     ("silu_and_mul", "SiLU · mul"),
     ("rope", "RoPE, store"),
     ("norm", "add, norm"),

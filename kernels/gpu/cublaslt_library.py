@@ -66,6 +66,10 @@ class Choice(IntEnum):
 
 
 _SHORT_CHOICES = (Choice.INNER_SHAPE, Choice.CLUSTER_SHAPE)
+TILE_256_BY_128 = 24
+"""CUBLASLT_MATMUL_TILE_256x128."""
+CLUSTER_1_BY_2 = 5
+"""CUBLASLT_CLUSTER_SHAPE_1x2x1."""
 
 
 class Algorithm(ctypes.Structure):
@@ -123,7 +127,7 @@ def choices(library: Library, algorithm: Algorithm) -> dict[str, int]:
     """What tells `algorithm` from others, in numbers of cublasLt.h. Raises CublasLtError."""
     found: dict[str, int] = {}
     for choice in Choice:
-        value = ctypes.c_uint16() if choice in _SHORT_CHOICES else ctypes.c_uint32()
+        value = _number(choice)
         size = ctypes.sizeof(value)
         check(
             library.cublasLtMatmulAlgoConfigGetAttribute(
@@ -132,6 +136,23 @@ def choices(library: Library, algorithm: Algorithm) -> dict[str, int]:
         )
         found[choice.name.lower()] = value.value
     return found
+
+
+def chosen(library: Library, algorithm: Algorithm, values: dict[Choice, int]) -> Algorithm:
+    """`algorithm` with other choices. Raises CublasLtError."""
+    other = Algorithm.from_buffer_copy(algorithm)
+    for choice, number in values.items():
+        value = _number(choice, number)
+        check(
+            library.cublasLtMatmulAlgoConfigSetAttribute(
+                byref(other), choice, byref(value), ctypes.sizeof(value)
+            )
+        )
+    return other
+
+
+def _number(choice: Choice, value: int = 0) -> "ctypes.c_uint16 | ctypes.c_uint32":
+    return ctypes.c_uint16(value) if choice in _SHORT_CHOICES else ctypes.c_uint32(value)
 
 
 @functools.cache
@@ -176,8 +197,11 @@ _SHORT: dict[str, tuple[Any, ...]] = {
     "cublasLtMatmulPreferenceDestroy": (c_void_p,),
     "cublasLtMatmulPreferenceSetAttribute": _SET,
     "cublasLtMatmulAlgoConfigGetAttribute": (*_SET, POINTER(c_size_t)),
+    "cublasLtMatmulAlgoConfigSetAttribute": _SET,
 }
 _LONG: dict[str, tuple[Any, ...]] = {
+    # Handle, operation, A, B, C, D.
+    "cublasLtMatmulAlgoCheck": (*(c_void_p,) * 6, POINTER(Algorithm), POINTER(Estimate)),
     "cublasLtMatmulAlgoGetHeuristic": (
         *(c_void_p,) * 7,  # handle, operation, A, B, C, D, preference
         c_int,

@@ -19,6 +19,7 @@ from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 from kernels.norm import HeadNorms
 
 _HEADS_PER_PROGRAM = 8
+_QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 8, 4
 
 
 @triton.jit
@@ -200,7 +201,7 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=FP8, device=q.device)
     half = cos_sin.shape[1] // 2
-    launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _HEADS_PER_PROGRAM)))(
+    launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _QUERY_HEADS_PER_PROGRAM)))(
         q,
         out,
         cos_sin,
@@ -210,11 +211,11 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
         head_dim,
         half,
         FP8_MAX,
-        HEADS=_HEADS_PER_PROGRAM,
+        HEADS=_QUERY_HEADS_PER_PROGRAM,
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
-        num_warps=4,
+        num_warps=_QUERY_WARPS,
         **launch_options(q.device),
     )
     return out

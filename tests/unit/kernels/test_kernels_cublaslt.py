@@ -36,11 +36,11 @@ class Multiplier:
 
     def __init__(self, num_algorithms: int = 3) -> None:
         self.num_algorithms = num_algorithms
-        self.status = self.heuristic_status = self.estimate_status = 0
+        self.status = self.heuristic_status = self.estimate_status = self.check_status = 0
         self.workspace_bytes = 0
         self.alive: dict[int, dict[int, Any]] = {}
         self.num_heuristics = self.num_products = 0
-        self.last_algorithm = -1
+        self.last_algorithm = self.last_tile = -1
         self._next = 1
 
     def __getattr__(self, name: str) -> Any:
@@ -62,6 +62,21 @@ class Multiplier:
         assert size == ctypes.sizeof(value._obj)
         self.alive[pointer.value or 0][attribute] = value._obj.value
         return 0
+
+    def cublasLtMatmulAlgoConfigSetAttribute(  # noqa: N802
+        self, algorithm: Any, choice: int, value: Any, size: int
+    ) -> int:
+        assert size == ctypes.sizeof(value._obj) == (2 if choice in (7, 8) else 4)
+        if choice == 1:
+            algorithm._obj.data[1] = value._obj.value
+        return 0
+
+    def cublasLtMatmulAlgoCheck(self, handle: int, operation: Any, *rest: Any) -> int:  # noqa: N802
+        *layouts, _, estimate = rest
+        assert handle == HANDLE
+        assert len(layouts) == 4
+        estimate._obj.workspace_bytes = self.workspace_bytes
+        return self.check_status
 
     def cublasLtMatmulAlgoGetHeuristic(  # noqa: N802
         self, handle: int, operation: Any, *descriptors_most_found: Any
@@ -88,6 +103,7 @@ class Multiplier:
             return self.status
         self.num_products += 1
         self.last_algorithm = algorithm._obj.data[0]
+        self.last_tile = algorithm._obj.data[1]
         of = self.alive[operation.value]
         assert of[Operation.TRANSPOSE_A] == 1
         assert of[Operation.FAST_ACCUMULATION] == 1
@@ -188,6 +204,23 @@ def test_any_of_its_algorithms_overwrites(library: Multiplier) -> None:
         assert library.last_algorithm == index
         case.before.zero_()
         case.assert_added()
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_long_sums_of_many_tokens_have_a_tile_that_was_measured(
+    library: Multiplier, monkeypatch: pytest.MonkeyPatch, *, is_refused: bool
+) -> None:
+    library.check_status = 15 if is_refused else 0
+    for limit in ("_MANY_TOKENS", "_LONG_SUM"):
+        monkeypatch.setattr(cublaslt, limit, 48)
+    case = Case()
+    assert case.add()
+    case.assert_added()
+    assert library.last_tile == (0 if is_refused else 24)
+    clear()
+    monkeypatch.setattr(cublaslt, "_MANY_TOKENS", NUM_TOKENS + 1)
+    assert Case().add()
+    assert library.last_tile == 0
 
 
 def test_nothing_is_done_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
