@@ -11,12 +11,11 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.fp8 import empty_rows, store_fp8_row
+from kernels.gpu.fp8 import empty_rows, row_warps, store_fp8_row
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 _BLOCK = 1024
-_ROW_WARPS = 16
 
 
 @triton.jit
@@ -76,7 +75,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None) -> Fp8Rows:
     """`kernels.activation.silu_and_mul_fp8` for a contiguous tensor; a row in one program."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = empty_rows(num_tokens, size, gate_up.device)
+    out, block = empty_rows(num_tokens, size, gate_up.device), next_power_of_2(size)
     if num_tokens:
         launch(_silu_and_mul_fp8_kernel, (num_tokens,))(
             gate_up,
@@ -84,8 +83,8 @@ def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None) -> Fp8Rows:
             out.scales,
             scale,
             size,
-            BLOCK=next_power_of_2(size),
-            num_warps=_ROW_WARPS,
+            BLOCK=block,
+            num_warps=row_warps(block),
             **launch_options(gate_up.device),
         )
     return out

@@ -112,5 +112,5 @@ def saturate_rows(x: Tensor) -> Tensor:
 
 
 def row_warps(block: int) -> int:
-    """Eight elements a thread keep loads at 16 bytes each."""
-    return max(1, min(block // 256, 16))
+    """For 16 elements a thread, the fastest on an H100: with 8, rows wait for more threads."""
+    return max(1, min(block // 512, 32))

@@ -19,7 +19,7 @@ from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 from kernels.norm import HeadNorms
 
 _HEADS_PER_PROGRAM = 8
-_QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 8, 4
+_QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 32, 4
 
 
 @triton.jit
