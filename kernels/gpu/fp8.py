@@ -18,6 +18,7 @@ from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 LARGEST = tl.constexpr(FP8_MAX)
+_MANY_ROWS = 1024
 SMALLEST_SCALE = tl.constexpr(1e-12 / FP8_MAX)
 
 
@@ -93,7 +94,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
             size,
             x.stride(0),
             BLOCK=block,
-            num_warps=row_warps(block),
+            num_warps=fp8_row_warps(block, num_rows),
             **launch_options(x.device),
         )
     return out
@@ -106,11 +107,17 @@ def saturate_rows(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=FP8, device=x.device)
     block = next_power_of_2(size)
     launch(_saturate_rows_kernel, (num_rows,))(
-        x, out, size, x.stride(0), BLOCK=block, num_warps=row_warps(block)
+        x, out, size, x.stride(0), BLOCK=block, num_warps=fp8_row_warps(block, num_rows)
     )
     return out
 
 
 def row_warps(block: int) -> int:
-    """For 16 elements a thread, the fastest on an H100: with 8, rows wait for more threads."""
-    return max(1, min(block // 512, 32))
+    """Eight elements a thread keep loads at 16 bytes each."""
+    return max(1, min(block // 256, 16))
+
+
+def fp8_row_warps(block: int, num_rows: int) -> int:
+    """`row_warps` where rows are few; where they are many, and wait for threads, 16 elements a
+    thread are faster (benchmarks/gpu/rows.py)."""
+    return row_warps(block) if num_rows < _MANY_ROWS else max(1, min(block // 512, 32))
