@@ -29,8 +29,9 @@ from torch import Tensor
 
 from benchmarks.commit import current_commit
 from benchmarks.gpu.correctness import Check
-from benchmarks.gpu.engine import LLAMA_8B, llama_config
+from benchmarks.gpu.engine import llama_config
 from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, KV_HEADS, make_batch
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from engine.layers import attention, projection
 from engine.layers.attention import AttentionOptions
 from engine.layers.decoder import DecoderLayer

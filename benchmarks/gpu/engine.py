@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.commit import current_commit
 from benchmarks.gpu.device_time import device_spans, idle_share, kernel_ms
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.causal_lm import CausalLM
@@ -42,24 +43,6 @@ from protocol.ids import RequestKey
 from protocol.request import Request
 from protocol.sampling import SamplingParams
 
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 33792,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
 PREFILL = ((64, 2048), (8, 8192), (1, 32768))
 # With what is generated until and while steps are timed, contexts of 1,168 tokens, as in the table
 # that docs/performance.md compares with.

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu.engine import LLAMA_8B
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from engine.models.config import read_model_config
 from engine.models.registry import build_model, load_model
 from engine.weights.source import SafetensorsWeights, find_safetensors

@@ -35,6 +35,7 @@ import httpx
 import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from benchmarks.serving.servers import RunningServer, running, tandem
 from loadtest.client import LoadClient
 from loadtest.config import BenchConfig
@@ -44,26 +45,9 @@ from loadtest.results import RequestResult, distribution, percentile, summarize
 from loadtest.runner import run_load
 from loadtest.workload import PlannedRequest
 
-VOCAB_SIZE = 128_256
-NUM_WORDS = 128_000
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": NUM_WORDS,
-    "eos_token_id": NUM_WORDS + 1,
-}
+VOCAB_SIZE: int = LLAMA_8B["vocab_size"]
+NUM_WORDS: int = LLAMA_8B["bos_token_id"]
+MAX_MODEL_LEN = 16384
 MODEL = "llama-8b-shape"
 STEADY = (1024, 256, 64)
 NUM_STEADY = 256
@@ -84,8 +68,8 @@ STACKS: dict[str, tuple[str, ...]] = {
 
 def write_model(directory: Path, num_layers: int) -> None:
     """A config, and a tokenizer in which every id of the vocabulary is a word."""
-    shape = LLAMA_8B | {"num_hidden_layers": num_layers}
-    (directory / "config.json").write_text(json.dumps(shape))
+    sizes = {"num_hidden_layers": num_layers, "max_position_embeddings": MAX_MODEL_LEN}
+    (directory / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = itertools.islice(map("".join, itertools.product(letters, repeat=4)), NUM_WORDS)
     special = [f"<|special_{number}|>" for number in range(VOCAB_SIZE - NUM_WORDS)]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.commit import current_commit
-from benchmarks.gpu.engine import LLAMA_8B
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.causal_lm import CausalLM
