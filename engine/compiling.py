@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.decode_graphs import DecodeGraphs, graph_sizes
 from engine.device_blocks import DeviceBlocks
 from engine.kv_memory import allocate_kv_pool
-from engine.made_up_steps import largest_step, warm_up_steps
+from engine.made_up_steps import largest_step, prompt_steps, warm_up_steps
 from engine.models.causal_lm import CausalLM
 from engine.models.shortened import shortened
 from engine.prompt_graphs import PromptGraphs, graph_shapes
@@ -34,7 +34,11 @@ def compile_kernels(
 
 
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
-    """What profiling.py runs, then the runner captures, and copies of blocks launch."""
+    """What profiling.py runs, then the runner captures, and copies of blocks launch; and what steps
+    between may need."""
+    # Imported here, as below.
+    from kernels.gpu.hopper.linear_tiles import token_counts
+
     kv_pool = allocate_kv_pool(layout, 1, device=model.device)
     runner = ModelRunner(
         model, kv_pool, root_seed=0, uses_flash_attention=config.uses_flash_attention
@@ -46,8 +50,10 @@ def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None
         max_model_len=max_model_len,
         block_size=layout.block_size,
     )
-    steps = warm_up_steps(block_size=layout.block_size, max_tokens=max_model_len, is_gpu=True)
-    for plan in chain([largest], steps):
+    limits = {"block_size": layout.block_size, "max_tokens": max_model_len}
+    # Steps that no graph is captured for may have the tiles of any number of tokens.
+    steps = prompt_steps(token_counts(), **limits)
+    for plan in chain([largest], warm_up_steps(**limits, is_gpu=True), steps):
         runner.launch(plan)
         for item in plan.scheduled:
             runner.release(item.sequence)

@@ -140,6 +140,7 @@ class Engine:
                 dtype=dtype,
                 kv_dtype=_kv_dtype(config, model_config, dtype),
                 head_dim=model_config.head_dim,
+                layer_windows=model_config.layer_windows,
             )
         model = load_model(
             model_config,

@@ -1,6 +1,6 @@
 """Steps over made-up sequences, which an engine runs before anybody asks for anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from engine.scheduler.plan import ScheduledSequence, StepPlan
 from engine.sequence import Sequence
@@ -30,6 +30,15 @@ def warm_up_steps(*, block_size: int, max_tokens: int, is_gpu: bool) -> Iterator
         sequence.num_computed_tokens = num_tokens
         sequence.token_ids.append(0)
         yield StepPlan([ScheduledSequence(sequence, 1, samples=True)])
+
+
+def prompt_steps(lengths: Iterable[int], *, block_size: int, max_tokens: int) -> Iterator[StepPlan]:
+    """A prompt of each length that isn't too long, alone."""
+    for num_tokens in lengths:
+        if num_tokens < max_tokens:
+            block_ids = list(range(-(-num_tokens // block_size)))
+            sequence = _made_up(num_tokens, block_ids, SamplingParams(temperature=0.0))
+            yield StepPlan([ScheduledSequence(sequence, num_tokens, samples=True)])
 
 
 def largest_step(

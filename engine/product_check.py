@@ -21,6 +21,8 @@ _NUM_TOKENS = (100, 300, 512, 1000, 1024, 2048, 4096, 8192)
 # Rounding to bfloat16 is 0.003 of a result's norm, a wrong tile of a hundred 0.1.
 _MAX_ERROR = 0.02
 
+Shape = tuple[int, int]
+"""out_features, in_features."""
 Product = Callable[[Tensor, Tensor], Tensor]
 """[num_tokens, in_features] and [out_features, in_features] to [num_tokens, out_features]."""
 
@@ -30,15 +32,20 @@ def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: to
     percentage = os.environ.get(_VARIABLE)
     if device.type != "cuda" or percentage in (None, "100"):
         return
-    products: dict[str, Product] = {
-        "": torch.nn.functional.linear,
-        "adding ": _added_product,
-    }
+    shapes = _layer_shapes(config)
+    # Those that add to the residual stream.
+    adding = [shape for shape in shapes if shape[0] == config.hidden_size]
+    products: list[tuple[str, Product, list[Shape]]] = [
+        ("", torch.nn.functional.linear, shapes),
+        ("adding ", _added_product, adding),
+    ]
     if config.quantization is not None and multiplies_fp8(device, dtype):
-        products["fp8 "] = _fp8_product
-        products["adding fp8 "] = _added_fp8_product
-    for kind, product in products.items():
-        wrong = wrong_product(config, product, dtype, device)
+        products += [
+            ("fp8 ", _fp8_product, shapes),
+            ("adding fp8 ", _added_fp8_product, adding),
+        ]
+    for kind, product, its_shapes in products:
+        wrong = wrong_product(its_shapes, product, dtype, device)
         if wrong is not None:
             raise StartupError(
                 f"With {percentage} % of the GPU's multiprocessors the library's {kind}products "
@@ -47,11 +54,11 @@ def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: to
 
 
 def wrong_product(
-    config: ModelConfig, product: Product, dtype: torch.dtype, device: torch.device
+    shapes: list[Shape], product: Product, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """The sizes of the first of a layer's products that comes out wrong; None if all are right."""
+    """The sizes of the first of these products that comes out wrong; None if all are right."""
     generator = torch.Generator(device).manual_seed(0)
-    for out_features, in_features in _layer_shapes(config):
+    for out_features, in_features in shapes:
         weight = _random((out_features, in_features), dtype, generator)
         for num_tokens in _NUM_TOKENS:
             x = _random((num_tokens, in_features), dtype, generator)
@@ -62,12 +69,12 @@ def wrong_product(
     return None
 
 
-def _layer_shapes(config: ModelConfig) -> set[tuple[int, int]]:
-    """(out_features, in_features) of a layer's linears."""
+def _layer_shapes(config: ModelConfig) -> list[Shape]:
+    """Of a layer's linears."""
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     hidden, mlp = config.hidden_size, config.intermediate_size
-    return {(heads + 2 * kv_heads, hidden), (hidden, heads), (2 * mlp, hidden), (hidden, mlp)}
+    return [(heads + 2 * kv_heads, hidden), (hidden, heads), (2 * mlp, hidden), (hidden, mlp)]
 
 
 def _added_product(x: Tensor, weight: Tensor) -> Tensor:

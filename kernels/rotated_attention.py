@@ -66,7 +66,7 @@ def _on_gpu(
     parts = gpu.parts_to_attend(q, kv_pool, batch, **limits)
     # A kernel that has all rows makes its result itself.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if len(parts) > 1 else None
-    attended: list[Tensor] = []
+    result = q
     first = 0
     for part in parts:
         rows = slice(first, first + part.num_tokens)
@@ -92,6 +92,5 @@ def _on_gpu(
                 norms=norms,
             )
             result = gpu.paged_attention(q[rows], kv_pool, layer, part, **options)
-        attended.append(result)
         first = rows.stop
-    return attended[0] if out is None else out
+    return result if out is None else out

@@ -17,7 +17,8 @@ from benchmarks.gpu import correctness
 from benchmarks.gpu.correctness import FP8_RESULT_ERROR, Check, sampled_rows
 from benchmarks.gpu.graph_time import Call, sustained_s
 from kernels.fp8 import Fp8Rows, quantize_rows
-from kernels.gpu.cublaslt import Product, Shape, products
+from kernels.gpu.cublaslt import Product, products
+from kernels.gpu.cublaslt_shapes import Shape
 from kernels.gpu.fp8_linear import library_linear
 from kernels.norm import add_rms_norm_fp8
 

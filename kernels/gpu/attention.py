@@ -66,11 +66,8 @@ def _has_hopper_kernel(
     sliding_window: int | None,
     softcap: float | None,
 ) -> bool:
-    limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
-    return (
-        part.max_query_len > 1
-        and not is_for_flash_attention(q, kv_pool, part, **limits)
-        and is_supported(q, kv_pool, part, **limits)
+    return part.max_query_len > 1 and is_supported(
+        q, kv_pool, part, sliding_window=sliding_window, softcap=softcap
     )
 
 
@@ -142,12 +139,12 @@ def _kernel_for(
     softcap: float | None,
 ) -> Callable[..., Tensor]:
     limits: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap}
+    if is_for_flash_attention(q, kv_pool, part, **limits):
+        return functools.partial(flash_attention, softcap=softcap, cos_sin=cos_sin)
     if _has_hopper_kernel(q, kv_pool, part, **limits):
         from kernels.gpu.hopper.attention import hopper_attention
 
         return functools.partial(hopper_attention, cos_sin=cos_sin)
-    if is_for_flash_attention(q, kv_pool, part, **limits):
-        return functools.partial(flash_attention, softcap=softcap, cos_sin=cos_sin)
     assert cos_sin is None
     kernel = decode_attention if part.max_query_len == 1 else prefill_attention
     return functools.partial(kernel, **limits)

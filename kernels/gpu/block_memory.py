@@ -20,9 +20,10 @@ def pays_off(kv_pool: Tensor, batch: AttentionBatch, dtype: torch.dtype) -> bool
     The memory is taken at the first call, whatever its answer, and kept: the measured largest step
     includes it.
     """
-    memory = block_memory(kv_pool, dtype)
+    capacity = _num_bytes(kv_pool) // (kv_pool.shape[2:].numel() * dtype.itemsize)
+    capacity = min(capacity, _MAX_TOKENS // kv_pool.shape[4])
     num_blocks = batch.num_seqs * ceil_div(batch.max_kv_len, kv_pool.shape[4])
-    return num_blocks <= len(memory) and batch.num_tokens >= _MIN_QUERIES * batch.num_seqs
+    return num_blocks <= capacity and batch.num_tokens >= _MIN_QUERIES * batch.num_seqs
 
 
 _memories: dict[tuple[torch.device, torch.Size], Tensor] = {}
@@ -34,11 +35,17 @@ def block_memory(kv_pool: Tensor, dtype: torch.dtype) -> Tensor:
     One memory for each device and shape, whatever the type; kernels on a stream take turns with it.
     """
     shape = kv_pool.shape[2:]
+    _num_bytes(kv_pool)
+    memory = _memories[kv_pool.device, shape]
+    return memory.view(dtype).view(-1, 1, *shape)[: _MAX_TOKENS // shape[2]]
+
+
+def _num_bytes(kv_pool: Tensor) -> int:
+    """Of the memory, which is there behind the first call."""
+    shape = kv_pool.shape[2:]
+    block_bytes = shape.numel() * _WIDEST_BYTES
+    num_bytes = block_bytes * min(_MAX_BYTES // block_bytes, _MAX_TOKENS // shape[2])
     key = (kv_pool.device, shape)
     if key not in _memories:
-        block_bytes = shape.numel() * _WIDEST_BYTES
-        num_blocks = min(_MAX_BYTES // block_bytes, _MAX_TOKENS // shape[2])
-        _memories[key] = torch.empty(
-            num_blocks * block_bytes, dtype=torch.uint8, device=kv_pool.device
-        )
-    return _memories[key].view(dtype).view(-1, 1, *shape)[: _MAX_TOKENS // shape[2]]
+        _memories[key] = torch.empty(num_bytes, dtype=torch.uint8, device=kv_pool.device)
+    return num_bytes

@@ -1,57 +1,47 @@
 """Products of 8-bit numbers by cuBLASLt itself, which can add to the residual stream on the way.
 
-torch's product calls the same library without the sum. A row-major matrix is the transpose of the
-library's column-major one, so it is asked for `out.T = weight @ x.T`: A is `weight`, transposed, B
-is `x`, and C and D are both `out`. The other way round it has no products of 8 bits.
+torch's product calls the same library without the sum.
 """
 
 import ctypes
 import functools
 import logging
-from ctypes import byref, c_float, c_int, c_int8, c_int32, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
+from ctypes import byref, c_float, c_int, c_uint64
 from threading import Lock
 
 import torch
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows
+from kernels.gpu.cards import is_hopper_card
 from kernels.gpu.cublaslt_library import (
-    ADD_BIAS,
-    BFLOAT16,
     CLUSTER_1_BY_2,
-    COMPUTE_FLOAT32,
-    E4M3,
-    FLOAT32,
-    SCALE_OF_EACH_ROW,
     TILE_256_BY_128,
-    TRANSPOSED,
     Choice,
     CublasLtError,
     Descriptor,
     Estimate,
     Library,
-    Operation,
     Preference,
     check,
     choices,
     chosen,
     loaded_library,
 )
+from kernels.gpu.cublaslt_shapes import VECTOR_ALIGNMENT, Descriptors, Shape
 
 logger = logging.getLogger(__name__)
 
-# Alone among NVIDIA's GPUs, Hopper has products that scale each row and column.
-_HOPPER = 9
 # What NVIDIA recommends for Hopper.
 _WORKSPACE_BYTES = 32 << 20
 # Prompts come in any number of tokens, and choosing again takes the host tens of microseconds.
 _MOST_SHAPES = 512
-# What the library assumes of matrices unless told otherwise, and what we ask of vectors.
-_MATRIX_ALIGNMENT, _VECTOR_ALIGNMENT = 256, 16
+# What the library assumes of matrices unless told otherwise.
+_MATRIX_ALIGNMENT = 256
 # For many tokens and long sums this is 5 % faster than what the library names, where the card's
-# power binds (H100, cuBLAS 13.1; benchmarks/gpu/products.py --cublaslt). It isn't named for
-# products that scale each row, but does them.
+# power binds (H100, benchmarks/gpu/products.py --cublaslt). It isn't named for products that scale
+# each row, but does them, to the same bits; what its option means is the release's own affair.
+_MEASURED_RELEASE = range(130100, 130200)
 _MANY_TOKENS, _LONG_SUM = 8192, 8192
 _FOR_LONG_SUMS = {
     Choice.TILE: TILE_256_BY_128,
@@ -63,23 +53,11 @@ _ONE, _ZERO = c_float(1.0), c_float(0.0)
 _lock = Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a choice of algorithm depends on."""
-
-    num_tokens: int
-    out_features: int
-    in_features: int
-    has_bias: bool
-    adds: bool
-    """To what `out` holds, instead of overwriting it."""
-
-
 class Product:
     """`out = x @ weight.T + bias`, or `out +=` that, by one of the library's algorithms."""
 
     def __init__(
-        self, library: Library, shape: Shape, descriptors: "_Descriptors", estimate: Estimate
+        self, library: Library, shape: Shape, descriptors: Descriptors, estimate: Estimate
     ) -> None:
         self._library, self._shape, self._descriptors = library, shape, descriptors
         self._estimate = estimate
@@ -108,6 +86,8 @@ class Product:
             with _lock, torch.cuda.device(out.device):
                 self._launch(x, weight, bias, out)
         except CublasLtError as error:
+            if not error.is_refusal:
+                raise
             # Remembered, so that a step which is captured goes the way of the one before it.
             self._is_refused = True
             _report(f"a product came back with {error}")
@@ -117,9 +97,6 @@ class Product:
     def _launch(self, x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, out: Tensor) -> None:
         """On the current device. Raises CublasLtError."""
         stream = torch.cuda.current_stream().cuda_stream
-        workspace_bytes = self._estimate.workspace_bytes
-        needs_workspace = workspace_bytes > 0
-        workspace = _workspace(out.device, stream).data_ptr() if needs_workspace else None
         of = self._descriptors
         of.point_to(weight.scales.data_ptr(), x.scales.data_ptr(), bias)
         check(
@@ -138,8 +115,8 @@ class Product:
                 out.data_ptr(),
                 of.out.pointer,
                 byref(self._estimate.algorithm),
-                workspace,
-                workspace_bytes,
+                _workspace(out.device).data_ptr(),
+                _WORKSPACE_BYTES,
                 stream,
             )
         )
@@ -168,56 +145,30 @@ def products(shape: Shape, device: torch.device, most: int = 1) -> tuple[Product
     library = _library_for(device)
     if library is None:
         return ()
+    _workspace(device)
     try:
         with torch.cuda.device(device):
-            descriptors = _Descriptors(library, shape)
+            descriptors = Descriptors(library, shape)
             estimates = _estimates(library, descriptors, most)
-            if shape.num_tokens >= _MANY_TOKENS and shape.in_features >= _LONG_SUM:
+            if estimates and _is_measured(library, shape):
                 measured = _measured(library, descriptors, estimates[0])
                 estimates = [*measured, *estimates][:most]
     except CublasLtError as error:
+        if not error.is_refusal:
+            raise
         _report(f"no algorithm, {error}")
         return ()
+    if not estimates:
+        _report("no algorithm is known")
     return tuple(Product(library, shape, descriptors, estimate) for estimate in estimates)
 
 
 def _library_for(device: torch.device) -> Library | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != _HOPPER:
-        return None
-    return loaded_library()
+    # Alone among NVIDIA's GPUs, Hopper has products that scale each row and column.
+    return loaded_library() if is_hopper_card(device) else None
 
 
-class _Descriptors:
-    """Of a product of `shape`, with any of its algorithms. Raises CublasLtError."""
-
-    def __init__(self, library: Library, shape: Shape) -> None:
-        tokens, outputs, inputs = shape.num_tokens, shape.out_features, shape.in_features
-        self.a = Descriptor(library, "MatrixLayout", E4M3, inputs, outputs, inputs)
-        self.b = Descriptor(library, "MatrixLayout", E4M3, inputs, tokens, inputs)
-        self.out = Descriptor(library, "MatrixLayout", BFLOAT16, outputs, tokens, outputs)
-        self.operation = Descriptor(library, "MatmulDesc", COMPUTE_FLOAT32, FLOAT32)
-        self.operation.set(Operation.TRANSPOSE_A, c_int32(TRANSPOSED))
-        # As torch's: sums stay in the tensor cores' accumulators.
-        self.operation.set(Operation.FAST_ACCUMULATION, c_int8(1))
-        self.operation.set(Operation.A_SCALE_MODE, c_int32(SCALE_OF_EACH_ROW))
-        self.operation.set(Operation.B_SCALE_MODE, c_int32(SCALE_OF_EACH_ROW))
-        # Without scales no algorithm is found, and one is chosen by alignment; nothing is read.
-        self.operation.set(Operation.A_SCALE_POINTER, c_void_p(_VECTOR_ALIGNMENT))
-        self.operation.set(Operation.B_SCALE_POINTER, c_void_p(_VECTOR_ALIGNMENT))
-        if shape.has_bias:
-            self.operation.set(Operation.EPILOGUE, c_uint32(ADD_BIAS))
-            self.operation.set(Operation.BIAS_TYPE, c_int32(BFLOAT16))
-            self.operation.set(Operation.BIAS_POINTER, c_void_p(_VECTOR_ALIGNMENT))
-
-    def point_to(self, a_scales: int, b_scales: int, bias: Tensor | None) -> None:
-        """For the next call alone. Raises CublasLtError."""
-        self.operation.set(Operation.A_SCALE_POINTER, c_void_p(a_scales))
-        self.operation.set(Operation.B_SCALE_POINTER, c_void_p(b_scales))
-        if bias is not None:
-            self.operation.set(Operation.BIAS_POINTER, c_void_p(bias.data_ptr()))
-
-
-def _estimates(library: Library, of: _Descriptors, most: int) -> list[Estimate]:
+def _estimates(library: Library, of: Descriptors, most: int) -> list[Estimate]:
     """On the current device. Raises CublasLtError."""
     preference = Descriptor(library, "MatmulPreference")
     preference.set(Preference.MAX_WORKSPACE_BYTES, c_uint64(_WORKSPACE_BYTES))
@@ -236,13 +187,15 @@ def _estimates(library: Library, of: _Descriptors, most: int) -> list[Estimate]:
             byref(num_found),
         )
     )
-    usable = [each for each in found[: num_found.value] if each.status == 0]
-    if not usable:
-        raise CublasLtError("none is known")
-    return usable
+    return [each for each in found[: num_found.value] if each.status == 0]
 
 
-def _measured(library: Library, of: _Descriptors, named: Estimate) -> list[Estimate]:
+def _is_measured(library: Library, shape: Shape) -> bool:
+    is_large = shape.num_tokens >= _MANY_TOKENS and shape.in_features >= _LONG_SUM
+    return is_large and library.cublasLtGetVersion() in _MEASURED_RELEASE
+
+
+def _measured(library: Library, of: Descriptors, named: Estimate) -> list[Estimate]:
     """What measured faster than `named`; nothing where this release of the library refuses it. On
     the current device."""
     estimate = Estimate()
@@ -260,7 +213,9 @@ def _measured(library: Library, of: _Descriptors, named: Estimate) -> list[Estim
                 byref(estimate),
             )
         )
-    except CublasLtError:
+    except CublasLtError as error:
+        if not error.is_refusal:
+            raise
         return []
     estimate.algorithm = algorithm
     is_usable = estimate.status == 0 and estimate.workspace_bytes <= _WORKSPACE_BYTES
@@ -280,14 +235,16 @@ def _takes_rows(rows: Fp8Rows) -> bool:
     return _is_aligned(rows.values, _MATRIX_ALIGNMENT) and _is_aligned(rows.scales)
 
 
-def _is_aligned(x: Tensor, num_bytes: int = _VECTOR_ALIGNMENT) -> bool:
+def _is_aligned(x: Tensor, num_bytes: int = VECTOR_ALIGNMENT) -> bool:
     return x.is_contiguous() and x.data_ptr() % num_bytes == 0
 
 
 @functools.cache
-def _workspace(device: torch.device, stream: int) -> Tensor:  # noqa: ARG001  (a key)
-    """Kept for good, since captured graphs go on using it; for the calls of one stream, which come
-    one after the other."""
+def _workspace(device: torch.device) -> Tensor:
+    """Kept for good, since captured graphs go on using it, and taken with the first product, so
+    that the measured largest step has it. At most one stream may multiply at a time."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a product by cuBLASLt must run once before it's captured")
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 

@@ -31,6 +31,10 @@ SCALE_OF_EACH_ROW = 3
 _MATRIX_SCALES_VERSION = 120900
 
 
+_REFUSALS = (7, 8, 15)
+"""Of cublasStatus_t: for these values, on this architecture, or at all."""
+
+
 class Operation(IntEnum):
     """Attributes of what is multiplied, and how (cublasLtMatmulDescAttributes_t)."""
 
@@ -93,6 +97,11 @@ class Estimate(ctypes.Structure):
 class CublasLtError(Exception):
     """A call of the library's returned another status than success."""
 
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.is_refusal = status in _REFUSALS
+        """Whether it doesn't do what it was asked for, and has done nothing."""
+
 
 class Library(Protocol):
     """The functions, by their names in C. All return a status, 0 for success."""
@@ -120,7 +129,7 @@ class Descriptor:
 def check(status: int) -> None:
     """Raises CublasLtError."""
     if status:
-        raise CublasLtError(f"status {status}")
+        raise CublasLtError(status)
 
 
 def choices(library: Library, algorithm: Algorithm) -> dict[str, int]:

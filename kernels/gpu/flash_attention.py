@@ -20,7 +20,6 @@ from kernels.gpu.rope import rotated_fp8
 
 # As its repository builds it (hopper/), and as the wheel fa3-fwd has it.
 _MODULES = ("flash_attn_interface", "fa3_fwd_interface")
-_HOPPER = 9
 KV_DTYPES = (torch.bfloat16, FP8)
 HEAD_DIMS = (64, 96, 128, 256)
 
@@ -35,10 +34,6 @@ def library() -> Any:  # noqa: ANN401  (a module)
             if error.name != name:
                 raise
     raise ImportError(f"there is no module {' or '.join(_MODULES)}")
-
-
-def is_for_card(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
 def is_supported(

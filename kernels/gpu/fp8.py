@@ -18,8 +18,9 @@ from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 LARGEST = tl.constexpr(FP8_MAX)
-_MANY_ROWS = 1024
 SMALLEST_SCALE = tl.constexpr(1e-12 / FP8_MAX)
+# Far beyond a decode step's tokens, where a row's time counts, and below a prompt step's.
+_MANY_TOKENS = 1024
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def _saturate_rows_kernel(x, out, size, x_stride, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     values = tl.load(x + row * x_stride + columns, mask=mask).to(tl.float32)
-    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+    values = tl.clamp(values, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + row * size + columns, values.to(tl.float8e4nv), mask=mask)
 
 
@@ -120,4 +121,4 @@ def row_warps(block: int) -> int:
 def fp8_row_warps(block: int, num_rows: int) -> int:
     """`row_warps` where rows are few; where they are many, and wait for threads, 16 elements a
     thread are faster (benchmarks/gpu/rows.py)."""
-    return row_warps(block) if num_rows < _MANY_ROWS else max(1, min(block // 512, 32))
+    return row_warps(block) if num_rows < _MANY_TOKENS else max(1, min(block // 512, 32))

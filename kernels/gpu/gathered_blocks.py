@@ -13,7 +13,7 @@ from kernels.gpu.sizes import ceil_div
 
 _TILE = 4096
 # Kernels multiply whole tiles: what they read behind a sequence's end has weight 0, and must be a
-# number. FlashAttention 3's tiles have up to 224 tokens.
+# number. FlashAttention 3's tiles have up to 224 tokens (fa3-fwd 0.0.3).
 _MARGIN = 256
 # Blocks are copied as they are, so a kernel serves all types of one size.
 _BITS = {1: torch.uint8, 2: torch.int16}

@@ -18,6 +18,7 @@ from engine import LLM
 from kernels.attention import AttentionBatch, paged_attention
 from kernels.fp8 import FP8
 from kernels.gpu import attention, block_memory, flash_attention
+from kernels.gpu.cards import is_hopper_card
 from kernels.gpu.fp8 import saturate_rows
 from kernels.kv_format import UNSCALED, KVScales
 from kernels.rotated_attention import rotate_and_attend
@@ -29,7 +30,7 @@ def _is_here() -> bool:
         flash_attention.library()
     except ImportError:
         return False
-    return torch.cuda.is_available() and flash_attention.is_for_card(torch.device("cuda"))
+    return torch.cuda.is_available() and is_hopper_card(torch.device("cuda"))
 
 
 needs_library = pytest.mark.skipif(not _is_here(), reason="needs a Hopper GPU and fa3-fwd")
@@ -223,17 +224,14 @@ def test_greedy_tokens(
 
 
 @needs_library
-def test_windows_keep_our_own_kernels(
-    tmp_path: Path, long_prompts: list[list[int]], num_calls: list[int]
-) -> None:
+def test_windows_in_all_layers_are_refused(tmp_path: Path) -> None:
     model_dir = write_tiny_model("mistral", tmp_path)
-    llm = LLM(str(model_dir), **ENGINE, attention_backend="flash-attn")
-    token_ids(llm, long_prompts[-1:])
-    assert num_calls == [0]
+    with pytest.raises(StartupError, match="sliding windows"):
+        LLM(str(model_dir), **ENGINE, attention_backend="flash-attn")
 
 
 def test_what_to_install_is_said(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not flash_attention.is_for_card(torch.device("cuda")):
+    if not is_hopper_card(torch.device("cuda")):
         with pytest.raises(StartupError, match="Hopper GPU"):
             LLM(str(model_dir), **ENGINE, attention_backend="flash-attn")
         return
@@ -246,5 +244,5 @@ def test_what_to_install_is_said(model_dir: Path, monkeypatch: pytest.MonkeyPatc
         raise ImportError("there is none")
 
     monkeypatch.setattr(flash_attention, "library", missing)
-    with pytest.raises(StartupError, match=r"`pip install fa3-fwd`.*there is none"):
+    with pytest.raises(StartupError, match=r"tandem\[flash-attn\].*there is none"):
         LLM(str(model_dir), **ENGINE, attention_backend="flash-attn")

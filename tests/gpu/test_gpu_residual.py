@@ -8,6 +8,7 @@ from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fp8_linear_reference
 from kernels.gpu import cublaslt
 from kernels.gpu.cublaslt_library import loaded_library
+from kernels.gpu.cublaslt_shapes import Shape
 from kernels.linear import add_linear, linear_reference, pack_linear
 
 DTYPE = torch.bfloat16
@@ -113,7 +114,7 @@ class TestLibrary:
         x, residual = quantize_rows(random(2051, 4096)), random(2051, 1024) * 64
         bias = random(1024) * 64 if has_bias else None
         packed = Fp8Linear(quantize_rows(random(1024, 4096)), bias, None)
-        shape = cublaslt.Shape(2051, 1024, 4096, has_bias=has_bias, adds=adds)
+        shape = Shape(2051, 1024, 4096, has_bias=has_bias, adds=adds)
         expected = fp8_expected(x, packed, residual if adds else torch.zeros_like(residual))
         found = cublaslt.products(shape, residual.device, 8)
         assert found
@@ -122,9 +123,27 @@ class TestLibrary:
             assert product(x, packed.weight, bias, stream)
             assert relative_error(stream, expected) < ERROR
 
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_the_tile_that_was_measured(self, *, has_bias: bool) -> None:
+        x, residual = quantize_rows(random(8192, 14336)), random(8192, 4096) * 128
+        bias = random(4096) * 128 if has_bias else None
+        packed = Fp8Linear(quantize_rows(random(4096, 14336)), bias, None)
+        shape = Shape(8192, 4096, 14336, has_bias=has_bias, adds=True)
+        found = cublaslt.products(shape, residual.device, 2)
+        library = loaded_library()
+        assert library is not None
+        if library.cublasLtGetVersion() // 100 == 1301:
+            assert [product.choices["tile"] for product in found][:1] == [24]
+            assert len(found) == 2
+        expected = fp8_expected(x, packed, residual)
+        for product in found:
+            stream = residual.clone()
+            assert product(x, packed.weight, bias, stream)
+            assert relative_error(stream, expected) < ERROR
+
     def test_what_is_overwritten_may_be_no_numbers(self) -> None:
         x, weight = quantize_rows(random(300, 256)), quantize_rows(random(512, 256))
-        shape = cublaslt.Shape(300, 512, 256, has_bias=False, adds=False)
+        shape = Shape(300, 512, 256, has_bias=False, adds=False)
         out = torch.full((300, 512), torch.nan, dtype=DTYPE, device="cuda")
         assert cublaslt.products(shape, out.device)[0](x, weight, None, out)
         assert out.isfinite().all()

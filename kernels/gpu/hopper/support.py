@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.block_memory import pays_off
+from kernels.gpu.cards import is_hopper_card
 
-_HOPPER = 9
 # Gluon still changes between releases; these compile the kernels.
 _TRITON_VERSIONS = ("3.6.", "3.7.")
 _HEAD_DIMS = (64, 128)
@@ -57,9 +57,5 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    # Neither older nor newer GPUs have this one's matrix instructions.
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == _HOPPER
-        and triton.__version__.startswith(_TRITON_VERSIONS)
-    )
+    """Whether it's one, and Triton compiles for it what is in this folder."""
+    return is_hopper_card(device) and triton.__version__.startswith(_TRITON_VERSIONS)

@@ -22,6 +22,7 @@ FITS = {
     "dtype": torch.bfloat16,
     "kv_dtype": torch.bfloat16,
     "head_dim": 128,
+    "layer_windows": (512, None),
 }
 
 
@@ -45,24 +46,25 @@ def test_a_cpu_has_none(tmp_path: Path) -> None:
 
 def test_what_it_must_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from kernels.gpu import flash_attention
+    from kernels.gpu import cards, flash_attention
 
-    monkeypatch.setattr(flash_attention, "is_for_card", lambda _: True)
+    monkeypatch.setattr(cards, "is_hopper_card", lambda _: True)
     monkeypatch.setattr(flash_attention, "library", lambda: None)
     check_flash_attention(**FITS)
     check_flash_attention(**(FITS | {"kv_dtype": FP8, "head_dim": 64}))
     assert "float16" in refusal(dtype=torch.float16)
     assert "not in float8_e5m2" in refusal(kv_dtype=torch.float8_e5m2)
     assert "this model's have 80" in refusal(head_dim=80)
+    assert "sliding windows" in refusal(layer_windows=(512, 512))
 
     def missing() -> None:
         raise ImportError("there is no module fa3_fwd_interface")
 
     monkeypatch.setattr(flash_attention, "library", missing)
     text = refusal()
-    assert "pip install fa3-fwd" in text
+    assert "pip install 'tandem[flash-attn]'" in text
     assert "there is no module fa3_fwd_interface" in text
-    monkeypatch.setattr(flash_attention, "is_for_card", lambda _: False)
+    monkeypatch.setattr(cards, "is_hopper_card", lambda _: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B200")
     assert "not NVIDIA B200" in refusal()
 

@@ -33,11 +33,13 @@ def test_what_is_right_passes(config: ModelConfig, dtype: torch.dtype) -> None:
         product_check._fp8_product,
         product_check._added_fp8_product,
     ):
-        assert product_check.wrong_product(config, product, dtype, CPU) is None
+        shapes = product_check._layer_shapes(config)
+        assert product_check.wrong_product(shapes, product, dtype, CPU) is None
 
 
 def test_a_wrong_tile_is_found(config: ModelConfig) -> None:
-    wrong = product_check.wrong_product(config, lost_tile, torch.bfloat16, CPU)
+    shapes = product_check._layer_shapes(config)
+    wrong = product_check.wrong_product(shapes, lost_tile, torch.bfloat16, CPU)
     assert wrong is not None
     assert wrong.startswith("300 x ")
 

@@ -10,6 +10,7 @@ from kernels.gpu.hopper.linear_tiles import (
     HopperTile,
     tile_for,
     tile_for_16_bits,
+    token_counts,
 )
 
 REGISTERS = 65536
@@ -55,6 +56,14 @@ def test_products_of_16_bits(shape: tuple[int, int], taken: range) -> None:
         if tile is not None:
             needed = tile.shared_bytes + tile.warpgroups * STORED_BYTES
             assert needed <= SHARED_BYTES - BARRIER_BYTES
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("choose", [tile_for, tile_for_16_bits])
+def test_some_numbers_of_tokens_have_all_tiles(choose, shape: tuple[int, int]) -> None:
+    """Those are what start-up compiles for."""
+    compiled = {choose(num_tokens, *shape) for num_tokens in token_counts()}
+    assert {choose(num_tokens, *shape) for num_tokens in range(65, 257)} <= compiled | {None}
 
 
 def test_rows_that_start_anywhere_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:

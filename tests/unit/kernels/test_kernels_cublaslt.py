@@ -16,7 +16,14 @@ pytest.importorskip("triton")
 from kernels.fp8 import FP8, Fp8Rows, quantize_rows_reference
 from kernels.fp8_linear import Fp8Linear, fp8_linear_reference
 from kernels.gpu import cublaslt, cublaslt_library, fp8_linear
-from kernels.gpu.cublaslt_library import Algorithm, Estimate, Operation, Preference
+from kernels.gpu.cublaslt_library import (
+    Algorithm,
+    CublasLtError,
+    Estimate,
+    Operation,
+    Preference,
+)
+from kernels.gpu.cublaslt_shapes import Shape
 
 TYPES = {0: torch.float32, 14: torch.bfloat16, 28: FP8}
 HANDLE, STREAM = 77, 78
@@ -40,7 +47,9 @@ class Multiplier:
         self.workspace_bytes = 0
         self.alive: dict[int, dict[int, Any]] = {}
         self.num_heuristics = self.num_products = 0
-        self.last_algorithm = self.last_tile = -1
+        self.last_algorithm = -1
+        self.last_choices: dict[int, int] = {}
+        self.version = 130100
         self._next = 1
 
     def __getattr__(self, name: str) -> Any:
@@ -63,12 +72,15 @@ class Multiplier:
         self.alive[pointer.value or 0][attribute] = value._obj.value
         return 0
 
+    def cublasLtGetVersion(self) -> int:  # noqa: N802
+        return self.version
+
     def cublasLtMatmulAlgoConfigSetAttribute(  # noqa: N802
         self, algorithm: Any, choice: int, value: Any, size: int
     ) -> int:
         assert size == ctypes.sizeof(value._obj) == (2 if choice in (7, 8) else 4)
-        if choice == 1:
-            algorithm._obj.data[1] = value._obj.value
+        # There is no room for the eighth under its number.
+        algorithm._obj.data[3 if choice == 8 else choice] = value._obj.value
         return 0
 
     def cublasLtMatmulAlgoCheck(self, handle: int, operation: Any, *rest: Any) -> int:  # noqa: N802
@@ -98,12 +110,13 @@ class Multiplier:
         a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout, *rest = arguments
         algorithm, workspace, workspace_bytes, stream = rest
         assert (handle, stream) == (HANDLE, STREAM)
-        assert (workspace is not None) == (workspace_bytes > 0) == (self.workspace_bytes > 0)
+        assert workspace is not None
+        assert workspace_bytes == 32 << 20
         if self.status:
             return self.status
         self.num_products += 1
         self.last_algorithm = algorithm._obj.data[0]
-        self.last_tile = algorithm._obj.data[1]
+        self.last_choices = dict(enumerate(algorithm._obj.data[1:7], 1))
         of = self.alive[operation.value]
         assert of[Operation.TRANSPOSE_A] == 1
         assert of[Operation.FAST_ACCUMULATION] == 1
@@ -195,7 +208,7 @@ def test_products_are_added(library: Multiplier, workspace_bytes: int, *, has_bi
 
 def test_any_of_its_algorithms_overwrites(library: Multiplier) -> None:
     case = Case()
-    shape = cublaslt.Shape(NUM_TOKENS, 32, 48, has_bias=False, adds=False)
+    shape = Shape(NUM_TOKENS, 32, 48, has_bias=False, adds=False)
     found = cublaslt.products(shape, case.residual.device, 8)
     assert len(found) == library.num_algorithms
     for index, product in enumerate(found):
@@ -216,11 +229,19 @@ def test_long_sums_of_many_tokens_have_a_tile_that_was_measured(
     case = Case()
     assert case.add()
     case.assert_added()
-    assert library.last_tile == (0 if is_refused else 24)
+    none = dict.fromkeys(range(1, 7), 0)
+    # The tile, the cluster and the option.
+    assert library.last_choices == (none if is_refused else none | {1: 24, 3: 5, 5: 7})
     clear()
+    # What numbers mean in other releases isn't known.
+    library.version = 130200
+    assert Case().add()
+    assert library.last_choices == none
+    clear()
+    library.version = 130100
     monkeypatch.setattr(cublaslt, "_MANY_TOKENS", NUM_TOKENS + 1)
     assert Case().add()
-    assert library.last_tile == 0
+    assert library.last_choices == none
 
 
 def test_nothing_is_done_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +278,7 @@ def test_nothing_is_done_without_an_algorithm(
 
 
 def test_what_was_refused_is_not_asked_for_again(library: Multiplier) -> None:
-    library.status = 13
+    library.status = 15
     case = Case()
     assert not case.add()
     library.status = 0
@@ -266,6 +287,13 @@ def test_what_was_refused_is_not_asked_for_again(library: Multiplier) -> None:
     other = Case(has_bias=True)
     assert other.add()
     other.assert_added()
+
+
+@pytest.mark.parametrize("failing", ["status", "heuristic_status"])
+def test_what_fails_is_no_refusal(library: Multiplier, failing: str) -> None:
+    setattr(library, failing, 13)
+    with pytest.raises(CublasLtError, match="status 13"):
+        Case().add()
 
 
 def test_other_types_and_places_are_refused(library: Multiplier) -> None:
