@@ -2,8 +2,9 @@
 
 Rows "added" have what follows the output and down projections: torch's product and the norm that
 adds, or the product that adds and the norm alone. Rows "choices" have each of the algorithms that
-cuBLASLt thinks fastest, the first of which is torch's if both are asked alike. All is timed for a
-second each, since the card's power binds.
+cuBLASLt thinks fastest, the first of which is torch's if both are asked alike, and torch's with one
+scale for a matrix instead of one a row. All is timed for a second each, since the card's power
+binds.
 """
 
 import functools
@@ -112,6 +113,8 @@ class Case:
         # Once more: a card that gets warmer gets slower.
         row["torch_us"] = [first_us, _us(self._libraries)]
         row["torch_tflops"] = self._tflops(min(row["torch_us"]))
+        row["one_scale_us"] = _us(self._one_scale)
+        row["one_scale_tflops"] = self._tflops(row["one_scale_us"])
         row["choices"] = found
         return row
 
@@ -121,6 +124,23 @@ class Case:
     @property
     def _libraries(self) -> list[Call]:
         return [functools.partial(self._library, weight) for weight in self._weights]
+
+    @property
+    def _one_scale(self) -> list[Call]:
+        """torch's products with a scale for each matrix instead of each row."""
+        scale = torch.ones(1, device="cuda")
+        return [
+            functools.partial(
+                torch._scaled_mm,  # noqa: SLF001
+                self._x.values,
+                weight.values.T,
+                scale_a=scale,
+                scale_b=scale,
+                out_dtype=DTYPE,
+                use_fast_accum=True,
+            )
+            for weight in self._weights
+        ]
 
     def _library(self, weight: Fp8Rows) -> Tensor:
         return library_linear(self._x, weight, None, dtype=DTYPE)

@@ -56,7 +56,9 @@ VARIANTS = (
     Variant("values", values=True),
     Variant("keys and values", keys=True, values=True),
     Variant("keys, values and queries", keys=True, values=True, queries=True),
-    Variant("keys, values, queries and weights", True, True, True, True),  # noqa: FBT003
+    Variant(
+        "keys, values, queries and weights", keys=True, values=True, queries=True, weights=True
+    ),
     Variant("keys less their mean", keys=True, is_centred=True),
     Variant("keys less their mean, and values", keys=True, values=True, is_centred=True),
     Variant("keys turned", keys=True, is_turned=True),

@@ -89,10 +89,13 @@ def flash_attention(
     # The wheel is built without block tables.
     k, v = gather_blocks(kv_pool, layer, batch)
     v_descale: Tensor | None = None
-    if kv_pool.dtype is FP8:
+    if rotates(kv_pool):
         q = saturate_rows(q) if cos_sin is None else rotated_fp8(q, cos_sin, batch.positions)
-        shape = (batch.num_seqs, kv_pool.shape[3])
-        v_descale = torch.full(shape, v_scale, dtype=torch.float32, device=q.device)
+        if v_scale != 1.0:
+            shape = (batch.num_seqs, kv_pool.shape[3])
+            v_descale = torch.full(shape, v_scale, dtype=torch.float32, device=q.device)
+    else:
+        assert cos_sin is None
     attended = library().flash_attn_with_kvcache(
         q,
         k,
