@@ -63,7 +63,7 @@ class Attention:
             bias=options.qkv_bias,
         )
         self._kv = self.qkv.from_channel(q_size // PART_MULTIPLE * PART_MULTIPLE)
-        self._output = load_projection(
+        self.output: Projection = load_projection(
             weights, prefix, {"o_proj": config.hidden_size}, q_size, bias=options.output_bias
         )
         self._kv_scales = read_kv_scales(weights, prefix)
@@ -78,7 +78,7 @@ class Attention:
     @property
     def kind(self) -> Hashable:
         """As that of projections."""
-        return self.qkv.kind, self._output.kind, self._window, self._norms is not None
+        return self.qkv.kind, self.output.kind, self._window, self._norms is not None
 
     def forward(
         self,
@@ -90,7 +90,15 @@ class Attention:
     ) -> Tensor | None:
         """`hidden` [num_tokens, hidden_size], made by `qkv.normed`, to the same shape, or None if
         that is in the residual stream already; the new KV goes to the pool."""
-        heads = self.qkv.forward(hidden).unflatten(-1, (-1, self._head_dim))
+        attended = self.attend(self.qkv.forward(hidden), cos_sin, batch, kv_pool)
+        return self.output.onto(attended, residual)
+
+    def attend(
+        self, projected: Tensor, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor
+    ) -> Tensor:
+        """The part of `forward` between its products: what `qkv` makes, to
+        [num_tokens, num_heads * head_dim]."""
+        heads = projected.unflatten(-1, (-1, self._head_dim))
         q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         attended = rotate_and_attend(
             q,
@@ -105,7 +113,7 @@ class Attention:
             kv_scales=self._kv_scales,
             norms=self._norms,
         )
-        return self._output.onto(attended.flatten(1), residual)
+        return attended.flatten(1)
 
     def store_kv(
         self, hidden: ProjectionInput, cos_sin: Tensor, batch: AttentionBatch, kv_pool: Tensor

@@ -2,13 +2,17 @@
 
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 from engine.layers.attention import Attention, AttentionOptions
 from engine.layers.mlp import GatedMLP
+from engine.layers.projection import Fp8Projection, Projection
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
 from kernels.attention import AttentionBatch
+from kernels.fp8 import Fp8Rows
+from kernels.layer import LayerWeights, NextWeights, joined_products, joins_products
 
 
 class DecoderLayer:
@@ -30,6 +34,19 @@ class DecoderLayer:
         self._attention = Attention(config, layer, weights, options=attention)
         self._mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
         self._mlp = GatedMLP(config, layer, weights, bias=mlp_bias)
+        self._joined = self._join()
+        self._from_before: NextWeights | None = None
+        qkv = _plain_rows(self._attention.qkv)
+        if qkv is not None:
+            self._from_before = NextWeights(self._input_norm, qkv)
+
+    def _join(self) -> LayerWeights | None:
+        output, gate_up, down = map(
+            _plain_rows, (self._attention.output, self._mlp.gate_up, self._mlp.down)
+        )
+        if output is None or gate_up is None or down is None:
+            return None
+        return LayerWeights(output, self._mlp_norm, gate_up, down)
 
     @property
     def kind(self) -> Hashable:
@@ -54,6 +71,39 @@ class DecoderLayer:
         normed, residual = self._mlp.gate_up.normed(output, residual, self._mlp_norm, self._eps)
         return self._mlp.forward(normed, residual), residual
 
+    def joins_products(
+        self, following: "DecoderLayer | None", num_tokens: int, dtype: torch.dtype
+    ) -> bool:
+        """Whether `forward_joined` can stand in for `forward`, and should."""
+        weights = self._joined
+        if weights is None:
+            return False
+        if following is None:
+            return joins_products(weights, None, num_tokens, dtype)
+        before = following._from_before
+        return before is not None and joins_products(weights, before, num_tokens, dtype)
+
+    def project(self, residual: Tensor) -> Tensor:
+        """The queries, keys and values that `forward_joined` takes, of the first layer."""
+        normed, _ = self._attention.qkv.normed(None, residual, self._input_norm, self._eps)
+        return self._attention.qkv.forward(normed)
+
+    def forward_joined(
+        self,
+        projected: Tensor,
+        residual: Tensor,
+        cos_sin: Tensor,
+        batch: AttentionBatch,
+        kv_pool: Tensor,
+        following: "DecoderLayer | None",
+    ) -> Tensor | None:
+        """`forward` from its own queries, keys and values to those of the layer that is
+        `following`, None if there is none; outputs go to the residual stream."""
+        assert self._joined is not None
+        attended = self._attention.attend(projected, cos_sin, batch, kv_pool)
+        before = None if following is None else following._from_before
+        return joined_products(attended, residual, self._joined, before, self._eps)
+
     def store_kv(
         self,
         output: Tensor | None,
@@ -67,3 +117,11 @@ class DecoderLayer:
         normed, residual = self._attention.qkv.normed(output, residual, self._input_norm, self._eps)
         self._attention.store_kv(normed, cos_sin, batch, kv_pool)
         return residual
+
+
+def _plain_rows(projection: Projection) -> Fp8Rows | None:
+    """Its weight of 8 bits, if that is all there is to it."""
+    if not isinstance(projection, Fp8Projection):
+        return None
+    packed = projection.packed
+    return packed.weight if packed.bias is None and packed.input_scale is None else None

@@ -24,16 +24,16 @@ class GatedMLP:
             hidden,
             bias=bias,
         )
-        self._down = load_projection(
+        self.down: Projection = load_projection(
             weights, prefix, {"down_proj": hidden}, intermediate, bias=bias
         )
 
     @property
     def kind(self) -> Hashable:
         """As that of projections."""
-        return self.gate_up.kind, self._down.kind
+        return self.gate_up.kind, self.down.kind
 
     def forward(self, hidden: ProjectionInput, residual: Tensor) -> Tensor | None:
         """`hidden` [num_tokens, hidden_size], made by `gate_up.normed`, to the same shape, or None
         if that is in the residual stream already."""
-        return self._down.onto(self.gate_up.forward_gated(hidden, then=self._down), residual)
+        return self.down.onto(self.gate_up.forward_gated(hidden, then=self.down), residual)

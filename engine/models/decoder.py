@@ -1,6 +1,6 @@
 """A decoder of equal layers, which differ in their attention alone: all served architectures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -45,6 +45,9 @@ class DecoderModel:
         last: LastTokens | None = None,
     ) -> Tensor:
         output, residual = None, self._vocabulary.embed(token_ids)
+        if last is None and self._joins_products(residual):
+            self._forward_joined(residual, batch, kv_pool)
+            return add_rms_norm(None, residual, self._norm, self.config.rms_norm_eps)[0]
         *layers, last_layer = self.layers
         for layer in layers:
             output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
@@ -54,6 +57,25 @@ class DecoderModel:
             output, residual, batch = None, residual.index_select(0, last.rows), last.batch
         output, residual = last_layer.forward(output, residual, self._cos_sin, batch, kv_pool)
         return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
+
+    def _joins_products(self, residual: Tensor) -> bool:
+        """Whether each layer's products, and the next one's, run as one kernel."""
+        num_tokens, dtype = len(residual), residual.dtype
+        return all(
+            layer.joins_products(following, num_tokens, dtype)
+            for layer, following in self._with_following()
+        )
+
+    def _forward_joined(self, residual: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> None:
+        projected: Tensor | None = self.layers[0].project(residual)
+        for layer, following in self._with_following():
+            assert projected is not None
+            projected = layer.forward_joined(
+                projected, residual, self._cos_sin, batch, kv_pool, following
+            )
+
+    def _with_following(self) -> Iterable[tuple[DecoderLayer, DecoderLayer | None]]:
+        return zip(self.layers, [*self.layers[1:], None], strict=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._vocabulary.logits(hidden)

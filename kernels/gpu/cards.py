@@ -1,13 +1,23 @@
 """What kind of GPU a device is."""
 
 import functools
+import os
+from pathlib import Path
 
 import torch
 
 _HOPPER = 9
+_MPS_VARIABLE, _MPS_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108
 
 
 @functools.cache
 def is_hopper_card(device: torch.device) -> bool:
     """Neither older nor newer GPUs have this one's matrix instructions."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+@functools.cache
+def shares_multiprocessors() -> bool:
+    """Whether other processes' kernels may run beside this one's at once, by NVIDIA's
+    Multi-Process Service: a kernel then can't tell how many of its programs do."""
+    return _MPS_VARIABLE in os.environ or _MPS_DIRECTORY.exists()

@@ -55,6 +55,7 @@ class Buffer:
     lines: slice
     shape: Sequence[int]
     order: Sequence[int] | None = None
+    num_more: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +63,16 @@ class Buffer:
 
     def permute(self, order: Sequence[int]) -> "Buffer":
         return replace(self, order=order)
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Buffer":
+        """With rows of what lies behind a tile, in which nobody is interested."""
+        line = self.memory.numbers.shape[1]
+        assert (dtype, self.shape[1:], _line(layout)) == (self.dtype, shape[1:], line)
+        assert shape[1:] == [line], "rows of several lines aren't side by side"
+        # Lines are swizzled in eights, and the memory doesn't end here.
+        num_more = shape[0] - self.shape[0]
+        assert self.shape[0] % 8 == 0 <= num_more <= len(self.memory.numbers) - self.lines.stop
+        return replace(self, num_more=num_more)
 
     def load(self, layout: Any = None) -> Tensor:
         memory, lines, thread = self.memory, self.lines, this_thread()
@@ -121,6 +132,9 @@ class Buffer:
     def multiplied(self) -> Tensor:
         self.use()
         numbers = self._from_lines(self.memory.numbers[self.lines])
+        if self.num_more:
+            unknown = torch.full((self.num_more, *self.shape[1:]), torch.nan)
+            numbers = torch.cat((numbers, unknown))
         return numbers if self.order is None else numbers.permute(*self.order)
 
     def _as_lines(self, value: Tensor) -> Tensor:
@@ -148,6 +162,7 @@ class Buffer:
 class Buffers:
     memory: Memory
     shape: Sequence[int]
+    layout: Any = None
 
     def __post_init__(self) -> None:
         # Lines are swizzled in eights, which doesn't show as long as no view divides them.
@@ -157,7 +172,9 @@ class Buffers:
     @staticmethod
     def allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Buffers":
         line = _line(layout)
-        return Buffers(Memory(this_thread().program, dtype, prod(shape) // line, line), shape)
+        return Buffers(
+            Memory(this_thread().program, dtype, prod(shape) // line, line), shape, layout
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,7 +188,7 @@ class Buffers:
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "Buffers":
         line = self.memory.numbers.shape[1]
         assert (dtype, prod(shape), _line(layout)) == (self.dtype, prod(self.shape), line)
-        return Buffers(self.memory, shape)
+        return Buffers(self.memory, shape, layout)
 
 
 def _line(layout: Any) -> int:

@@ -52,6 +52,10 @@ class Pointer:
     def dtype(self) -> SimpleNamespace:
         return SimpleNamespace(element_ty=self.memory.dtype)
 
+    def to(self, dtype: torch.dtype) -> "Pointer":
+        assert dtype is torch.int64
+        return self
+
 
 class Constant(int):
     """A module's `gl.constexpr`, whose value its Python reads."""
@@ -110,11 +114,11 @@ def _multiply(
     return result
 
 
-def _wait(num_left: int, *, deps: list[Tensor]) -> Tensor:
+def _wait(num_left: int, *, deps: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     products = this_thread().products
     while len(products) > num_left:
         products.pop(0)()
-    return deps[0]
+    return deps[0] if len(deps) == 1 else tuple(deps)
 
 
 def _load(pointer: Pointer, *, mask: Any = True, other: Any = 0, **_: Any) -> Tensor:
@@ -136,6 +140,11 @@ def _atomic_add(pointer: Pointer, value: int, **_: str) -> int:
     return before
 
 
+def _atomic_max(pointer: Pointer, value: Tensor, *, mask: Tensor, **_: str) -> None:
+    at = pointer.at[mask]
+    pointer.memory[at] = torch.maximum(pointer.memory[at], value[mask])
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Buffers | Barriers:
     if dtype is torch.int64:
         program = this_thread().program
@@ -151,6 +160,13 @@ def _specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *
 def _inline_asm(
     asm: str, constraints: str, args: list[Tensor], *, dtype: torch.dtype, is_pure: bool, pack: int
 ) -> Tensor:
+    if asm.startswith("fence.proxy.async.global;"):
+        assert not is_pure
+        return args[0]
+    if asm.startswith("ld.acquire.gpu.global"):
+        assert not is_pure
+        give_turn()
+        return args[0].memory[args[0].at]
     assert (_ROUNDINGS[asm], constraints, is_pure, pack) == (dtype, "=r,f,f", True, 2)
     return args[0].to(dtype)
 
@@ -159,17 +175,31 @@ def _least(a: Any, b: Any) -> Tensor:
     return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _largest(a: Any, b: Any) -> Tensor:
+    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+
+_to = Tensor.to
+
+
+def _cast(tensor: Tensor, *to: Any, bitcast: bool = False, **options: Any) -> Tensor:
+    return tensor.view(*to) if bitcast else _to(tensor, *to, **options)
+
+
 MODEL = {
     "gl": SimpleNamespace(
+        abs=torch.abs,
         allocate_shared_memory=_allocate,
         arange=lambda start, end, **_: torch.arange(start, end),
         atomic_add=_atomic_add,
+        atomic_max=_atomic_max,
         bfloat16=torch.bfloat16,
         BlockedLayout=lambda *_: None,
         constexpr=None,
         convert_layout=lambda value, *_, **__: value,
         DotOperandLayout=lambda _, parent, *__: SimpleNamespace(parent=parent),
         exp2=torch.exp2,
+        float8e4nv=torch.float8_e4m3fn,
         float16=torch.float16,
         float32=torch.float32,
         full=lambda shape, value, dtype, **_: torch.full(shape, value, dtype=dtype),
@@ -178,12 +208,13 @@ MODEL = {
         int64=torch.int64,
         load=_load,
         max=torch.amax,
-        maximum=torch.maximum,
+        maximum=_largest,
         minimum=_least,
         num_programs=lambda _: this_thread().program.num_programs,
         NVMMADistributedLayout=lambda *_: None,
         NVMMASharedLayout=gl.NVMMASharedLayout,
         program_id=lambda _: this_thread().program.number,
+        rsqrt=torch.rsqrt,
         SliceLayout=lambda *_: None,
         split=lambda value: value.unbind(-1),
         static_range=range,
@@ -246,6 +277,7 @@ def run_modelled(patch: pytest.MonkeyPatch, kernel: str, *modules: ModuleType) -
     """Has the functions of `modules` run in the model, and the kernel of that name launched so."""
     # Other names of Gluon's tensors are torch's, too.
     patch.setattr(Tensor, "expand_dims", Tensor.unsqueeze, raising=False)
+    patch.setattr(Tensor, "to", _cast)
     for module in modules:
         for name, value in list(vars(module).items()):
             if name in MODEL:

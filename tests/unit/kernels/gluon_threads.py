@@ -18,6 +18,8 @@ MAX_CLOCKS = 32
 # Python's lock from each other for longer than they last.
 _TURN = threading.RLock()
 _thread = threading.local()
+# Some thread of the kernel that runs has.
+_failed = threading.Event()
 
 
 class Program:
@@ -104,8 +106,10 @@ def fence() -> None:
 
 
 def give_turn() -> None:
-    """For a short while: who is woken runs on as soon as nobody else does."""
+    """For a short while: who is woken runs on as soon as nobody else does. Ends threads that look
+    out for one that has failed."""
     threading.Condition(_TURN).wait(1e-4)
+    assert not _failed.is_set(), "another thread has failed"
 
 
 def run(functions: Sequence[tuple[Thread, Callable[[], None]]]) -> None:
@@ -122,6 +126,7 @@ def run(functions: Sequence[tuple[Thread, Callable[[], None]]]) -> None:
                 assert not thread.products, "a product isn't waited for"
             except BaseException as error:  # noqa: BLE001  (raised again by who waits)
                 failures.append(error)
+                _failed.set()
                 # Those who wait for it fail, too, but after it.
                 thread.program.stop()
             thread.program.leave()
@@ -135,6 +140,7 @@ def run(functions: Sequence[tuple[Thread, Callable[[], None]]]) -> None:
         is_done.wait_for(lambda: not left)
     for thread in threads:
         thread.join()
+    _failed.clear()
     if failures:
         raise failures[0]
 
@@ -166,7 +172,9 @@ class Barrier:
             self._clock = self._next_clock
             self._program.notify()
 
-    def wait(self, phase: int) -> None:
+    def wait(self, phase: int, *, pred: Any = True) -> None:
+        if not pred:
+            return
         self._program.wait_for(lambda: self.num_phases & 1 != phase)
         clock = this_thread().clock
         torch.maximum(clock, self._clock, out=clock)

@@ -1,0 +1,107 @@
+"""Which layers a kernel takes whole, and how they are cut; asking doesn't import it."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kernels.gpu.cards import shares_multiprocessors
+from kernels.gpu.hopper.support import is_hopper, num_multiprocessors
+from kernels.layer import LayerWeights, NextWeights
+
+# Bytes of a row in a tile, and tiles of tokens in a stage.
+LINE_BYTES, GROUP = 128, 4
+# Rows of weights in a stage.
+STAGE_ROWS = 256
+MAX_TOKENS = 64
+# Output channels of a program, of tiles that divide a stage, or that stages divide a group by.
+_CHANNELS, _GATES = (16, 32, 64), (32, 64, 128)
+# Programs that must have something to do, of the card's multiprocessors: fewer don't read weights
+# as fast as kernels of their own, which cut them smaller.
+_LEAST_USED = 0.7
+# By the most tokens: stages of weights and of tokens, as shared memory has room for them.
+_STAGES = {8: (4, 8), 16: (4, 8), 32: (4, 4), 64: (3, 3)}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTile:
+    """`tokens` are loaded a tile, in `token_stages` of half a KiB a token; weights in `stages` of
+    32 KiB, `asked` of which are on their way at most. A program has so many channels of the narrow
+    products, attention's output and the MLP's, of gates, and of queries, keys and values."""
+
+    tokens: int = 8
+    stages: int = 4
+    token_stages: int = 8
+    asked: int = 2
+    narrow: int = 32
+    gates: int = 128
+    qkv: int = 64
+    warps: int = 4
+    registers: int = 128
+    loading_registers: int = 24
+
+
+def tile_for(
+    weights: LayerWeights, following: NextWeights | None, num_tokens: int, dtype: torch.dtype
+) -> LayerTile | None:
+    """None where kernels of their own are faster, or the only ones."""
+    device = weights.down.values.device
+    if (
+        num_tokens > MAX_TOKENS
+        or dtype not in (torch.bfloat16, torch.float16)
+        or not is_hopper(device)
+        or shares_multiprocessors()
+    ):
+        return None
+    hidden_size, intermediate_size = weights.down.values.shape
+    attended_size = weights.output.values.shape[1]
+    qkv_size = following.qkv.values.shape[0] if following is not None else None
+    num_programs = num_multiprocessors(device)
+    return _tile_for(
+        num_tokens, attended_size, hidden_size, intermediate_size, qkv_size, num_programs
+    )
+
+
+@functools.cache
+def _tile_for(
+    num_tokens: int,
+    attended_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    qkv_size: int | None,
+    num_programs: int,
+) -> LayerTile | None:
+    narrow = _channels(hidden_size, (attended_size, intermediate_size), _CHANNELS, num_programs)
+    gates = _channels(intermediate_size, (hidden_size,), _GATES, num_programs)
+    qkv = _CHANNELS[-1]
+    if qkv_size is not None:
+        qkv = _channels(qkv_size, (hidden_size,), _CHANNELS, num_programs)
+    if narrow is None or gates is None or qkv is None:
+        return None
+    if num_tokens > hidden_size // narrow:
+        return None
+    tokens = next(tokens for tokens in _STAGES if num_tokens <= tokens)
+    stages, token_stages = _STAGES[tokens]
+    return LayerTile(
+        tokens=tokens,
+        stages=stages,
+        token_stages=token_stages,
+        narrow=narrow,
+        gates=gates,
+        qkv=qkv,
+    )
+
+
+def _channels(
+    size: int, in_features: tuple[int, ...], choices: tuple[int, ...], num_programs: int
+) -> int | None:
+    """The fewest channels a program, so that all have some at once."""
+    for channels in choices:
+        stage_columns = max(GROUP, STAGE_ROWS // channels) * LINE_BYTES
+        if (
+            size % channels == 0
+            and num_programs * _LEAST_USED <= size // channels <= num_programs
+            and all(features % stage_columns == 0 for features in in_features)
+        ):
+            return channels
+    return None
