@@ -5,7 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fp8 import Fp8Rows
+from kernels.activation import silu_and_mul_reference
+from kernels.fp8 import Fp8Rows, quantize_rows_reference
+from kernels.norm import rms_norm_reference
+
+# Channels of the MLP's activations that have a scale of their own.
+ACTIVATION_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +57,8 @@ def joined_products(
     `attended` is [num_tokens, num_heads * head_dim], `stream` [num_tokens, hidden_size]; both are
     contiguous. Returns the product of the next layer's queries, keys and values
     [num_tokens, qkv_size], or None if nothing is `following`. Products' inputs are quantized on the
-    way, with a scale for each token.
+    way, with a scale for each token, and activations for each of its blocks of `ACTIVATION_BLOCK`.
+    Raises ValueError where `joins_products` is false.
     """
     # Imported on first use: not every Triton has Gluon.
     from kernels.gpu.hopper.layer import layer_products
@@ -62,3 +68,28 @@ def joined_products(
     if tile is None:
         raise ValueError("these products aren't joined")
     return layer_products(attended, stream, weights, following, eps, tile=tile)
+
+
+def joined_products_reference(
+    attended: Tensor,
+    stream: Tensor,
+    weights: LayerWeights,
+    following: NextWeights | None,
+    eps: float,
+) -> Tensor | None:
+    """`joined_products` in torch."""
+    dtype = stream.dtype
+    stream += _product(attended, weights.output).to(dtype)
+    normed = rms_norm_reference(stream.float(), weights.norm.float(), eps)
+    activated = silu_and_mul_reference(_product(normed, weights.gate_up))
+    stream += _product(activated, weights.down, block=ACTIVATION_BLOCK).to(dtype)
+    if following is None:
+        return None
+    normed = rms_norm_reference(stream.float(), following.norm.float(), eps)
+    return _product(normed, following.qkv).to(dtype)
+
+
+def _product(x: Tensor, weight: Fp8Rows, *, block: int | None = None) -> Tensor:
+    blocks = x.reshape(-1, block or x.shape[1])
+    rounded = quantize_rows_reference(blocks).dequantized(torch.float32).view_as(x)
+    return rounded @ weight.dequantized(torch.float32).T

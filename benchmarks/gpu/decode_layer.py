@@ -1,11 +1,13 @@
-"""Times layers of a decode step in fp8 with products that quantize on their way, or after a kernel.
+"""Times layers of a decode step in fp8: products that quantize on their way, or after a kernel, or
+all products of a layer as one kernel.
 
     python -m benchmarks.gpu.decode_layer [--layers 8] [--out benchmarks/results/FILE.json]
 
 Layers of Llama-3.1-8B's shape with random weights, more of them than the L2 cache holds, run one
 behind the other in a CUDA graph over a pool of noise. Variants take turns: products of up to so
-many tokens quantize their inputs, and gate their outputs, themselves. Figures are microseconds a
-layer, the median of all replays.
+many tokens quantize their inputs, and gate their outputs, themselves; "joined" is one kernel from
+attention's output to the next layer's queries (`kernels.layer`). Figures are microseconds a layer,
+the median of all replays.
 
 What the layers add to the residual stream is compared with torch's in float32 first, from the same
 weights, keys and values of 8 bits; an error over its bound ends the run. The reference doesn't
@@ -50,6 +52,7 @@ HIDDEN = LLAMA_8B["hidden_size"]
 BATCHES = (1, 8, 16, 17, 24, 32, 48, 64)
 CONTEXT = 1170
 FEW_TOKENS = (0, 16, 32)
+JOINED = "joined"
 # Inputs of 8 bits cost a layer 4.8e-2 of what it adds, and layers err in ways of their own.
 LAYER_ERROR = 8e-2
 NUM_WARM_UP, NUM_ROUNDS, NUM_REPLAYS = 3, 7, 12
@@ -81,9 +84,26 @@ class Layers:
             pool[:, layer_index] = noise.roll(layer_index, 0).to(FP8)
         return pool
 
-    def forward(self, stream: Tensor, batch: AttentionBatch, pool: Tensor) -> None:
+    def joins_products(self, num_tokens: int) -> bool:
+        first, second = self._layers[:2]
+        return first.joins_products(second, num_tokens, torch.bfloat16)
+
+    def _forward_joined(self, stream: Tensor, batch: AttentionBatch, pool: Tensor) -> None:
+        projected: Tensor | None = self._layers[0].project(stream)
+        for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
+            assert projected is not None
+            projected = layer.forward_joined(
+                projected, stream, self._cos_sin, batch, pool, following
+            )
+
+    def forward(
+        self, stream: Tensor, batch: AttentionBatch, pool: Tensor, *, joined: bool = False
+    ) -> None:
         """Adds all layers' outputs to the residual `stream` [num_tokens, HIDDEN]."""
         output, residual = None, stream
+        if joined:
+            self._forward_joined(stream, batch, pool)
+            return
         for layer in self._layers:
             output, residual = layer.forward(output, residual, self._cos_sin, batch, pool)
         if output is not None:
@@ -95,12 +115,14 @@ class Layers:
 class Captured:
     """A forward pass in a graph, from the same input each time."""
 
-    def __init__(self, layers: Layers, batch: AttentionBatch, pool: Tensor, start: Tensor) -> None:
+    def __init__(
+        self, layers: Layers, batch: AttentionBatch, pool: Tensor, start: Tensor, *, joined: bool
+    ) -> None:
         self.stream = torch.empty_like(start)
 
         def run() -> None:
             self.stream.copy_(start)
-            layers.forward(self.stream, batch, pool)
+            layers.forward(self.stream, batch, pool, joined=joined)
 
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
@@ -182,25 +204,27 @@ def bench(layers: Layers, pool: Tensor, num_seqs: int) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = decode_batch(num_seqs)
     start = torch.randn(num_seqs, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    captured: dict[int, Captured] = {}
+    captured: dict[int | str, Captured] = {}
     for few in FEW_TOKENS:
         with (
             mock.patch.object(fp8_linear, "FEW_FP8_TOKENS", few),
             mock.patch.object(linear_tiles, "FEW_FP8_TOKENS", few),
         ):
-            captured[few] = Captured(layers, batch, pool, start)
+            captured[few] = Captured(layers, batch, pool, start, joined=False)
+    if layers.joins_products(num_seqs):
+        captured[JOINED] = Captured(layers, batch, pool, start, joined=True)
     expected = added_reference(layers, start, batch, pool)
     bound = LAYER_ERROR * layers.num_layers**0.5
     check = Check(f"a batch of {num_seqs}", expected, bound=bound)
-    times: dict[int, list[float]] = {few: [] for few in FEW_TOKENS}
-    errors: dict[int, float] = {}
-    for few, replayed in captured.items():
+    times: dict[int | str, list[float]] = {variant: [] for variant in captured}
+    errors: dict[int | str, float] = {}
+    for variant, replayed in captured.items():
         replayed.times_us(NUM_WARM_UP)
-        errors[few] = check(f"quantizing {few} tokens", replayed.stream.float() - start.float())
+        errors[variant] = check(str(variant), replayed.stream.float() - start.float())
     for _ in range(NUM_ROUNDS):
-        for few, replayed in captured.items():
-            times[few] += replayed.times_us(NUM_REPLAYS)
-    us = {few: round(median(all_us) / layers.num_layers, 2) for few, all_us in times.items()}
+        for variant, replayed in captured.items():
+            times[variant] += replayed.times_us(NUM_REPLAYS)
+    us = {which: round(median(all_us) / layers.num_layers, 2) for which, all_us in times.items()}
     return {"batch": num_seqs, "us_a_layer": us, "errors": errors}
 
 

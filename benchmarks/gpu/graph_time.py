@@ -9,6 +9,8 @@ Call = Callable[[], object]
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """A graph of all `calls`, replayed once."""
+    # Inputs may still be under way on another stream.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:

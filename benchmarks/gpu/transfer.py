@@ -1,12 +1,14 @@
-"""KV transfer between two processes on one GPU: 512 MiB through `Connection.write`.
+"""KV transfer between two processes on one GPU, or two: 512 MiB through `Connection.write`.
 
     python -m benchmarks.gpu.transfer --output benchmarks/results/transfer-gpu.json
+    python -m benchmarks.gpu.transfer --receiver-card 1     # where there are two
 
 Every figure is acknowledged by the receiver, all copies included, in 10⁹ bytes a second.
 "contiguous" goes from the pool as it lies, "scattered" from random to random blocks. "read": the
 receiver maps the sender's pool and copies, as workers on one card do. "put": UCX messages from
 staging memory to staging memory, as between cards. Beside them: what gathering and scattering
-alone reach, and a plain copy on the device.
+alone reach, and a plain copy on the device. With the receiver on another card there is nothing to
+read, and a plain copy to that card is the limit.
 """
 
 import argparse
@@ -71,7 +73,7 @@ class Case:
         return generator.sample(pool, self.num_blocks), generator.sample(pool, self.num_blocks)
 
 
-def cases() -> list[Case]:
+def cases(receiver_card: int) -> list[Case]:
     # A 16-token block of Llama-3.1-8B has 2 MiB in bfloat16, one of SmolLM2-135M 360 KiB.
     reads = [
         Case("read", layout, block_bytes, 64 * MIB)
@@ -88,7 +90,8 @@ def cases() -> list[Case]:
         for size in (8, 64)
     ]
     small = Case("read", "contiguous", 2 * MIB, 64 * MIB, write_bytes=2 * MIB)
-    return [*reads, small, *puts, Case("put", "scattered", 256 * KIB, 64 * MIB)]
+    puts.append(Case("put", "scattered", 256 * KIB, 64 * MIB))
+    return puts if receiver_card else [*reads, small, *puts]
 
 
 def open_agent(case: Case, pool: torch.Tensor, incarnation: int) -> TransferAgent:
@@ -123,9 +126,10 @@ async def receive_case(pipe: Pipe, case: Case, pool: torch.Tensor) -> bool:
     return torch.equal(pool.view(-1, case.block_bytes)[dst], expected)
 
 
-def receive_all(pipe: Pipe) -> None:
+def receive_all(pipe: Pipe, card: int) -> None:
+    torch.cuda.set_device(card)
     pool = torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
-    for case in cases():
+    for case in cases(card):
         pipe.send(asyncio.run(receive_case(pipe, case, pool)))
 
 
@@ -216,20 +220,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--commit", help="what was measured, where there is no git")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--receiver-card", type=int, default=0, help="the sender has card 0")
     arguments = parser.parse_args()
 
-    result = environment(arguments.commit)
+    card = arguments.receiver_card
+    result = environment(arguments.commit) | {"receiver_card": card}
     result["local_gb_per_s"] = local_copies(
         torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda"), arguments.rounds
     )
-    print(result, flush=True)
     pool = payload()
+    if card:
+        there = torch.empty(WRITE_BYTES, dtype=torch.uint8, device=f"cuda:{card}")
+        result["copy_to_card_gb_per_s"] = round(
+            median_gb_per_s(lambda: there.copy_(pool[:WRITE_BYTES]), arguments.rounds), 1
+        )
+        del there
+    print(result, flush=True)
     torch.cuda.synchronize()
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    receiver = multiprocessing.get_context("spawn").Process(target=receive_all, args=(theirs,))
+    receiver = multiprocessing.get_context("spawn").Process(target=receive_all, args=(theirs, card))
     receiver.start()
     lines: list[dict[str, object]] = []
-    for case in cases():
+    for case in cases(card):
         seconds = sorted(asyncio.run(send_case(ours, case, pool, arguments.rounds)))
         if not ours.recv():
             raise SystemExit(f"{case}: wrong bytes arrived")

@@ -30,12 +30,17 @@ from kernels.gpu.hopper.layer_loading import (
     load_weights,
 )
 from kernels.gpu.hopper.layer_meeting import COUNTER_STRIDE, NUM_COUNTERS
-from kernels.gpu.hopper.layer_multiplying import multiply_layer
-from kernels.gpu.hopper.layer_shapes import MAX_TOKENS, LayerTile
+from kernels.gpu.hopper.layer_multiplying import WARPS, multiply_layer
+from kernels.gpu.hopper.layer_shapes import GATES, MAX_TOKENS, LayerTile
+from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS
 from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.layer import LayerWeights, NextWeights
+
+# Of a thread at the start, before warps that load give up most of theirs. Half of a
+# multiprocessor's are left to attention, beside which this kernel starts.
+_REGISTERS = 128
 
 
 @gluon.jit(
@@ -65,7 +70,6 @@ def _layer_kernel(
     gates_scales,
     down_scales,
     next_scales,
-    largest,
     out,
     counters,
     num_tokens,
@@ -76,13 +80,11 @@ def _layer_kernel(
     eps,
     BLOCK: gl.constexpr,
     NARROW: gl.constexpr,
-    GATES: gl.constexpr,
     QKV: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     ASKED: gl.constexpr,
     TOKEN_STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
     LOADING_REGISTERS: gl.constexpr,
     HAS_NEXT: gl.constexpr,
     PDL: gl.constexpr,
@@ -111,7 +113,7 @@ def _layer_kernel(
     tensors = (
         attended, stream, (mlp_norm, next_norm),
         (attended_rows, attended_scales, rows, scales, activated, activated_scales),
-        (output_scales, gates_scales, down_scales, next_scales), largest, out,
+        (output_scales, gates_scales, down_scales, next_scales), out,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -119,7 +121,7 @@ def _layer_kernel(
                 multiply_layer,
                 (
                     tensors, (token_tiles, tiles), (full, empty, tokens_full, tokens_empty),
-                    counters, sizes, BLOCK, NARROW, GATES, QKV, STAGES, TOKEN_STAGES, WARPS,
+                    counters, sizes, BLOCK, NARROW, QKV, STAGES, TOKEN_STAGES,
                     HAS_NEXT, PDL,
                 ),
             ),
@@ -127,14 +129,14 @@ def _layer_kernel(
                 load_weights,
                 (
                     (output_desc, gates_desc, down_desc, next_desc), tiles, (full, empty), sizes,
-                    NARROW, GATES, QKV, STAGES, ASKED, HAS_NEXT,
+                    NARROW, QKV, STAGES, ASKED, HAS_NEXT,
                 ),
             ),
             (
                 load_tokens,
                 (
                     (attended_desc, input_desc, activated_desc), token_tiles,
-                    (tokens_full, tokens_empty), counters, sizes, NARROW, GATES, QKV, TOKENS,
+                    (tokens_full, tokens_empty), counters, sizes, NARROW, QKV, TOKENS,
                     TOKEN_STAGES, HAS_NEXT,
                 ),
             ),
@@ -161,8 +163,10 @@ def layer_products(
         torch.empty((num_tokens, size), dtype=FP8, device=device)
         for size in (attended_size, hidden_size, intermediate_size)
     )
-    token_scales = torch.empty((3, MAX_TOKENS), dtype=torch.float32, device=device)
-    largest = torch.empty(MAX_TOKENS, dtype=torch.int32, device=device)
+    token_scales = torch.empty((2, MAX_TOKENS), dtype=torch.float32, device=device)
+    block_scales = torch.empty(
+        (intermediate_size // GATES, MAX_TOKENS), dtype=torch.float32, device=device
+    )
     # Something of the right type where nothing follows.
     out, next_norm, next_qkv = stream, weights.norm, weights.output
     if following is not None:
@@ -171,7 +175,7 @@ def layer_products(
         out = torch.empty(shape, dtype=stream.dtype, device=device)
     launch(_layer_kernel, (num_multiprocessors(device),))(
         _descriptor(weights.output.values, tile.narrow),
-        _descriptor(weights.gate_up.values, tile.gates),
+        _descriptor(weights.gate_up.values, GATES),
         _descriptor(weights.down.values, tile.narrow),
         _descriptor(next_qkv.values, tile.qkv),
         _descriptor(attended_rows, tile.tokens),
@@ -186,12 +190,11 @@ def layer_products(
         rows,
         token_scales[1],
         activated,
-        token_scales[2],
+        block_scales,
         weights.output.scales,
         weights.gate_up.scales,
         weights.down.scales,
         next_qkv.scales,
-        largest,
         out,
         _counters(device),
         num_tokens,
@@ -202,17 +205,15 @@ def layer_products(
         eps,
         BLOCK=next_power_of_2(max(attended_size, hidden_size)),
         NARROW=tile.narrow,
-        GATES=tile.gates,
         QKV=tile.qkv,
         TOKENS=tile.tokens,
         STAGES=tile.stages,
         ASKED=tile.asked,
         TOKEN_STAGES=tile.token_stages,
-        WARPS=tile.warps,
-        LOADING_REGISTERS=tile.loading_registers,
+        LOADING_REGISTERS=LOADING_REGISTERS,
         HAS_NEXT=following is not None,
-        num_warps=tile.warps,
-        maxnreg=tile.registers,
+        num_warps=WARPS.value,
+        maxnreg=_REGISTERS,
         **launch_options(device),
     )
     return out if following is not None else None

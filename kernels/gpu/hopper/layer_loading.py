@@ -28,6 +28,7 @@ ROWS = gl.constexpr(layer_shapes.MAX_TOKENS)
 # Tiles of tokens of a stage, side by side in their rows; rows of weights that a stage holds.
 GROUP = gl.constexpr(layer_shapes.GROUP)
 STAGE_ROWS = gl.constexpr(layer_shapes.STAGE_ROWS)
+GATES = gl.constexpr(layer_shapes.GATES)
 
 
 @gluon.jit
@@ -77,27 +78,22 @@ def _load_gates(
     count,
     intermediate_size,
     hidden_size,
-    GATES: gl.constexpr,
     STAGES: gl.constexpr,
     ASKED: gl.constexpr,
 ):
     """A tile of gates, one of what they are for, and so on."""
-    pieces: gl.constexpr = STAGE_ROWS // 2 // GATES
     row = gl.program_id(0) * GATES
     if row < intermediate_size:
-        for start in range(0, hidden_size, pieces * LINE):
-            stage = count % STAGES
-            full = barriers[0].index(stage)
-            _wait_for_room(barriers, count, STAGES, ASKED)
-            mbarrier.expect(full, STAGE_ROWS * LINE)
-            for piece in gl.static_range(pieces):
-                at = start + piece * LINE
-                place = (stage * pieces + piece) * 2
-                tma.async_copy_global_to_shared(desc, [row, at], full, tiles.index(place))
+        for start in range(0, hidden_size, LINE):
+            for half in gl.static_range(2):
+                stage = count % STAGES
+                full = barriers[0].index(stage)
+                _wait_for_room(barriers, count, STAGES, ASKED)
+                mbarrier.expect(full, STAGE_ROWS * LINE)
                 tma.async_copy_global_to_shared(
-                    desc, [intermediate_size + row, at], full, tiles.index(place + 1)
+                    desc, [row + half * intermediate_size, start], full, tiles.index(stage)
                 )
-            count += 1
+                count += 1
     return count
 
 
@@ -117,7 +113,6 @@ def load_weights(
     barriers,
     sizes,
     NARROW: gl.constexpr,
-    GATES: gl.constexpr,
     QKV: gl.constexpr,
     STAGES: gl.constexpr,
     ASKED: gl.constexpr,
@@ -128,14 +123,30 @@ def load_weights(
     narrow = tiles_of(tiles, NARROW, STAGES)
     count = gl.program_id(0) * 0
     count = _load_rows(
-        output_desc, narrow, barriers, count, hidden_size, attended_size, NARROW, STAGES, ASKED
+        output_desc,
+        narrow,
+        barriers,
+        count,
+        hidden_size,
+        attended_size,
+        NARROW,
+        STAGES,
+        ASKED,
     )
     count = _load_gates(
-        gates_desc, tiles_of(tiles, GATES, STAGES), barriers, count, intermediate_size,
-        hidden_size, GATES, STAGES, ASKED,
+        gates_desc, tiles, barriers, count, intermediate_size,
+        hidden_size, STAGES, ASKED,
     )  # fmt: skip
     count = _load_rows(
-        down_desc, narrow, barriers, count, hidden_size, intermediate_size, NARROW, STAGES, ASKED
+        down_desc,
+        narrow,
+        barriers,
+        count,
+        hidden_size,
+        intermediate_size,
+        NARROW,
+        STAGES,
+        ASKED,
     )
     if HAS_NEXT:
         _load_rows(
@@ -158,7 +169,7 @@ def _load_tokens(
     STAGES: gl.constexpr,
 ):
     full, empty = barriers
-    wait_for(counters, which, num_arrivals)
+    wait_for(counters, which, num_arrivals, COPIES=True)
     for start in range(0, in_features, GROUP * LINE):
         stage = count % STAGES
         mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
@@ -182,7 +193,6 @@ def load_tokens(
     counters,
     sizes,
     NARROW: gl.constexpr,
-    GATES: gl.constexpr,
     QKV: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,

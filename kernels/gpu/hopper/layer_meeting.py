@@ -15,17 +15,17 @@ from triton.experimental.gluon import language as gl
 
 # Counters lie apart, in lines of their own.
 COUNTER_STRIDE = gl.constexpr(32)
-# What the counters count, in this order. Attention's rows are quantized; the residual stream has
-# attention's output; its rows are normalised; activations' largest are known, and activations
-# stored; the stream has the MLP's output; its rows are normalised for the next layer.
+# What the counters count, in this order: rows of attention's output that are quantized; programs
+# that have added their channels of it to the residual stream; rows that are normalised for the MLP;
+# programs that have stored activations; that have added theirs of the MLP's output; rows that are
+# normalised for the next layer.
 ATTENDED = gl.constexpr(0)
 ATTENTION_ADDED = gl.constexpr(1)
 MLP_INPUT = gl.constexpr(2)
-LARGEST = gl.constexpr(3)
-ACTIVATED = gl.constexpr(4)
-MLP_ADDED = gl.constexpr(5)
-NEXT_INPUT = gl.constexpr(6)
-NUM_COUNTERS = gl.constexpr(7)
+ACTIVATED = gl.constexpr(3)
+MLP_ADDED = gl.constexpr(4)
+NEXT_INPUT = gl.constexpr(5)
+NUM_COUNTERS = gl.constexpr(6)
 
 
 @gluon.jit
@@ -38,9 +38,11 @@ def _fence(value):
 
 
 @gluon.jit
-def arrive(counters, which: gl.constexpr):
-    """Once all threads' stores are made."""
-    _fence(gl.program_id(0))
+def arrive(counters, which: gl.constexpr, IS_COPIED: gl.constexpr):
+    """Once all threads' stores are made. They are fenced if tiles of them are copied, which takes
+    as long as what the program has under way by then."""
+    if IS_COPIED:
+        _fence(gl.program_id(0))
     tl.debug_barrier()
     gl.atomic_add(counters + which * COUNTER_STRIDE, 1, sem="release")
 
@@ -54,12 +56,13 @@ def _seen(counter):
 
 
 @gluon.jit
-def wait_for(counters, which: gl.constexpr, num):
+def wait_for(counters, which: gl.constexpr, num, COPIES: gl.constexpr):
     counter = counters + which * COUNTER_STRIDE
     seen = _seen(counter)
     while seen < num:
         seen = _seen(counter)
-    _fence(seen)
+    if COPIES:
+        _fence(seen)
 
 
 @gluon.jit

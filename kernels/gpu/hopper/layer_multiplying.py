@@ -18,12 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.gpu.hopper.layer_loading import GROUP, LINE, ROWS, STAGE_ROWS, tiles_of
+from kernels.gpu.hopper.layer_loading import GATES, GROUP, LINE, ROWS, STAGE_ROWS, tiles_of
 from kernels.gpu.hopper.layer_meeting import (
     ACTIVATED,
     ATTENDED,
     ATTENTION_ADDED,
-    LARGEST,
     MLP_ADDED,
     MLP_INPUT,
     NEXT_INPUT,
@@ -33,6 +32,7 @@ from kernels.gpu.hopper.layer_meeting import (
 )
 from kernels.gpu.hopper.linear_loading import wait_for_predecessor
 
+WARPS = gl.constexpr(4)
 FP8_MAX = gl.constexpr(448.0)
 SMALLEST_SCALE = gl.constexpr(1e-12 / 448.0)
 _LOG2_E = gl.constexpr(1.4426950408889634)
@@ -48,7 +48,7 @@ def _store_quantized(values, out, scales, row, size, columns):
 
 
 @gluon.jit
-def _quantize_row(x, row, size, out, scales, BLOCK: gl.constexpr, WARPS: gl.constexpr):
+def _quantize_row(x, row, size, out, scales, BLOCK: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
     columns = gl.arange(0, BLOCK, layout=layout)
     values = gl.load(x + row * size + columns, mask=columns < size, other=0.0).to(gl.float32)
@@ -56,7 +56,7 @@ def _quantize_row(x, row, size, out, scales, BLOCK: gl.constexpr, WARPS: gl.cons
 
 
 @gluon.jit
-def _normalise_row(x, gain, eps, row, size, out, scales, BLOCK: gl.constexpr, WARPS: gl.constexpr):
+def _normalise_row(x, gain, eps, row, size, out, scales, BLOCK: gl.constexpr):
     """`gain` is the norm's weight, loaded beforehand."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
     columns = gl.arange(0, BLOCK, layout=layout)
@@ -81,48 +81,135 @@ def _wait_for_tokens(barriers, step, TOKEN_STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _started(
+    tokens,
+    weights,
+    barriers,
+    counts,
+    i,
+    piece: gl.constexpr,
+    sums,
+    CHANNELS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOKEN_STAGES: gl.constexpr,
+    USE_SUMS: gl.constexpr,
+):
+    """A product of the `i`th group's tiles, under way: added to `sums`, or in their place."""
+    pieces: gl.constexpr = STAGE_ROWS // CHANNELS
+    count, step = counts
+    at = count + i * (GROUP // pieces) + piece // pieces
+    if piece % pieces == 0:
+        mbarrier.wait(barriers[0].index(at % STAGES), at // STAGES & 1)
+    return warpgroup_mma(
+        _token_tile(tokens, (step + i) % TOKEN_STAGES * GROUP + piece),
+        weights.index(at % STAGES * pieces + piece % pieces).permute((1, 0)),
+        sums,
+        use_acc=USE_SUMS,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def _release_group(
+    barriers,
+    counts,
+    i,
+    CHANNELS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOKEN_STAGES: gl.constexpr,
+):
+    count, step = counts
+    stages: gl.constexpr = GROUP // (STAGE_ROWS // CHANNELS)
+    for stage in gl.static_range(stages):
+        mbarrier.arrive(barriers[1].index((count + i * stages + stage) % STAGES), count=1)
+    mbarrier.arrive(barriers[3].index((step + i) % TOKEN_STAGES), count=1)
+
+
+@gluon.jit
 def _multiplied(
     tokens,
     weights,
     barriers,
     counts,
-    num_stages,
-    COLUMNS: gl.constexpr,
+    num_groups,
+    CHANNELS: gl.constexpr,
     STAGES: gl.constexpr,
     TOKEN_STAGES: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """[ROWS, COLUMNS]: the sums of a product over `num_stages` stages of weights."""
-    full, empty, _, tokens_empty = barriers
-    count, step = counts
-    pieces: gl.constexpr = STAGE_ROWS // COLUMNS
-    groups: gl.constexpr = pieces // GROUP
-    sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout=layout)
-    for i in range(num_stages):
-        stage = (count + i) % STAGES
-        mbarrier.wait(full.index(stage), (count + i) // STAGES & 1)
-        for group in gl.static_range(groups):
-            at = i * groups + group
-            _wait_for_tokens(barriers, step + at, TOKEN_STAGES)
-            token_stage = (step + at) % TOKEN_STAGES
-            for piece in gl.static_range(GROUP):
-                sums = warpgroup_mma(
-                    _token_tile(tokens, token_stage * GROUP + piece),
-                    weights.index(stage * pieces + group * GROUP + piece).permute((1, 0)),
-                    sums,
-                    is_async=True,
-                )
-            # The group before is through once this one alone is left.
-            sums = warpgroup_mma_wait(GROUP, deps=[sums])
-            before = (step + at + TOKEN_STAGES - 1) % TOKEN_STAGES
-            mbarrier.arrive(tokens_empty.index(before), count=1, pred=at > 0)
-            if group == 0:
-                before = (count + i + STAGES - 1) % STAGES
-                mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(empty.index((count + num_stages - 1) % STAGES), count=1)
-    last = step + num_stages * groups - 1
-    mbarrier.arrive(tokens_empty.index(last % TOKEN_STAGES), count=1)
+    """[ROWS, CHANNELS]: the sums of a product over `num_groups` stages of tokens."""
+    sums = gl.zeros([ROWS, CHANNELS], gl.float32, layout=layout)
+    for i in range(num_groups):
+        _wait_for_tokens(barriers, counts[1] + i, TOKEN_STAGES)
+        for piece in gl.static_range(GROUP):
+            sums = _started(
+                tokens, weights, barriers, counts, i, piece, sums, CHANNELS, STAGES, TOKEN_STAGES,
+                USE_SUMS=True,
+            )  # fmt: skip
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        _release_group(barriers, counts, i, CHANNELS, STAGES, TOKEN_STAGES)
+    return sums
+
+
+@gluon.jit
+def _group_scales(scales, i, num_groups, num_tokens, layout: gl.constexpr):
+    """Of a group's blocks: four vectors, zeros behind the last group."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    mask = (rows < num_tokens) & (i < num_groups)
+    at = scales + i * (GROUP * ROWS) + rows
+    first = gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    second = gl.load(at + ROWS, mask=mask, other=0.0, cache_modifier=".cg")
+    third = gl.load(at + 2 * ROWS, mask=mask, other=0.0, cache_modifier=".cg")
+    fourth = gl.load(at + 3 * ROWS, mask=mask, other=0.0, cache_modifier=".cg")
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _multiplied_by_blocks(
+    tokens,
+    weights,
+    barriers,
+    counts,
+    num_groups,
+    scales,
+    num_tokens,
+    CHANNELS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TOKEN_STAGES: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """`_multiplied` for tokens that have a scale for each tile, [tiles, ROWS], which count."""
+    sums = gl.zeros([ROWS, CHANNELS], gl.float32, layout=layout)
+    nothing = gl.zeros([ROWS, CHANNELS], gl.float32, layout=layout)
+    now = _group_scales(scales, 0, num_groups, num_tokens, layout)
+    soon = _group_scales(scales, 1, num_groups, num_tokens, layout)
+    for i in range(num_groups):
+        # Two groups ahead: they come from the L2 cache, behind weights.
+        later = _group_scales(scales, i + 2, num_groups, num_tokens, layout)
+        _wait_for_tokens(barriers, counts[1] + i, TOKEN_STAGES)
+        first = _started(
+            tokens, weights, barriers, counts, i, 0, nothing, CHANNELS, STAGES, TOKEN_STAGES,
+            USE_SUMS=False,
+        )  # fmt: skip
+        second = _started(
+            tokens, weights, barriers, counts, i, 1, nothing, CHANNELS, STAGES, TOKEN_STAGES,
+            USE_SUMS=False,
+        )  # fmt: skip
+        third = _started(
+            tokens, weights, barriers, counts, i, 2, nothing, CHANNELS, STAGES, TOKEN_STAGES,
+            USE_SUMS=False,
+        )  # fmt: skip
+        fourth = _started(
+            tokens, weights, barriers, counts, i, 3, nothing, CHANNELS, STAGES, TOKEN_STAGES,
+            USE_SUMS=False,
+        )  # fmt: skip
+        sums += warpgroup_mma_wait(3, deps=[first]) * now[0][:, None]
+        sums += warpgroup_mma_wait(2, deps=[second]) * now[1][:, None]
+        sums += warpgroup_mma_wait(1, deps=[third]) * now[2][:, None]
+        sums += warpgroup_mma_wait(0, deps=[fourth]) * now[3][:, None]
+        _release_group(barriers, counts, i, CHANNELS, STAGES, TOKEN_STAGES)
+        now = soon
+        soon = later
     return sums
 
 
@@ -133,39 +220,39 @@ def _gates_and_up(
     barriers,
     counts,
     num_groups,
-    GATES: gl.constexpr,
     STAGES: gl.constexpr,
     TOKEN_STAGES: gl.constexpr,
     layout: gl.constexpr,
 ):
+    """[ROWS, GATES], twice. Tiles of gates and of what they are for take turns."""
     full, empty, _, tokens_empty = barriers
     count, step = counts
-    pieces: gl.constexpr = STAGE_ROWS // 2 // GATES
-    stages: gl.constexpr = GROUP // pieces
     gates = gl.zeros([ROWS, GATES], gl.float32, layout=layout)
     up = gl.zeros([ROWS, GATES], gl.float32, layout=layout)
     for i in range(num_groups):
         _wait_for_tokens(barriers, step + i, TOKEN_STAGES)
         token_stage = (step + i) % TOKEN_STAGES
         for piece in gl.static_range(GROUP):
-            at = count + i * stages + piece // pieces
-            stage = at % STAGES
-            if piece % pieces == 0:
-                mbarrier.wait(full.index(stage), at // STAGES & 1)
             tile = _token_tile(tokens, token_stage * GROUP + piece)
-            place = (stage * pieces + piece % pieces) * 2
-            gates = warpgroup_mma(tile, weights.index(place).permute((1, 0)), gates, is_async=True)
-            up = warpgroup_mma(tile, weights.index(place + 1).permute((1, 0)), up, is_async=True)
-            # The tile before is through once this one alone is left.
+            at = count + (i * GROUP + piece) * 2
+            mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)
+            gate_channels = weights.index(at % STAGES).permute((1, 0))
+            gates = warpgroup_mma(tile, gate_channels, gates, is_async=True)
+            mbarrier.wait(full.index((at + 1) % STAGES), (at + 1) // STAGES & 1)
+            up_channels = weights.index((at + 1) % STAGES).permute((1, 0))
+            up = warpgroup_mma(tile, up_channels, up, is_async=True)
+            # The pair before is through once this one alone is left.
             gates, up = warpgroup_mma_wait(2, deps=[gates, up])
-            if piece % pieces == 0:
-                before = (at + STAGES - 1) % STAGES
-                mbarrier.arrive(empty.index(before), count=1, pred=at > count)
+            is_second = i * GROUP + piece > 0
+            mbarrier.arrive(empty.index((at + STAGES - 2) % STAGES), count=1, pred=is_second)
+            mbarrier.arrive(empty.index((at + STAGES - 1) % STAGES), count=1, pred=is_second)
             if piece == 0:
                 before = (step + i + TOKEN_STAGES - 1) % TOKEN_STAGES
                 mbarrier.arrive(tokens_empty.index(before), count=1, pred=i > 0)
     gates, up = warpgroup_mma_wait(0, deps=[gates, up])
-    mbarrier.arrive(empty.index((count + num_groups * stages - 1) % STAGES), count=1)
+    last = count + num_groups * GROUP * 2 - 1
+    mbarrier.arrive(empty.index((last - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index(last % STAGES), count=1)
     mbarrier.arrive(tokens_empty.index((step + num_groups - 1) % TOKEN_STAGES), count=1)
     return gates, up
 
@@ -197,13 +284,12 @@ def _add_product(
     CHANNELS: gl.constexpr,
     STAGES: gl.constexpr,
     TOKEN_STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    IN_BLOCKS: gl.constexpr,
 ):
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, WARPS // 4], [16, CHANNELS // (WARPS // 4), 32]
-    )
+    """To the residual stream. `token_scales` are of whole rows, or of blocks."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHANNELS, 32])
     count, step = counts
-    num_stages = in_features // (STAGE_ROWS // CHANNELS * LINE)
+    num_groups = in_features // (GROUP * LINE)
     first = gl.program_id(0) * CHANNELS
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = first + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, layout))
@@ -212,49 +298,43 @@ def _add_product(
     channel_scales = _channel_scales(weight_scales, first, CHANNELS, layout)
     added = gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     _wait_for_tokens(barriers, step, TOKEN_STAGES)
-    scales = _token_scales(token_scales, num_tokens, layout)
-    sums = _multiplied(
-        tokens, weights, barriers, counts, num_stages, CHANNELS, STAGES, TOKEN_STAGES, layout
-    )
-    sums = sums * scales[:, None] * channel_scales[None, :] + added.to(gl.float32)
+    if IN_BLOCKS:
+        sums = _multiplied_by_blocks(
+            tokens, weights, barriers, counts, num_groups, token_scales, num_tokens, CHANNELS,
+            STAGES, TOKEN_STAGES, layout,
+        )  # fmt: skip
+    else:
+        scales = _token_scales(token_scales, num_tokens, layout)
+        sums = _multiplied(
+            tokens, weights, barriers, counts, num_groups, CHANNELS, STAGES, TOKEN_STAGES, layout
+        )
+        sums *= scales[:, None]
+    sums = sums * channel_scales[None, :] + added.to(gl.float32)
     gl.store(at, sums.to(stream.dtype.element_ty), mask=mask)
-    return count + num_stages, step + num_stages * (STAGE_ROWS // CHANNELS // GROUP)
+    return count + num_groups * GROUP // (STAGE_ROWS // CHANNELS), step + num_groups
 
 
 @gluon.jit
 def _activate(
     gates,
     up,
-    largest,
-    counters,
     activated,
-    activated_scales,
+    scales,
     num_tokens,
-    num_programs,
     intermediate_size,
-    GATES: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """silu(gates) * up of a program's channels, by the scale of the token's whole row."""
+    """silu(gates) * up of a program's channels, a block with a scale for each token."""
     program = gl.program_id(0)
-    tokens = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = program * GATES + gl.arange(0, GATES, layout=gl.SliceLayout(0, layout))
-    is_token = tokens < num_tokens
+    mask = rows < num_tokens
     values = gates / (1.0 + gl.exp2(-_LOG2_E * gates)) * up
-    values = gl.where(is_token[:, None], values, 0.0)
-    # Numbers that aren't negative have the order of their bits.
-    highest = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True)
-    gl.atomic_max(largest + tokens, highest, mask=is_token, sem="relaxed")
-    arrive(counters, LARGEST)
-    wait_for(counters, LARGEST, num_programs)
-    bits = gl.load(largest + tokens, mask=is_token, other=0, cache_modifier=".cg")
-    scale = gl.maximum(bits.to(gl.float32, bitcast=True) / FP8_MAX, SMALLEST_SCALE)
+    scale = gl.maximum(gl.max(gl.abs(values), 1) / FP8_MAX, SMALLEST_SCALE)
+    gl.store(scales + program * ROWS + rows, scale, mask=mask)
     quantized = (values * (1.0 / scale)[:, None]).to(gl.float8e4nv)
-    at = activated + tokens[:, None] * intermediate_size + columns[None, :]
-    gl.store(at, quantized, mask=is_token[:, None])
-    if program == 0:
-        gl.store(activated_scales + tokens, scale, mask=is_token)
-    arrive(counters, ACTIVATED)
+    at = activated + rows[:, None] * intermediate_size + columns[None, :]
+    gl.store(at, quantized, mask=mask[:, None])
 
 
 @gluon.jit
@@ -266,28 +346,21 @@ def multiply_layer(
     sizes,
     BLOCK: gl.constexpr,
     NARROW: gl.constexpr,
-    GATES: gl.constexpr,
     QKV: gl.constexpr,
     STAGES: gl.constexpr,
     TOKEN_STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
     HAS_NEXT: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    attended, stream, norms, quantized, weight_scales, largest, out = tensors
+    attended, stream, norms, quantized, weight_scales, out = tensors
     attended_rows, attended_scales, rows, scales, activated, activated_scales = quantized
     output_scales, gates_scales, down_scales, next_scales = weight_scales
     mlp_norm, next_norm = norms
     tokens, tiles = buffers
     num_tokens, attended_size, hidden_size, intermediate_size, next_size, eps = sizes
-    groups: gl.constexpr = WARPS // 4
     row_layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-    gate_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, groups], [16, GATES // groups, 32]
-    )
-    qkv_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, groups], [16, QKV // groups, 32]
-    )
+    gate_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GATES, 32])
+    qkv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QKV, 32])
     narrow = tiles_of(tiles, NARROW, STAGES)
     program = gl.program_id(0)
     num_narrow = hidden_size // NARROW
@@ -297,79 +370,77 @@ def multiply_layer(
     mlp_gain = gl.load(mlp_norm + columns, mask=is_column, other=0.0).to(gl.float32)
     next_gain = mlp_gain
     wait_for_predecessor(PDL)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if program < num_tokens:
-        _quantize_row(
-            attended, program, attended_size, attended_rows, attended_scales, BLOCK, WARPS
-        )
-        arrive(counters, ATTENDED)
+        _quantize_row(attended, program, attended_size, attended_rows, attended_scales, BLOCK)
+        arrive(counters, ATTENDED, IS_COPIED=True)
     count = program * 0
     step = program * 0
     if program < num_narrow:
         count, step = _add_product(
             tokens, narrow, barriers, (count, step), attended_scales, output_scales, stream,
-            num_tokens, attended_size, hidden_size, NARROW, STAGES, TOKEN_STAGES, WARPS,
+            num_tokens, attended_size, hidden_size, NARROW, STAGES, TOKEN_STAGES,
+            IN_BLOCKS=False,
         )  # fmt: skip
-        arrive(counters, ATTENTION_ADDED)
+        arrive(counters, ATTENTION_ADDED, IS_COPIED=False)
     if program < num_tokens:
-        wait_for(counters, ATTENTION_ADDED, num_narrow)
+        wait_for(counters, ATTENTION_ADDED, num_narrow, COPIES=False)
         if program == 0:
             # Of the kernel before: all of its programs are gone.
             reset(counters, MLP_ADDED)
             reset(counters, NEXT_INPUT)
-            gl.store(largest + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gate_layout)), 0)
-        _normalise_row(stream, mlp_gain, eps, program, hidden_size, rows, scales, BLOCK, WARPS)
-        arrive(counters, MLP_INPUT)
+        _normalise_row(stream, mlp_gain, eps, program, hidden_size, rows, scales, BLOCK)
+        arrive(counters, MLP_INPUT, IS_COPIED=True)
+    num_groups = hidden_size // (GROUP * LINE)
     if program < num_gates:
-        num_groups = hidden_size // (GROUP * LINE)
         first = program * GATES
         gate_scales = _channel_scales(gates_scales, first, GATES, gate_layout)
         up_scales = _channel_scales(gates_scales, intermediate_size + first, GATES, gate_layout)
         _wait_for_tokens(barriers, step, TOKEN_STAGES)
         row_scales = _token_scales(scales, num_tokens, gate_layout)[:, None]
         gates, up = _gates_and_up(
-            tokens, tiles_of(tiles, GATES, STAGES), barriers, (count, step), num_groups, GATES,
-            STAGES, TOKEN_STAGES, gate_layout,
+            tokens, tiles, barriers, (count, step), num_groups, STAGES, TOKEN_STAGES, gate_layout,
         )  # fmt: skip
-        count += num_groups * (GROUP // (STAGE_ROWS // 2 // GATES))
+        count += num_groups * GROUP * 2
         step += num_groups
         gates *= row_scales * gate_scales[None, :]
         up *= row_scales * up_scales[None, :]
         _activate(
-            gates, up, largest, counters, activated, activated_scales, num_tokens, num_gates,
-            intermediate_size, GATES, gate_layout,
+            gates, up, activated, activated_scales, num_tokens, intermediate_size,
+            gate_layout,
         )  # fmt: skip
+        arrive(counters, ACTIVATED, IS_COPIED=True)
     if HAS_NEXT:
         next_gain = gl.load(next_norm + columns, mask=is_column, other=0.0).to(gl.float32)
     if program < num_narrow:
         count, step = _add_product(
             tokens, narrow, barriers, (count, step), activated_scales, down_scales, stream,
-            num_tokens, intermediate_size, hidden_size, NARROW, STAGES, TOKEN_STAGES, WARPS,
+            num_tokens, intermediate_size, hidden_size, NARROW, STAGES, TOKEN_STAGES,
+            IN_BLOCKS=True,
         )  # fmt: skip
-        arrive(counters, MLP_ADDED)
+        arrive(counters, MLP_ADDED, IS_COPIED=False)
+    if PDL:
+        # Not before: what the successor asks for ahead would be gone from the L2 cache.
+        tl.extra.cuda.gdc_launch_dependents()
     if program == 0:
-        wait_for(counters, MLP_ADDED, num_narrow)
+        wait_for(counters, MLP_ADDED, num_narrow, COPIES=False)
         # Who waited for these has arrived since.
         reset(counters, ATTENDED)
         reset(counters, ATTENTION_ADDED)
         reset(counters, MLP_INPUT)
-        reset(counters, LARGEST)
         reset(counters, ACTIVATED)
     if HAS_NEXT:
         if program < num_tokens:
-            wait_for(counters, MLP_ADDED, num_narrow)
-            _normalise_row(stream, next_gain, eps, program, hidden_size, rows, scales, BLOCK, WARPS)
-            arrive(counters, NEXT_INPUT)
+            wait_for(counters, MLP_ADDED, num_narrow, COPIES=False)
+            _normalise_row(stream, next_gain, eps, program, hidden_size, rows, scales, BLOCK)
+            arrive(counters, NEXT_INPUT, IS_COPIED=True)
         if program * QKV < next_size:
-            num_stages = hidden_size // (STAGE_ROWS // QKV * LINE)
             at_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, qkv_layout))
             at_columns = program * QKV + gl.arange(0, QKV, layout=gl.SliceLayout(0, qkv_layout))
             channel_scales = _channel_scales(next_scales, program * QKV, QKV, qkv_layout)
             _wait_for_tokens(barriers, step, TOKEN_STAGES)
             row_scales = _token_scales(scales, num_tokens, qkv_layout)
             sums = _multiplied(
-                tokens, tiles_of(tiles, QKV, STAGES), barriers, (count, step), num_stages, QKV,
+                tokens, tiles_of(tiles, QKV, STAGES), barriers, (count, step), num_groups, QKV,
                 STAGES, TOKEN_STAGES, qkv_layout,
             )  # fmt: skip
             sums = sums * row_scales[:, None] * channel_scales[None, :]

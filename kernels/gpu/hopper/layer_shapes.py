@@ -11,34 +11,34 @@ from kernels.layer import LayerWeights, NextWeights
 
 # Bytes of a row in a tile, and tiles of tokens in a stage.
 LINE_BYTES, GROUP = 128, 4
-# Rows of weights in a stage.
-STAGE_ROWS = 256
+# Rows of weights in a stage, and gates of a program: a stage is a tile of them, or of what they are
+# for. The activations that they make are a block with a scale of its own, as wide as a tile.
+STAGE_ROWS = GATES = 128
 MAX_TOKENS = 64
-# Output channels of a program, of tiles that divide a stage, or that stages divide a group by.
-_CHANNELS, _GATES = (16, 32, 64), (32, 64, 128)
+# Output channels of a program in other products, as far as they are measured: of attention's output
+# and the MLP's, and of queries, keys and values.
+_NARROW, _QKV = (32,), (32, 64)
 # Programs that must have something to do, of the card's multiprocessors: fewer don't read weights
 # as fast as kernels of their own, which cut them smaller.
 _LEAST_USED = 0.7
 # By the most tokens: stages of weights and of tokens, as shared memory has room for them.
-_STAGES = {8: (4, 8), 16: (4, 8), 32: (4, 4), 64: (3, 3)}
+_STAGES = {16: (8, 8), 32: (8, 4), 64: (6, 3)}
+# For fewer tokens it's no faster (benchmarks/gpu/decode_layer.py).
+_LEAST_TOKENS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTile:
     """`tokens` are loaded a tile, in `token_stages` of half a KiB a token; weights in `stages` of
-    32 KiB, `asked` of which are on their way at most. A program has so many channels of the narrow
-    products, attention's output and the MLP's, of gates, and of queries, keys and values."""
+    16 KiB, `asked` of which are on their way at most. A program has so many channels of the narrow
+    products, attention's output and the MLP's, and of queries, keys and values."""
 
-    tokens: int = 8
-    stages: int = 4
+    tokens: int = 16
+    stages: int = 8
     token_stages: int = 8
-    asked: int = 2
+    asked: int = 3
     narrow: int = 32
-    gates: int = 128
     qkv: int = 64
-    warps: int = 4
-    registers: int = 128
-    loading_registers: int = 24
 
 
 def tile_for(
@@ -47,7 +47,7 @@ def tile_for(
     """None where kernels of their own are faster, or the only ones."""
     device = weights.down.values.device
     if (
-        num_tokens > MAX_TOKENS
+        not _LEAST_TOKENS <= num_tokens <= MAX_TOKENS
         or dtype not in (torch.bfloat16, torch.float16)
         or not is_hopper(device)
         or shares_multiprocessors()
@@ -71,11 +71,11 @@ def _tile_for(
     qkv_size: int | None,
     num_programs: int,
 ) -> LayerTile | None:
-    narrow = _channels(hidden_size, (attended_size, intermediate_size), _CHANNELS, num_programs)
-    gates = _channels(intermediate_size, (hidden_size,), _GATES, num_programs)
-    qkv = _CHANNELS[-1]
+    narrow = _channels(hidden_size, (attended_size, intermediate_size), _NARROW, num_programs)
+    gates = _channels(intermediate_size, (hidden_size,), (GATES,), num_programs)
+    qkv = _QKV[-1]
     if qkv_size is not None:
-        qkv = _channels(qkv_size, (hidden_size,), _CHANNELS, num_programs)
+        qkv = _channels(qkv_size, (hidden_size,), _QKV, num_programs)
     if narrow is None or gates is None or qkv is None:
         return None
     if num_tokens > hidden_size // narrow:
@@ -87,7 +87,6 @@ def _tile_for(
         stages=stages,
         token_stages=token_stages,
         narrow=narrow,
-        gates=gates,
         qkv=qkv,
     )
 

@@ -121,7 +121,11 @@ def _wait(num_left: int, *, deps: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
-def _load(pointer: Pointer, *, mask: Any = True, other: Any = 0, **_: Any) -> Tensor:
+def _load(
+    pointer: Pointer, *, mask: Any = True, other: Any = 0, volatile: bool = False, **_: Any
+) -> Tensor:
+    if volatile:
+        give_turn()
     at = torch.where(torch.as_tensor(mask), torch.as_tensor(pointer.at), 0)
     return torch.where(torch.as_tensor(mask), pointer.memory[at], other)
 

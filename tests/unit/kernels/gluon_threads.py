@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Threads and barriers of one program.
-MAX_CLOCKS = 32
+MAX_CLOCKS = 48
 # One thread runs at a time, until it waits or gives its turn: torch's many small operations take
 # Python's lock from each other for longer than they last.
 _TURN = threading.RLock()

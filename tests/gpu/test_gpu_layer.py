@@ -1,0 +1,94 @@
+"""All products of a layer in one kernel against torch, alone and in a graph."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.fp8 import Fp8Rows, quantize_rows
+from kernels.layer import (
+    LayerWeights,
+    NextWeights,
+    joined_products,
+    joined_products_reference,
+    joins_products,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
+HIDDEN, INTERMEDIATE, QKV = 4096, 14336, 6144
+EPS = 1e-5
+# Sums of another order round some number to its other neighbour in 8 bits, and many behind it.
+ERROR = 2e-2
+NUM_LAYERS, NUM_REPLAYS = 3, 20
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def random_rows(num_rows: int, size: int) -> Fp8Rows:
+    return quantize_rows(torch.randn(num_rows, size, device="cuda") / size**0.5)
+
+
+def random_layer(dtype: torch.dtype) -> tuple[LayerWeights, NextWeights]:
+    def norm() -> Tensor:
+        return (1 + 0.1 * torch.randn(HIDDEN, device="cuda")).to(dtype)
+
+    weights = LayerWeights(
+        output=random_rows(HIDDEN, HIDDEN),
+        norm=norm(),
+        gate_up=random_rows(2 * INTERMEDIATE, HIDDEN),
+        down=random_rows(HIDDEN, INTERMEDIATE),
+    )
+    return weights, NextWeights(norm(), random_rows(QKV, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [9, 16, 17, 31, 32, 33, 64])
+def test_a_layer(num_tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weights, following = random_layer(dtype)
+    assert joins_products(weights, following, num_tokens, dtype)
+    for given in (following, None, following):
+        attended = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=dtype)
+        start = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=dtype)
+        stream, wanted = start.clone(), start.clone()
+        qkv = joined_products(attended, stream, weights, given, EPS)
+        wanted_qkv = joined_products_reference(attended, wanted, weights, given, EPS)
+        assert relative_error(stream - start, wanted - start) < ERROR
+        assert (qkv is None) == (wanted_qkv is None) == (given is None)
+        if qkv is not None and wanted_qkv is not None:
+            assert relative_error(qkv, wanted_qkv) < ERROR
+
+
+@pytest.mark.parametrize("num_tokens", [16, 64])
+def test_in_a_graph_each_replay_is_the_same(num_tokens: int) -> None:
+    """Nobody adds parts up, so sums have one order; and counters are left as they were found."""
+    torch.manual_seed(0)
+    layers = [random_layer(torch.bfloat16) for _ in range(NUM_LAYERS)]
+    attended = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    start = torch.randn_like(attended)
+    stream = start.clone()
+
+    def run() -> Tensor | None:
+        stream.copy_(start)
+        qkv = None
+        for weights, following in layers:
+            # The next layer's queries stand for what attention would make of them.
+            of_attention = attended if qkv is None else qkv[:, :HIDDEN].contiguous()
+            qkv = joined_products(of_attention, stream, weights, following, EPS)
+        return qkv
+
+    wanted_qkv = run()
+    assert wanted_qkv is not None
+    wanted = stream.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        qkv = run()
+    assert qkv is not None
+    for _ in range(NUM_REPLAYS):
+        graph.replay()
+        assert torch.equal(stream, wanted)
+        assert torch.equal(qkv, wanted_qkv)

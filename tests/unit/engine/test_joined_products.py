@@ -1,0 +1,113 @@
+"""A decoder whose layers' products run as one kernel each, with torch in the kernel's place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.layers import decoder as layers
+from engine.layers.attention import AttentionOptions
+from engine.models.config import read_model_config
+from engine.models.decoder import DecoderModel
+from engine.weights.source import DummyWeights, LinearFormat
+from kernels import layer as kernel
+from kernels.attention import AttentionBatch, LastTokens
+
+NUM_LAYERS, NUM_SEQS, BLOCK_SIZE = 3, 5, 4
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "eos_token_id": 2,
+}
+
+
+def make_model(model_dir: Path, *, qkv_bias: bool = False) -> DecoderModel:
+    (model_dir / "config.json").write_text(json.dumps(SHAPE))
+    config = read_model_config(model_dir).quantized("fp8")
+    linear_format = LinearFormat(config.quantization, multiplies_fp8=True)
+    weights = DummyWeights(torch.float32, torch.device("cpu"), linear_format=linear_format)
+    torch.manual_seed(0)
+    return DecoderModel(config, weights, [AttentionOptions(qkv_bias=qkv_bias)] * NUM_LAYERS)
+
+
+def decode_step() -> AttentionBatch:
+    """The first token of each sequence."""
+    return AttentionBatch(
+        query_starts=torch.arange(NUM_SEQS + 1, dtype=torch.int32),
+        kv_lens=torch.ones(NUM_SEQS, dtype=torch.int32),
+        block_tables=torch.arange(NUM_SEQS, dtype=torch.int32)[:, None],
+        slots=torch.arange(NUM_SEQS) * BLOCK_SIZE,
+        positions=torch.zeros(NUM_SEQS, dtype=torch.int64),
+        max_query_len=1,
+        max_kv_len=1,
+        num_seqs=NUM_SEQS,
+    )
+
+
+def forward(model: DecoderModel, last: LastTokens | None = None) -> Tensor:
+    head_dim = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    pool = torch.zeros(NUM_SEQS, NUM_LAYERS, 2, SHAPE["num_key_value_heads"], BLOCK_SIZE, head_dim)
+    return model.forward(torch.arange(NUM_SEQS) + 7, decode_step(), pool, last)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of the kernel, whether something followed."""
+    calls: list[bool] = []
+
+    def run(
+        attended: Tensor,
+        stream: Tensor,
+        weights: kernel.LayerWeights,
+        following: kernel.NextWeights | None,
+        eps: float,
+    ) -> Tensor | None:
+        calls.append(following is not None)
+        return kernel.joined_products_reference(attended, stream, weights, following, eps)
+
+    monkeypatch.setattr(layers, "joins_products", lambda *_: True)
+    monkeypatch.setattr(layers, "joined_products", run)
+    return calls
+
+
+def test_the_same_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: list[bool]
+) -> None:
+    model = make_model(tmp_path)
+    actual = forward(model)
+    assert joined == [True] * (NUM_LAYERS - 1) + [False]
+    monkeypatch.setattr(layers, "joins_products", lambda *_: False)
+    expected = forward(model)
+    assert len(joined) == NUM_LAYERS
+    # Activations have scales of their blocks instead of the whole row.
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
+    assert not torch.equal(actual, expected)
+
+
+def test_steps_with_prompts_stay_apart(tmp_path: Path, joined: list[bool]) -> None:
+    last = LastTokens(rows=torch.arange(NUM_SEQS), batch=decode_step())
+    forward(make_model(tmp_path), last)
+    assert not joined
+
+
+def test_biases_stay_apart(tmp_path: Path, joined: list[bool]) -> None:
+    forward(make_model(tmp_path, qkv_bias=True))
+    assert not joined
+
+
+def test_a_shortened_model_joins_the_layers_that_it_has(tmp_path: Path, joined: list[bool]) -> None:
+    model = make_model(tmp_path)
+    model.layers = [model.layers[0], model.layers[-1]]
+    forward(model)
+    assert joined == [True, False]
