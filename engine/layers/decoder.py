@@ -34,19 +34,16 @@ class DecoderLayer:
         self._attention = Attention(config, layer, weights, options=attention)
         self._mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", shape)
         self._mlp = GatedMLP(config, layer, weights, bias=mlp_bias)
-        self._joined = self._join()
-        self._from_before: NextWeights | None = None
-        qkv = _plain_rows(self._attention.qkv)
-        if qkv is not None:
-            self._from_before = NextWeights(self._input_norm, qkv)
-
-    def _join(self) -> LayerWeights | None:
-        output, gate_up, down = map(
-            _plain_rows, (self._attention.output, self._mlp.gate_up, self._mlp.down)
+        qkv, output, gate_up, down = map(
+            _plain_rows,
+            (self._attention.qkv, self._attention.output, self._mlp.gate_up, self._mlp.down),
         )
-        if output is None or gate_up is None or down is None:
-            return None
-        return LayerWeights(output, self._mlp_norm, gate_up, down)
+        self.before_attention: NextWeights | None = None
+        if qkv is not None:
+            self.before_attention = NextWeights(self._input_norm, qkv)
+        self._behind_attention: LayerWeights | None = None
+        if output is not None and gate_up is not None and down is not None:
+            self._behind_attention = LayerWeights(output, self._mlp_norm, gate_up, down)
 
     @property
     def kind(self) -> Hashable:
@@ -75,13 +72,10 @@ class DecoderLayer:
         self, following: "DecoderLayer | None", num_tokens: int, dtype: torch.dtype
     ) -> bool:
         """Whether `forward_joined` can stand in for `forward`, and should."""
-        weights = self._joined
-        if weights is None:
+        weights = self._behind_attention
+        if weights is None or (following is not None and following.before_attention is None):
             return False
-        if following is None:
-            return joins_products(weights, None, num_tokens, dtype)
-        before = following._from_before
-        return before is not None and joins_products(weights, before, num_tokens, dtype)
+        return joins_products(weights, _before(following), num_tokens, dtype)
 
     def project(self, residual: Tensor) -> Tensor:
         """The queries, keys and values that `forward_joined` takes, of the first layer."""
@@ -99,10 +93,11 @@ class DecoderLayer:
     ) -> Tensor | None:
         """`forward` from its own queries, keys and values to those of the layer that is
         `following`, None if there is none; outputs go to the residual stream."""
-        assert self._joined is not None
+        assert self._behind_attention is not None
         attended = self._attention.attend(projected, cos_sin, batch, kv_pool)
-        before = None if following is None else following._from_before
-        return joined_products(attended, residual, self._joined, before, self._eps)
+        return joined_products(
+            attended, residual, self._behind_attention, _before(following), self._eps
+        )
 
     def store_kv(
         self,
@@ -117,6 +112,10 @@ class DecoderLayer:
         normed, residual = self._attention.qkv.normed(output, residual, self._input_norm, self._eps)
         self._attention.store_kv(normed, cos_sin, batch, kv_pool)
         return residual
+
+
+def _before(following: DecoderLayer | None) -> NextWeights | None:
+    return None if following is None else following.before_attention
 
 
 def _plain_rows(projection: Projection) -> Fp8Rows | None:
