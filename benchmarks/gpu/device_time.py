@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 DEVICE = DeviceType.CUDA
 # The first that a kernel's name holds says what it does.
 KINDS = (
+    ("layer_kernel", "layers' products"),
     ("attention", "attention"),
     ("decode_kernel", "attention"),
     # FlashAttention 3's; they name CUTLASS, too.

@@ -49,9 +49,10 @@ PREFILL = ((64, 2048), (8, 8192), (1, 32768))
 DECODE = ((1, 1136), (16, 1136), (64, 1134), (256, 1126), (8, 32640), (16, 32640))
 # Sequences, prompt tokens and outputs of the check.
 CHECKED = (6, 300, 16)
-# A wrong kernel leaves none. Rounding to 16 bits left 86 %; to 8 bits, which is 8 times as coarse,
-# 27 %, about 0.86 to the 8th power.
-LEAST_AGREEMENT, LEAST_FP8_AGREEMENT = 0.6, 0.1
+# A wrong kernel leaves none of 96. Rounding to 16 bits left 86 %; to 8 bits, which is 8 times as
+# coarse, 27 and 32 %, about 0.86 to the 8th power; of prompts' queries, too, in FlashAttention, 9
+# and 15 %.
+LEAST_AGREEMENT, LEAST_FP8_AGREEMENT = 0.6, 0.04
 NUM_DECODE_STEPS = 64
 NUM_PROFILED_STEPS = 16
 BATCHED_TOKENS = 16384

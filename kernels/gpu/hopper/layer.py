@@ -137,7 +137,7 @@ def _layer_kernel(
                 (
                     (attended_desc, input_desc, activated_desc), token_tiles,
                     (tokens_full, tokens_empty), counters, sizes, NARROW, QKV, TOKENS,
-                    TOKEN_STAGES, HAS_NEXT,
+                    TOKEN_STAGES, HAS_NEXT, PDL,
                 ),
             ),
         ],

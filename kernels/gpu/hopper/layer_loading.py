@@ -21,6 +21,7 @@ from kernels.gpu.hopper.layer_meeting import (
     NEXT_INPUT,
     wait_for,
 )
+from kernels.gpu.hopper.linear_loading import wait_for_predecessor
 
 # Bytes of a row in a tile; rows of a tile of tokens as it is multiplied.
 LINE = gl.constexpr(layer_shapes.LINE_BYTES)
@@ -197,7 +198,10 @@ def load_tokens(
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_NEXT: gl.constexpr,
+    PDL: gl.constexpr,
 ):
+    # The predecessor may be another layer's kernel, which counts with the same counters.
+    wait_for_predecessor(PDL)
     attended_desc, input_desc, activated_desc = descs
     num_tokens, attended_size, hidden_size, intermediate_size, next_size, _ = sizes
     program = gl.program_id(0)

@@ -39,8 +39,7 @@ def _fence(value):
 
 @gluon.jit
 def arrive(counters, which: gl.constexpr, IS_COPIED: gl.constexpr):
-    """Once all threads' stores are made. They are fenced if tiles of them are copied, which takes
-    as long as what the program has under way by then."""
+    """Once all threads' stores are made; they are fenced if tiles of them are copied."""
     if IS_COPIED:
         _fence(gl.program_id(0))
     tl.debug_barrier()
