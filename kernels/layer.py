@@ -58,7 +58,8 @@ def joined_products(
     contiguous. Returns the product of the next layer's queries, keys and values
     [num_tokens, qkv_size], or None if nothing is `following`. Products' inputs are quantized on the
     way, with a scale for each token, and activations for each of its blocks of `ACTIVATION_BLOCK`.
-    Raises ValueError where `joins_products` is false.
+    Only one stream of a device at a time may run it: its programs meet at counters that all calls
+    share. Raises ValueError where `joins_products` is false.
     """
     # Imported on first use: not every Triton has Gluon.
     from kernels.gpu.hopper.layer import layer_products

@@ -93,3 +93,30 @@ def test_in_a_graph_each_replay_is_the_same(num_tokens: int) -> None:
         graph.replay()
         assert torch.equal(stream, wanted)
         assert torch.equal(qkv, wanted_qkv)
+
+
+@pytest.mark.parametrize("num_tokens", [9, 64])
+def test_behind_one_another_as_with_a_pause_between(num_tokens: int) -> None:
+    """The next kernel starts beside the end of the one before, which has the same counters."""
+    torch.manual_seed(0)
+    layers = [random_layer(torch.bfloat16) for _ in range(NUM_LAYERS)]
+    attended = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    start = torch.randn_like(attended)
+
+    def run(stream: Tensor, *, pauses: bool) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for weights, following in layers * 3:
+            found.append(joined_products(attended, stream, weights, following, EPS))
+            if pauses:
+                torch.cuda.synchronize()
+        return found
+
+    wanted_stream = start.clone()
+    wanted = run(wanted_stream, pauses=True)
+    for _ in range(NUM_REPLAYS):
+        stream = start.clone()
+        for actual, expected in zip(run(stream, pauses=False), wanted, strict=True):
+            assert actual is not None
+            assert expected is not None
+            assert torch.equal(actual, expected)
+        assert torch.equal(stream, wanted_stream)

@@ -78,7 +78,10 @@ def _tile_for(
         qkv = _channels(qkv_size, (hidden_size,), _QKV, num_programs)
     if narrow is None or gates is None or qkv is None:
         return None
-    if num_tokens > hidden_size // narrow:
+    num_narrow = hidden_size // narrow
+    # Who has a share of the last product has met the others before: counters are set back between.
+    has_met = qkv_size is None or qkv_size // qkv <= max(num_narrow, intermediate_size // gates)
+    if num_tokens > num_narrow or not has_met:
         return None
     tokens = next(tokens for tokens in _STAGES if num_tokens <= tokens)
     stages, token_stages = _STAGES[tokens]

@@ -5,6 +5,7 @@ clock there, waiting for it takes along those of all who arrived.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,12 @@ _TURN = threading.RLock()
 _thread = threading.local()
 # Some thread of the kernel that runs has.
 _failed = threading.Event()
+# How long threads look out for what another program does.
+PATIENCE_S = 60.0
 
 
 class Program:
-    """Threads that wait for each other, and for no other program's."""
+    """Threads that wait for each other; for other programs' they look out, in turns."""
 
     def __init__(self, number: int, num_programs: int) -> None:
         self.number, self.num_programs = number, num_programs
@@ -110,6 +113,7 @@ def give_turn() -> None:
     out for one that has failed."""
     threading.Condition(_TURN).wait(1e-4)
     assert not _failed.is_set(), "another thread has failed"
+    assert time.monotonic() < _thread.looks_out_until, "a program looks out for another in vain"
 
 
 def run(functions: Sequence[tuple[Thread, Callable[[], None]]]) -> None:
@@ -121,6 +125,7 @@ def run(functions: Sequence[tuple[Thread, Callable[[], None]]]) -> None:
     def follow(thread: Thread, function: Callable[[], None]) -> None:
         with _TURN:
             _thread.current = thread
+            _thread.looks_out_until = time.monotonic() + PATIENCE_S
             try:
                 function()
                 assert not thread.products, "a product isn't waited for"

@@ -1,5 +1,6 @@
 """A layer's kernel, run on a model of its machine: what is copied where and when, and who waits
-for whom. tests/gpu has it compiled."""
+for whom. The model knows no fences of global memory, nor kernels that overlap: tests/gpu has it
+compiled."""
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from kernels.fp8 import Fp8Rows, quantize_rows
 
 pytest.importorskip("triton.experimental.gluon")
-from gluon_model import run_modelled
+import gluon_threads
+from gluon_model import change_source, run_modelled
 
 from kernels.gpu.hopper import (
     layer,
@@ -89,3 +91,21 @@ def test_a_layer(
         assert (qkv is not None) == has_next
         if qkv is not None and wanted_qkv is not None:
             assert error(qkv, wanted_qkv) < ERROR
+
+
+@pytest.mark.parametrize("which", ["ATTENDED", "ATTENTION_ADDED", "MLP_INPUT", "ACTIVATED"])
+def test_who_does_not_come_is_missed(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    monkeypatch.setattr(layer, "num_multiprocessors", lambda _: 32)
+    # Its counters are left as nobody should find them.
+    monkeypatch.setattr(layer, "_counters", lambda _: torch.zeros(6 * 32, dtype=torch.int32))
+    monkeypatch.setattr(gluon_threads, "PATIENCE_S", 1.0)
+    is_copied = which != "ATTENTION_ADDED"
+    arrival = f"arrive(counters, {which}, IS_COPIED={is_copied})"
+    change_source(
+        monkeypatch, layer_multiplying.multiply_layer, arrival, "pass", layer, layer_multiplying
+    )
+    weights, following = random_weights()
+    attended, stream = torch.randn(2, HEADS), torch.randn(2, HIDDEN)
+    tile = LayerTile(tokens=8)
+    with pytest.raises(AssertionError, match=r"in vain|another thread has failed"):
+        layer.layer_products(attended, stream, weights, following, EPS, tile=tile)

@@ -61,6 +61,7 @@ def test_few_and_many_tokens_have_kernels_of_their_own(num_tokens: int) -> None:
         {"intermediate": 12352},  # programs' channels end within a tile
         {"qkv": 2048},
         {"qkv": 6100},
+        {"hidden": 3072, "intermediate": 12288, "qkv": 4096},  # some with the last product alone
     ],
     ids=str,
 )
