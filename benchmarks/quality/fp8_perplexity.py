@@ -28,14 +28,17 @@ from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
 from engine.weights.model_dir import resolve_model
 from kernels.attention import AttentionBatch
+from kernels.fp8 import FP8
 
 WINDOW = 512
 BLOCK_SIZE = 16
-# Name, `--quantization`, whether products are of 8 bits.
+# Name, `--quantization`, whether products are of 8 bits, and whether keys and values are.
 VARIANTS = (
-    ("unquantized", None, False),
-    ("fp8 weights", "fp8", False),
-    ("fp8 products", "fp8", True),
+    ("unquantized", None, False, False),
+    ("fp8 weights", "fp8", False, False),
+    ("fp8 products", "fp8", True, False),
+    ("fp8 KV", None, False, True),
+    ("fp8 products and KV", "fp8", True, True),
 )
 
 
@@ -51,7 +54,7 @@ def read_windows(tokenizer: Tokenizer, num_tokens: int) -> Iterator[list[int]]:
             yield ids[start : start + WINDOW]
 
 
-def window_loss(model: CausalLM, ids: list[int]) -> float:
+def window_loss(model: CausalLM, ids: list[int], kv_dtype: torch.dtype) -> float:
     """Mean negative log-probability of a window's tokens behind its first."""
     device, count = model.device, len(ids)
     config = model.config
@@ -69,14 +72,18 @@ def window_loss(model: CausalLM, ids: list[int]) -> float:
         num_seqs=1,
     )
     tokens: Tensor = torch.tensor(ids, device=device)
-    pool = torch.zeros(shape, dtype=model.dtype, device=device)
+    pool = torch.zeros(shape, dtype=kv_dtype, device=device)
     logits = model.logits(model.forward(tokens, batch, pool)[:-1]).float()
     return torch.nn.functional.cross_entropy(logits, tokens[1:]).item()
 
 
 @torch.inference_mode()
-def perplexity(model: CausalLM, windows: list[list[int]]) -> float:
-    return math.exp(sum(window_loss(model, window) for window in windows) / len(windows))
+def perplexity(
+    model: CausalLM, windows: list[list[int]], kv_dtype: torch.dtype | None = None
+) -> float:
+    """`kv_dtype` is the model's own by default."""
+    dtype = kv_dtype or model.dtype
+    return math.exp(sum(window_loss(model, window, dtype) for window in windows) / len(windows))
 
 
 def main() -> None:
@@ -100,7 +107,7 @@ def main() -> None:
         "perplexity": {},
     }
     base = 0.0
-    for name, quantization, fp8_products in VARIANTS:
+    for name, quantization, fp8_products, fp8_kv in VARIANTS:
         model = load_model(
             config.quantized(quantization),
             model_dir,
@@ -108,7 +115,8 @@ def main() -> None:
             device=device,
             fp8_products=fp8_products,
         )
-        value = results["perplexity"][name] = perplexity(model, windows)
+        value = perplexity(model, windows, FP8 if fp8_kv else None)
+        results["perplexity"][name] = value
         base = base or value
         print(f"{name}: {value:.4f} ({100 * (value / base - 1):+.2f} %)", flush=True)
     if args.out:
