@@ -30,7 +30,8 @@ from kernels.gpu.hopper.layer_loading import (
     load_weights,
 )
 from kernels.gpu.hopper.layer_meeting import COUNTER_STRIDE, NUM_COUNTERS
-from kernels.gpu.hopper.layer_multiplying import WARPS, multiply_layer
+from kernels.gpu.hopper.layer_multiplying import multiply_layer
+from kernels.gpu.hopper.layer_rows import WARPS
 from kernels.gpu.hopper.layer_shapes import GATES, MAX_TOKENS, LayerTile
 from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS
 from kernels.gpu.hopper.support import num_multiprocessors

@@ -1,4 +1,4 @@
-"""The warpgroups of a layer's kernel: they quantize rows, multiply, add, normalise and gate.
+"""The warpgroup of a layer's kernel: it multiplies, and works on rows in between.
 
 A program has some output channels of each product to itself, over the whole sum: nobody adds parts
 up. A token's row is quantized, or normalised first, by one program.
@@ -30,41 +30,8 @@ from kernels.gpu.hopper.layer_meeting import (
     reset,
     wait_for,
 )
+from kernels.gpu.hopper.layer_rows import WARPS, activate, normalise_row, quantize_row
 from kernels.gpu.hopper.linear_loading import wait_for_predecessor
-
-WARPS = gl.constexpr(4)
-FP8_MAX = gl.constexpr(448.0)
-SMALLEST_SCALE = gl.constexpr(1e-12 / 448.0)
-_LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _store_quantized(values, out, scales, row, size, columns):
-    """A row of float32 numbers, 0 past its end, in 8 bits."""
-    scale = gl.maximum(gl.max(gl.abs(values), 0) / FP8_MAX, SMALLEST_SCALE)
-    quantized = (values * (1.0 / scale)).to(gl.float8e4nv)
-    gl.store(out + row * size + columns, quantized, mask=columns < size)
-    gl.store(scales + row, scale)
-
-
-@gluon.jit
-def _quantize_row(x, row, size, out, scales, BLOCK: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-    columns = gl.arange(0, BLOCK, layout=layout)
-    values = gl.load(x + row * size + columns, mask=columns < size, other=0.0).to(gl.float32)
-    _store_quantized(values, out, scales, row, size, columns)
-
-
-@gluon.jit
-def _normalise_row(x, gain, eps, row, size, out, scales, BLOCK: gl.constexpr):
-    """`gain` is the norm's weight, loaded beforehand."""
-    layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-    columns = gl.arange(0, BLOCK, layout=layout)
-    mask = columns < size
-    at = x + row * size + columns
-    values = gl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(gl.float32)
-    scale = gl.rsqrt(gl.sum(values * values, 0) / size + eps)
-    _store_quantized(values * scale * gain, out, scales, row, size, columns)
 
 
 @gluon.jit
@@ -315,29 +282,6 @@ def _add_product(
 
 
 @gluon.jit
-def _activate(
-    gates,
-    up,
-    activated,
-    scales,
-    num_tokens,
-    intermediate_size,
-    layout: gl.constexpr,
-):
-    """silu(gates) * up of a program's channels, a block with a scale for each token."""
-    program = gl.program_id(0)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    columns = program * GATES + gl.arange(0, GATES, layout=gl.SliceLayout(0, layout))
-    mask = rows < num_tokens
-    values = gates / (1.0 + gl.exp2(-_LOG2_E * gates)) * up
-    scale = gl.maximum(gl.max(gl.abs(values), 1) / FP8_MAX, SMALLEST_SCALE)
-    gl.store(scales + program * ROWS + rows, scale, mask=mask)
-    quantized = (values * (1.0 / scale)[:, None]).to(gl.float8e4nv)
-    at = activated + rows[:, None] * intermediate_size + columns[None, :]
-    gl.store(at, quantized, mask=mask[:, None])
-
-
-@gluon.jit
 def multiply_layer(
     tensors,
     buffers,
@@ -368,10 +312,9 @@ def multiply_layer(
     columns = gl.arange(0, BLOCK, layout=row_layout)
     is_column = columns < hidden_size
     mlp_gain = gl.load(mlp_norm + columns, mask=is_column, other=0.0).to(gl.float32)
-    next_gain = mlp_gain
     wait_for_predecessor(PDL)
     if program < num_tokens:
-        _quantize_row(attended, program, attended_size, attended_rows, attended_scales, BLOCK)
+        quantize_row(attended, program, attended_size, attended_rows, attended_scales, BLOCK)
         arrive(counters, ATTENDED, IS_COPIED=True)
     count = program * 0
     step = program * 0
@@ -388,7 +331,7 @@ def multiply_layer(
             # Of the kernel before: all of its programs are gone.
             reset(counters, MLP_ADDED)
             reset(counters, NEXT_INPUT)
-        _normalise_row(stream, mlp_gain, eps, program, hidden_size, rows, scales, BLOCK)
+        normalise_row(stream, mlp_gain, eps, program, hidden_size, rows, scales, BLOCK)
         arrive(counters, MLP_INPUT, IS_COPIED=True)
     num_groups = hidden_size // (GROUP * LINE)
     if program < num_gates:
@@ -404,11 +347,12 @@ def multiply_layer(
         step += num_groups
         gates *= row_scales * gate_scales[None, :]
         up *= row_scales * up_scales[None, :]
-        _activate(
+        activate(
             gates, up, activated, activated_scales, num_tokens, intermediate_size,
             gate_layout,
         )  # fmt: skip
         arrive(counters, ACTIVATED, IS_COPIED=True)
+    next_gain = mlp_gain
     if HAS_NEXT:
         next_gain = gl.load(next_norm + columns, mask=is_column, other=0.0).to(gl.float32)
     if program < num_narrow:
@@ -431,7 +375,7 @@ def multiply_layer(
     if HAS_NEXT:
         if program < num_tokens:
             wait_for(counters, MLP_ADDED, num_narrow, COPIES=False)
-            _normalise_row(stream, next_gain, eps, program, hidden_size, rows, scales, BLOCK)
+            normalise_row(stream, next_gain, eps, program, hidden_size, rows, scales, BLOCK)
             arrive(counters, NEXT_INPUT, IS_COPIED=True)
         if program * QKV < next_size:
             at_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, qkv_layout))

@@ -7,13 +7,13 @@ import torch
 
 from kernels.gpu.cards import shares_multiprocessors
 from kernels.gpu.hopper.support import is_hopper, num_multiprocessors
-from kernels.layer import LayerWeights, NextWeights
+from kernels.layer import ACTIVATION_BLOCK, LayerWeights, NextWeights
 
 # Bytes of a row in a tile, and tiles of tokens in a stage.
 LINE_BYTES, GROUP = 128, 4
 # Rows of weights in a stage, and gates of a program: a stage is a tile of them, or of what they are
 # for. The activations that they make are a block with a scale of its own, as wide as a tile.
-STAGE_ROWS = GATES = 128
+STAGE_ROWS = GATES = ACTIVATION_BLOCK
 MAX_TOKENS = 64
 # Output channels of a program in other products, as far as they are measured: of attention's output
 # and the MLP's, and of queries, keys and values.

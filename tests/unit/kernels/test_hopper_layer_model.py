@@ -17,6 +17,7 @@ from kernels.gpu.hopper import (
     layer_loading,
     layer_meeting,
     layer_multiplying,
+    layer_rows,
     linear_loading,
 )
 from kernels.gpu.hopper.layer_shapes import LayerTile
@@ -37,6 +38,7 @@ def _modelled(monkeypatch: pytest.MonkeyPatch) -> None:
         layer_loading,
         layer_meeting,
         layer_multiplying,
+        layer_rows,
         linear_loading,
     )
 
