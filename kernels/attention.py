@@ -1,7 +1,9 @@
 """Causal attention over the paged KV pool, for prefill chunks and decode rows in one batch."""
 
+from collections.abc import Iterable
 from ctypes import byref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 from kernels.kv_format import UNSCALED, KVScales, native_format, scales_of
 from kernels.native.arguments import PagedAttentionArgs
 from kernels.native.library import Operation, native_kernel
+
+if TYPE_CHECKING:
+    from kernels.gpu.decode_plan import DecodePlan
 
 # A group of gathered decode contexts stays under this many elements, about 128 MiB in bfloat16.
 _MAX_GATHERED_ELEMENTS = 1 << 26
@@ -37,6 +42,10 @@ class AttentionBatch:
     """Whether each part has a kernel of its own, whatever is faster: a part may be padded."""
     uses_flash_attention: bool = False
     """Whether FlashAttention 3 is to attend for prompts where it can, on a GPU."""
+    decode_plans: "dict[int | None, DecodePlan]" = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """By sliding window, what `prepare` has made for sequences with one query each."""
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +115,16 @@ class LastTokens:
 
     rows: Tensor  # int32 [num_seqs], where they are in the whole batch
     batch: AttentionBatch
+
+
+def prepare(batch: AttentionBatch, kv_pool: Tensor, sliding_windows: Iterable[int | None]) -> None:
+    """Makes, once for all of a step's layers, which have those windows, what kernels want to know
+    of `batch`, which is that step's alone: a step that is captured makes its own while it is, since
+    its replays find other contexts. To be called before the step's first kernel."""
+    if kv_pool.is_cuda:
+        from kernels.gpu import attention as gpu
+
+        gpu.prepare(batch, kv_pool, sliding_windows)
 
 
 def paged_attention(

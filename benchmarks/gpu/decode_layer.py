@@ -40,7 +40,7 @@ from engine.layers.decoder import DecoderLayer
 from engine.layers.rope import rope_table
 from engine.weights.source import DummyWeights, LinearFormat
 from kernels.activation import silu_and_mul_reference
-from kernels.attention import AttentionBatch, paged_attention_reference
+from kernels.attention import AttentionBatch, paged_attention_reference, prepare
 from kernels.fp8 import FP8
 from kernels.fp8_linear import Fp8Linear
 from kernels.gpu import fp8_linear, linear_tiles
@@ -119,6 +119,7 @@ class Captured:
         self, layers: Layers, batch: AttentionBatch, pool: Tensor, start: Tensor, *, joined: bool
     ) -> None:
         self.stream = torch.empty_like(start)
+        prepare(batch, pool, [None])
 
         def run() -> None:
             self.stream.copy_(start)

@@ -38,7 +38,7 @@ from benchmarks.gpu.correctness import (
 )
 from benchmarks.gpu.graph_time import captured, replay_s, time_s
 from benchmarks.gpu.library_attention import library_calls
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, prepare
 from kernels.fp8 import FP8
 from kernels.gpu.attention import paged_attention
 from kernels.gpu.decode_attention import decode_attention
@@ -295,6 +295,7 @@ def bench_decode() -> list[dict[str, Any]]:
         batch = make_batch(num_seqs, 1, kv_len)
         q, pool = _attention_inputs(batch, num_layers)
         pool = pool.to(dtype)
+        prepare(batch, pool, [None])
         calls = [
             functools.partial(decode_attention, q, pool, layer, batch, **OPTIONS)
             for layer in range(num_layers)

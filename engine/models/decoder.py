@@ -10,7 +10,7 @@ from engine.layers.rope import rope_table
 from engine.layers.vocabulary import Vocabulary
 from engine.models.config import ModelConfig
 from engine.weights.source import WeightSource
-from kernels.attention import AttentionBatch, LastTokens
+from kernels.attention import AttentionBatch, LastTokens, prepare
 from kernels.norm import add_rms_norm
 
 
@@ -44,6 +44,9 @@ class DecoderModel:
         kv_pool: Tensor,
         last: LastTokens | None = None,
     ) -> Tensor:
+        prepare(batch, kv_pool, self.config.layer_windows)
+        if last is not None:
+            prepare(last.batch, kv_pool, self.config.layer_windows[-1:])
         output, residual = None, self._vocabulary.embed(token_ids)
         if last is None and self._joins_products(residual):
             self._forward_joined(residual, batch, kv_pool)

@@ -1,7 +1,7 @@
 """Which kernel attends for which rows of a step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.decode_rope import NewTokens, rotates_whole_heads
 from kernels.gpu.flash_attention import flash_attention
 from kernels.gpu.flash_attention import is_supported as is_for_flash_attention
@@ -21,12 +22,22 @@ __all__ = [
     "decode_attention",
     "paged_attention",
     "parts_to_attend",
+    "prepare",
     "rotates",
     "rotates_prompts",
 ]
 
 # Whether attention rotates queries where it can, or a kernel of its own always does before it.
 ROTATES_IN_ATTENTION = True
+
+
+def prepare(batch: AttentionBatch, kv_pool: Tensor, sliding_windows: Iterable[int | None]) -> None:
+    """`kernels.attention.prepare`."""
+    decodes = batch if batch.parts is None else batch.parts[0]
+    if decodes.max_query_len == 1:
+        for window in sliding_windows:
+            if window not in decodes.decode_plans:
+                decodes.decode_plans[window] = plan_contexts(decodes, kv_pool, window)
 
 
 def rotates(q: Tensor, cos_sin: Tensor, batch: AttentionBatch) -> bool:

@@ -1,8 +1,7 @@
-"""Paged attention of one query a sequence: split over the context, merged afterwards.
+"""Paged attention of one query a sequence.
 
 Reading keys and values is all the work here. A program reads those of one KV head once, for all
-query heads of its group; where sequences and heads are too few to fill the card, the context of
-each is split over several programs, and the last of them to finish merges what they found.
+query heads of its group; which part of which context that is, is in `decode_plan`.
 """
 
 import torch
@@ -12,28 +11,34 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
-from kernels.gpu.decode_prefetch import prefetch_norms, prefetch_tiles
-from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
-from kernels.gpu.decode_tiles import (
-    ASSEMBLY_HEAD_DIM,
-    MAX_FUSED_SPLITS,
-    DecodeTile,
-    splits_for,
-    tile_for,
+from kernels.gpu.decode_plan import (
+    END,
+    FIRST_PIECE,
+    FIRST_VISIBLE,
+    NUM_PARTS,
+    POSITION,
+    ROW,
+    SEQ,
+    SLOT,
+    START,
+    DecodePlan,
+    plan_contexts,
 )
+from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
+from kernels.gpu.decode_tiles import ASSEMBLY_HEAD_DIM
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
     wait_for_predecessor,
 )
 from kernels.gpu.launching import launch
-from kernels.gpu.merge_attention import merge_attention, merge_group, parts_at_once
+from kernels.gpu.merge_attention import merge_parts
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widening import widened
 from kernels.kv_format import FP8_DTYPES
 
 # The least side of a matrix instruction; smaller groups are padded to it.
-_MIN_ROWS = 16
+_MIN_ROWS = 8
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
@@ -48,14 +53,12 @@ def _decode_kernel(
     q_weight,
     k_weight,
     cos_sin,
-    positions,
-    slots,
     pool,
     out,
     partial_out,
     partial_lse,
     arrivals,
-    kv_lens,
+    pieces,
     block_tables,
     table_stride,
     q_stride,
@@ -63,7 +66,6 @@ def _decode_kernel(
     v_stride,
     block_stride,
     kv_stride,
-    window,
     scale,
     v_scale,
     softcap,
@@ -79,66 +81,59 @@ def _decode_kernel(
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    IS_FUSED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     USES_FLOAT16: tl.constexpr,
     IN_ASSEMBLY: tl.constexpr,
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Splits of one sequence and head are neighbours: they end together.
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    seq = tl.program_id(2).to(tl.int64)
-    table = block_tables + seq * table_stride
-    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
-    kv_len = tl.load(kv_lens + seq)
-    first = tl.maximum(kv_len - window, 0)
-    first_tile = first // TOKENS
-    num_tiles = tl.cdiv(kv_len, TOKENS) - first_tile
-    tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
-    tile = first_tile + split * tiles_per_split
-    end = tl.minimum((tile + tiles_per_split) * TOKENS, kv_len)
-    if PDL and tile * TOKENS < end:
-        # The newest token's are being written, but most are there since long ago.
-        prefetch_tiles(
-            head_pool, table, tile, first, end, block_stride, kv_stride,
-            PREFETCHED, TOKENS, BLOCK_SIZE, HEAD_DIM,
-        )  # fmt: skip
+    kv_head = tl.program_id(0)
+    piece = tl.program_id(1)
+    planned = pieces + piece * ROW
+    seq = tl.load(planned + SEQ)
+    if seq < 0:
+        return
+    start = tl.load(planned + START)
+    end = tl.load(planned + END)
+    first = tl.load(planned + FIRST_VISIBLE)
+    first_piece = tl.load(planned + FIRST_PIECE)
+    num_parts = tl.load(planned + NUM_PARTS)
+    # A tile's blocks are looked up before it's its turn: loads that wait for others in one turn of
+    # the loop would have half as many stages each.
+    table = block_tables + seq.to(tl.int64) * table_stride
+    block = _blocks_of_tile(table, start, end, BLOCK_SIZE, TOKENS)
     if k is not None:
-        angles = cos_sin + tl.load(positions + seq) * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
+        position = tl.load(planned + POSITION).to(tl.int64)
+        angles = cos_sin + position * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
         cos, sin = tl.load(angles), tl.load(angles + HEAD_DIM // 2)
-        slot = tl.load(slots + seq)
-    prefetch_norms(q_weight, k_weight, HEAD_DIM, PDL)
+        slot = tl.load(planned + SLOT).to(tl.int64)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    num_parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(tiles_per_split, 1)), 1)
-    if IS_FUSED and split >= num_parts:
-        return
 
+    row = seq.to(tl.int64)
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, DIM)
     heads = kv_head * GROUP + rows
-    mask = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    heads_of_token = q + seq * q_stride
+    is_head = rows < GROUP
+    is_column = columns < HEAD_DIM
+    mask = is_head[:, None] & is_column[None, :]
+    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
+    query_of_token = q + row * q_stride
     if k is None:
         query = tl.load(
-            heads_of_token + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
+            query_of_token + heads[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
         )
     else:
-        query = rotated_query(
-            heads_of_token, q_weight, eps, heads, rows < GROUP, cos, sin, HEAD_DIM // 2
-        )
+        half: tl.constexpr = HEAD_DIM // 2
+        query = rotated_query(query_of_token, q_weight, eps, heads, is_head, cos, sin, half)
         # A padded row of a captured graph has no slot.
-        if split == num_parts - 1 and slot >= 0:
+        if piece == first_piece + num_parts - 1 and slot >= 0:
             target = head_pool + (slot // BLOCK_SIZE) * block_stride
             store_new_token(
-                k + seq * k_stride + kv_head * HEAD_DIM, v + seq * v_stride + kv_head * HEAD_DIM,
+                k + row * k_stride + kv_head * HEAD_DIM, v + row * v_stride + kv_head * HEAD_DIM,
                 k_weight, eps, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
-                k_factor, v_factor, largest, HEAD_DIM // 2, IS_FP8,
+                k_factor, v_factor, largest, half, IS_FP8,
             )  # fmt: skip
     if USES_FLOAT16:
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
@@ -146,56 +141,62 @@ def _decode_kernel(
         scale = 1.0
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(tile * TOKENS, end, TOKENS):
-        tokens = start + tl.arange(0, TOKENS)
+    # Tokens, and elements of values, are the rows of products, whose columns needn't be many.
+    sums = tl.zeros([DIM, ROWS], tl.float32)
+    for start_of_tile in range(start, end, TOKENS):
+        tokens = start_of_tile + tl.arange(0, TOKENS)
         visible = (tokens >= first) & (tokens < end)
-        block = tl.load(table + tokens // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
-        at = block * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
+        at = block.to(tl.int64) * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
+        block = _blocks_of_tile(table, start_of_tile + TOKENS, end, BLOCK_SIZE, TOKENS)
         in_pool = head_pool + at[:, None] + columns[None, :]
         # What is not visible may be anything, NaN included.
-        present = visible[:, None] & (columns < HEAD_DIM)[None, :]
+        present = visible[:, None] & is_column[None, :]
         key = tl.load(in_pool, mask=present, other=0.0).to(query.dtype)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = 2.0 * tl.sigmoid(2.0 * scores * (scale / softcap)) - 1.0
             scores = softcap * capped * LOG2_E
         else:
             scores = scores * (scale * LOG2_E)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_highest[:, None])
+        scores = tl.where(visible[:, None], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        weights = tl.exp2(scores - new_highest[None, :])
         faded = tl.exp2(highest - new_highest)
-        total = total * faded + tl.sum(weights, 1)
+        total = total * faded + tl.sum(weights, 0)
         value = tl.load(in_pool + kv_stride, mask=present, other=0.0)
         value = widened(value, query, IN_ASSEMBLY)
-        sums = sums * faded[:, None]
-        sums = tl.dot(weights.to(value.dtype), value, sums, input_precision="ieee")
+        sums = sums * faded[None, :]
+        sums = tl.dot(tl.trans(value), weights.to(value.dtype), sums, input_precision="ieee")
         highest = new_highest
 
     # A padded row has no tokens: its sums are 0, and so is its output.
     total_or_one = tl.where(total > 0.0, total, 1.0)
-    result = sums * (v_scale / total_or_one)[:, None]
-    if NUM_SPLITS == 1:
-        at = (seq * num_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
-        tl.store(out + at, result, mask=mask)
+    result = tl.trans(sums * (v_scale / total_or_one)[None, :])
+    out_of_token = out + row * num_heads * HEAD_DIM
+    at = heads[:, None] * HEAD_DIM + columns[None, :]
+    if num_parts == 1:
+        tl.store(out_of_token + at, result, mask=mask)
     else:
-        part = (seq * num_heads + heads) * NUM_SPLITS + split
-        tl.store(partial_out + part[:, None] * HEAD_DIM + columns[None, :], result, mask=mask)
+        tl.store(partial_out + piece * num_heads * HEAD_DIM + at, result, mask=mask)
         lse = tl.where(total > 0.0, highest + tl.log2(total_or_one), float("-inf"))
-        tl.store(partial_lse + part, lse, mask=rows < GROUP)
-        if IS_FUSED:
-            # Every thread's part is written before the one that counts says so.
+        tl.store(partial_lse + piece * num_heads + heads, lse, mask=is_head)
+        # Every thread's part is written before the one that counts says so.
+        tl.debug_barrier()
+        counter = arrivals + row * tl.num_programs(0) + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
             tl.debug_barrier()
-            pair = seq * tl.num_programs(1) + kv_head
-            arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
-            if arrived == num_parts - 1:
-                tl.debug_barrier()
-                merge_group(
-                    partial_out, partial_lse, out, seq * num_heads + kv_head * GROUP, num_parts,
-                    GROUP, PADDED_GROUP, HEAD_DIM, DIM, NUM_SPLITS, PARTS,
-                )  # fmt: skip
-                tl.store(arrivals + pair, 0)
+            merge_parts(
+                partial_out, partial_lse, out_of_token, num_heads, kv_head * GROUP, first_piece,
+                num_parts, GROUP, PADDED_GROUP, HEAD_DIM, DIM, PARTS,
+            )  # fmt: skip
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _blocks_of_tile(table, start, end, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr):
+    """The block of each token from `start` on, before `end`."""
+    tokens = start + tl.arange(0, TOKENS)
+    return tl.load(table + tokens // BLOCK_SIZE, mask=tokens < end, other=0)
 
 
 def decode_attention(
@@ -210,9 +211,7 @@ def decode_attention(
     v_scale: float = 1.0,
     out: Tensor | None = None,
     new: NewTokens | None = None,
-    num_splits: int | None = None,
-    tile: DecodeTile | None = None,
-    is_fused: bool | None = None,
+    plan: DecodePlan | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` where every sequence has one query.
 
@@ -221,44 +220,37 @@ def decode_attention(
     it is given. The kernel before this one on the stream may not write `batch`.
 
     With `new` tokens, queries aren't rotated yet, nor are these stored: both is done on the way.
-    `num_splits`, a power of two, `tile` and `is_fused`, or else a second kernel merges, are for
-    tests and benchmarks.
+    `plan` is for tests and benchmarks; a step's is made by `kernels.attention.prepare`, and if
+    neither is there, one is made on the spot.
     """
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
-    num_pairs = num_seqs * num_kv_heads
-    splits = num_splits or splits_for(num_pairs, batch.max_kv_len, kv_pool)
-    tile = tile or tile_for(head_dim, kv_pool.element_size(), num_pairs)
-    if is_fused is None:
-        is_fused = splits <= MAX_FUSED_SPLITS
+    options = launch_options(q.device)
+    plan = plan or batch.decode_plans.get(sliding_window)
+    if plan is None:
+        plan = plan_contexts(batch, kv_pool, sliding_window)
+        # The kernel that makes it would be this one's predecessor, for which it doesn't wait early.
+        options = {"PDL": False}
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial_out, partial_lse, arrivals = out, out, out
-    if splits > 1:
-        shape = (num_seqs, num_heads, splits)
-        partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        if is_fused:
-            arrivals = arrival_counters(num_pairs, q.device)
+    tile, num_pieces = plan.tile, len(plan.pieces)
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     norms = new and new.norms
-    launch(_decode_kernel, (splits, num_kv_heads, num_seqs))(
+    launch(_decode_kernel, (num_kv_heads, num_pieces))(
         q,
         new and new.k,
         new and new.v,
         norms and norms.q,
         norms and norms.k,
         new and new.cos_sin,
-        batch.positions,
-        batch.slots,
         kv_pool.select(1, layer),
         out,
-        partial_out,
-        partial_lse,
-        arrivals,
-        batch.kv_lens,
+        torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=q.device),
+        torch.empty((num_pieces, num_heads), dtype=torch.float32, device=q.device),
+        arrival_counters(num_seqs * num_kv_heads, q.device),
+        plan.pieces,
         batch.block_tables,
         batch.block_tables.stride(0),
         q.stride(0),
@@ -266,7 +258,6 @@ def decode_attention(
         new.v.stride(0) if new else 0,
         kv_pool.stride(0),
         kv_pool.stride(2),
-        sliding_window or 2**31 - 1,
         scale,
         v_scale,
         softcap or 0.0,
@@ -282,10 +273,7 @@ def decode_attention(
         DIM=dim,
         BLOCK_SIZE=block_size,
         TOKENS=tile.tokens,
-        NUM_SPLITS=splits,
-        PARTS=min(splits, parts_at_once(padded_group * dim, tile.num_warps)),
-        PREFETCHED=tile.prefetched,
-        IS_FUSED=splits > 1 and is_fused,
+        PARTS=max(1, tile.merged * 32 * tile.num_warps // (padded_group * dim)),
         HAS_SOFTCAP=softcap is not None,
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
@@ -293,8 +281,6 @@ def decode_attention(
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **launch_options(q.device),
+        **options,
     )
-    if splits > 1 and not is_fused:
-        merge_attention(partial_out, partial_lse, out)
     return out

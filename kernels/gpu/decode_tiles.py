@@ -1,63 +1,58 @@
 """How attention of one query a sequence is cut into programs."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from kernels.kv_format import FP8_DTYPES
-
-MAX_SPLITS = 32
-# More parts are merged faster by programs of their own than by one of each head.
-MAX_FUSED_SPLITS = 16
-# Programs on the card at a time that keep its memory busy, over those that start one after another.
-_PROGRAMS_PER_PROCESSOR = 4
-_FEW_PAIRS = 32
 # For which widening in assembly was measured; others leave it to the compiler.
 ASSEMBLY_HEAD_DIM = 128
+# Pairs of a sequence and a KV head, up to which programs have several warps.
+_ONE_SEQUENCE, _FEW_PAIRS = 8, 64
+# Elsewhere than on a GPU: enough that contexts are divided.
+_PROGRAMS_IN_INTERPRETER = 5
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
     """Tokens a program takes at a time, and how it is compiled.
 
-    Of its first `prefetched` tiles, keys and values are asked for before the predecessor has ended.
+    So many `programs` are on a multiprocessor together. Each reads at least `shortest_piece`
+    tiles of a context, where there are so many. Who merges parts of a context has `merged`
+    elements of them a thread on their way together; more take registers that attention wants.
     """
 
     tokens: int
     num_warps: int
     num_stages: int
-    prefetched: int = 0
+    programs: int
+    shortest_piece: int = 1
+    merged: int = 64
 
 
 def tile_for(head_dim: int, kv_bytes: int, num_pairs: int) -> DecodeTile:
-    """What measured fastest on an H100 (benchmarks/gpu/kernels.py), for so many sequences and
-    heads. Few warps: each exchange between them, for the maximum, the sum and the weights, makes
-    all wait."""
+    """What measured fastest on an H100 (benchmarks/gpu/decode_attention.py), for so many sequences
+    and heads. Few warps: each exchange between them, for the maximum, the sum and the weights,
+    makes all wait."""
     if head_dim * kv_bytes > 256:
-        return DecodeTile(tokens=32, num_warps=4, num_stages=2)
+        return DecodeTile(tokens=32, num_warps=4, num_stages=2, programs=4)
     if kv_bytes > 1:
-        return DecodeTile(tokens=64, num_warps=2, num_stages=3)
+        tile = DecodeTile(tokens=64, num_warps=2, num_stages=2, programs=4, shortest_piece=2)
+        several = num_pairs > _ONE_SEQUENCE
+        return replace(tile, merged=32) if several else replace(tile, num_warps=4)
     if num_pairs <= _FEW_PAIRS:
-        return DecodeTile(tokens=64, num_warps=4, num_stages=3)
-    num_stages = 4 if head_dim == ASSEMBLY_HEAD_DIM else 6
-    return DecodeTile(
-        tokens=32, num_warps=1 if head_dim <= ASSEMBLY_HEAD_DIM else 2, num_stages=num_stages
-    )
+        num_warps = 2 if num_pairs > _ONE_SEQUENCE else 4
+        return DecodeTile(tokens=64, num_warps=num_warps, num_stages=3, programs=4, merged=128)
+    return DecodeTile(tokens=32, num_warps=1, num_stages=3, programs=8)
 
 
-def splits_for(num_pairs: int, max_kv_len: int, kv_pool: Tensor) -> int:
-    """Programs for each of `num_pairs` sequences and heads, a power of two, so that the card is
-    full and few are idle."""
-    if not kv_pool.is_cuda:
-        return 4
-    programs = _PROGRAMS_PER_PROCESSOR * _num_processors(kv_pool.device)
-    if kv_pool.dtype in FP8_DTYPES:
-        programs *= 2  # of a single warp
-    wanted = max(1, programs // num_pairs)
-    useful = max(1, max_kv_len // 128)
-    return min(MAX_SPLITS, 1 << (min(wanted, useful).bit_length() - 1))
+def programs_at_once(tile: DecodeTile, device: torch.device) -> int:
+    """As many as a card holds: with more, the last ones would start when others end."""
+    if device.type != "cuda":
+        return _PROGRAMS_IN_INTERPRETER
+    return tile.programs * _num_processors(device)
 
 
+@functools.cache
 def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import AttentionBatch
+from kernels.attention import AttentionBatch, prepare
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_plan import DecodePlan, plan_contexts
 from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.rope import rope_and_store_kv
 from kernels.kv_format import UNSCALED, KVScales
@@ -62,32 +63,34 @@ def test_in_graphs(kv_dtype: torch.dtype, *, has_norms: bool) -> None:
     pool = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(kv_dtype)
     cos_sin = torch.rand(max(LENGTHS), HEAD_DIM, device="cuda")
 
-    def attend(qkv: Tensor, batch: AttentionBatch, num_splits: int, *, is_fused: bool) -> Tensor:
-        """Layer after layer, each with a query that the one before it made. Fused, it's one kernel
-        that also rotates, or else three."""
+    def attend(qkv: Tensor, batch: AttentionBatch, plan: DecodePlan, *, rotates: bool) -> Tensor:
+        """Layer after layer, each with a query that the one before it made. It's one kernel that
+        also rotates, or else two."""
         out = torch.zeros(batch.num_seqs, HEADS, HEAD_DIM, device="cuda", dtype=qkv.dtype)
         for layer in range(3):
             q, k, v = (qkv + out.mean()).split([HEADS, KV_HEADS, KV_HEADS], 1)
-            new = NewTokens(k, v, cos_sin, UNSCALED, norms) if is_fused else None
+            new = NewTokens(k, v, cos_sin, UNSCALED, norms) if rotates else None
             if new is None:
                 rope_and_store_kv(q, k, v, cos_sin, batch, pool, layer, norms=norms)
-            options = {**OPTIONS, "new": new, "num_splits": num_splits, "is_fused": is_fused}
-            out = decode_attention(q, pool, layer, batch, **options)
+            out = decode_attention(q, pool, layer, batch, new=new, plan=plan, **OPTIONS)
         return out
 
     # A graph keeps its own memory, not what it reads.
     inputs: list[Tensor] = []
     cases: list[tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = []
-    for batch, num_splits in zip(batches, (32, 16, 4), strict=True):
+    for batch, num_shares in zip(batches, (32, 16, 500), strict=True):
         heads = (batch.num_seqs, HEADS + 2 * KV_HEADS, HEAD_DIM)
         qkv = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
         inputs.append(qkv)
-        expected = attend(qkv, batch, num_splits, is_fused=False)
-        attend(qkv, batch, num_splits, is_fused=True)
+        whole = plan_contexts(batch, pool, None, num_shares=1)
+        plan = plan_contexts(batch, pool, None, num_shares=num_shares)
+        inputs += [whole.pieces, plan.pieces]
+        expected = attend(qkv, batch, whole, rotates=False)
+        attend(qkv, batch, plan, rotates=True)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = attend(qkv, batch, num_splits, is_fused=True)
+            out = attend(qkv, batch, plan, rotates=True)
         cases.append((graph, out, expected))
     firsts: list[Tensor] = []
     for round_ in range(20):
@@ -98,6 +101,41 @@ def test_in_graphs(kv_dtype: torch.dtype, *, has_norms: bool) -> None:
                 torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
             assert torch.equal(out, firsts[i])
     assert not arrival_counters(1, pool.device).any()
+
+
+def test_contexts_change_between_replays() -> None:
+    """A captured step makes its plan of what it finds, for its layers."""
+    torch.manual_seed(0)
+    shape = (NUM_BLOCKS, 2, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    pool = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    cos_sin = torch.rand(max(LENGTHS), HEAD_DIM, device="cuda")
+    # The longest is the first, so that it's the one with most of the others' blocks.
+    captured = make_batch(sorted(LENGTHS, reverse=True), 0)
+    heads = (captured.num_seqs, HEADS + 2 * KV_HEADS, HEAD_DIM)
+    qkv = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+
+    def step(batch: AttentionBatch) -> Tensor:
+        # Made anew by each step, as an engine does.
+        batch = replace(batch)
+        prepare(batch, pool, [None])
+        out = qkv.new_zeros(batch.num_seqs, HEADS, HEAD_DIM)
+        for layer in range(2):
+            q, k, v = (qkv + out.mean()).split([HEADS, KV_HEADS, KV_HEADS], 1)
+            out = rotate_and_attend(q, k, v, cos_sin, batch, pool, layer, scale=0.1)
+        return out
+
+    step(captured)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(captured)
+    for turn in range(len(LENGTHS)):
+        lengths = LENGTHS[turn:] + LENGTHS[:turn]
+        other = make_batch(lengths, 0)
+        for field in ("kv_lens", "block_tables", "slots", "positions"):
+            getattr(captured, field).copy_(getattr(other, field))
+        graph.replay()
+        torch.testing.assert_close(out, step(other), atol=2e-2, rtol=2e-2)
 
 
 def moved(batch: AttentionBatch) -> AttentionBatch:

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from kernels.gpu import rope
 from kernels.gpu.attention import rotates, rotates_prompts
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.hopper import support
 
@@ -53,11 +54,11 @@ def make_decode_batch() -> AttentionBatch:
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"), [(torch.float32, None), (torch.float16, None), (torch.float16, FP8)]
 )
-@pytest.mark.parametrize("split", [{"num_splits": 1}, {}, {"is_fused": False}], ids=str)
+@pytest.mark.parametrize("num_shares", [1, 5, 40])
 def test_in_one_kernel(
-    heads: tuple[int, int], dtype: torch.dtype, kv_dtype: torch.dtype | None, split: dict[str, int]
+    heads: tuple[int, int], dtype: torch.dtype, kv_dtype: torch.dtype | None, num_shares: int
 ) -> None:
-    check_in_one_kernel(heads, dtype, kv_dtype, split, head_dim=HEAD_DIM, norms=None)
+    check_in_one_kernel(heads, dtype, kv_dtype, num_shares, head_dim=HEAD_DIM, norms=None)
 
 
 @needs_triton
@@ -70,14 +71,14 @@ def test_norms_in_one_kernel(
 ) -> None:
     torch.manual_seed(1)
     norms = make_norms(head_dim, dtype)
-    check_in_one_kernel((6, 2), dtype, kv_dtype, {}, head_dim=head_dim, norms=norms)
+    check_in_one_kernel((6, 2), dtype, kv_dtype, 5, head_dim=head_dim, norms=norms)
 
 
 def check_in_one_kernel(
     heads: tuple[int, int],
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None,
-    split: dict[str, int],
+    num_shares: int,
     *,
     head_dim: int,
     norms: HeadNorms | None,
@@ -92,7 +93,8 @@ def check_in_one_kernel(
     for block, offset in where:
         pool[block, 1, :, :, offset] = float("nan")
     pools = pool.clone(), pool.clone()
-    options: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None, **split}
+    options: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None}
+    options["plan"] = plan_contexts(batch, pool, None, num_shares=num_shares)
     q, k, v = qkv.clone().split([heads[0], heads[1], heads[1]], 1)
     rope.rope_and_store_kv(q, k, v, cos_sin, batch, pools[0], 1, kv_scales=scales, norms=norms)
     expected = decode_attention(q, pools[0], 1, batch, v_scale=0.5, **options)

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FP8_CASES, FP8_DTYPES, MIXED, check, make_batch, make_pool
+from attention_cases import (
+    FP8_CASES,
+    FP8_DTYPES,
+    MIXED,
+    attend_naively,
+    check,
+    make_batch,
+    make_pool,
+)
 from torch import Tensor
 
 from kernels.activation import silu_and_mul_reference
@@ -23,6 +31,7 @@ from kernels.gpu import activation, attention, block_copy, linear, norm, rope, w
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.block_memory import pays_off
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
 
@@ -74,6 +83,13 @@ def on_device(attend: Callable[..., Tensor], **extra: Any) -> Callable[..., Tens
     return run
 
 
+def planned_attention(
+    q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, *, num_shares: int, **options: Any
+) -> Tensor:
+    plan = plan_contexts(batch, pool, options["sliding_window"], num_shares=num_shares)
+    return decode_attention(q, pool, layer, batch, plan=plan, **options)
+
+
 def divided_attention(
     q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, **options: Any
 ) -> Tensor:
@@ -87,7 +103,8 @@ def divided_attention(
 SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
 KERNELS = [
     pytest.param(on_device(decode_attention), DECODE, id="decode"),
-    pytest.param(on_device(decode_attention, num_splits=1), DECODE, id="decode-unsplit"),
+    pytest.param(on_device(planned_attention, num_shares=1), DECODE, id="decode-undivided"),
+    pytest.param(on_device(planned_attention, num_shares=40), DECODE, id="decode-divided"),
     pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
     pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
     pytest.param(
@@ -157,9 +174,9 @@ def test_padded_decode_rows_get_zeros_and_store_nothing() -> None:
     assert out[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("num_splits", [2, 8, 32])
+@pytest.mark.parametrize("num_shares", [2, 9, 17, 64])
 @pytest.mark.parametrize("sliding_window", [None, 70])
-def test_merging_in_the_kernel_and_behind_it(num_splits: int, sliding_window: int | None) -> None:
+def test_contexts_in_parts(num_shares: int, sliding_window: int | None) -> None:
     torch.manual_seed(0)
     batch = make_batch([(1, 700), (1, 5), (1, 64), (1, 1)], 16)
     pool = make_pool(batch, 3, 16, 80).to(DEVICE)
@@ -167,15 +184,26 @@ def test_merging_in_the_kernel_and_behind_it(num_splits: int, sliding_window: in
     batch = replace(moved(batch), kv_lens=kv_lens)
     q = torch.randn(4, 9, 80, device=DEVICE)
     options: dict[str, Any] = {"scale": 0.1, "sliding_window": sliding_window, "softcap": None}
-    options |= {"num_splits": num_splits}
-    first = decode_attention(q, pool, 1, batch, **options)
-    apart = decode_attention(q, pool, 1, batch, **options, is_fused=False)
-    close(first, apart.cpu())
+    whole = planned_attention(q, pool, 1, batch, num_shares=1, **options)
+    options |= {"num_shares": num_shares}
+    first = planned_attention(q, pool, 1, batch, **options)
+    close(first, whole.cpu())
     assert torch.equal(first[3], torch.zeros_like(first[3]))
     # Counters are as they were, and in which order programs end makes no difference.
     assert not arrival_counters(12, q.device).any()
     for _ in range(3):
-        assert torch.equal(decode_attention(q, pool, 1, batch, **options), first)
+        assert torch.equal(planned_attention(q, pool, 1, batch, **options), first)
+
+
+def test_more_sequences_than_are_looked_at_together() -> None:
+    torch.manual_seed(0)
+    lengths = [1 + (37 * i) % 50 for i in range(300)]
+    batch = make_batch([(1, length) for length in lengths], 16)
+    pool, q = make_pool(batch, 1, 16, 64), torch.randn(300, 2, 64)
+    options: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None}
+    expected = attend_naively(q, pool, 1, batch, **options)
+    actual = on_device(planned_attention, num_shares=400)(q, pool, 1, batch, **options)
+    close(actual, expected.float())
 
 
 def test_counters_have_one_address() -> None:
