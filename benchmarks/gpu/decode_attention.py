@@ -6,8 +6,9 @@ A layer is the product to q, k and v, attention, which rotates and stores the ne
 product to gate and up, so that nothing that attention reads is left in the L2 cache from the layer
 before, as in a model. Microseconds are of such a layer less one without attention. Layers are
 captured in one CUDA graph; the plan of contexts' pieces is made once before them. "apart" has RoPE
-and storing as a kernel of its own. "limit" is reading keys and values at 3,100 GB/s. Attention, of
-old tokens, is checked against torch. `--tiles` goes on to time other tiles.
+and storing as a kernel of its own, "alone" has neither; nor have FlashInfer's kernels, where it is
+installed. "limit" is reading keys and values at 3,100 GB/s. Attention, of old tokens, is checked
+against torch. `--tiles` goes on to time other tiles.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from benchmarks.commit import current_commit
 from benchmarks.gpu.graph_time import Call, time_s
 from benchmarks.gpu.kernels import BLOCK_SIZE, HEAD_DIM, HEADS, KV_HEADS, make_batch
+from benchmarks.gpu.library_attention import FlashInferCall, flashinfer_calls
 from kernels.attention import paged_attention_reference
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_plan import DecodePlan, plan_contexts
@@ -130,31 +132,40 @@ class Contexts:
     def plan(self, tile: DecodeTile | None = None) -> DecodePlan:
         return plan_contexts(self.batch, self.pool, None, tile=tile)
 
-    def layer(self, layer: int, plan: DecodePlan | None, *, rotates: bool = True) -> Tensor:
-        """Without a `plan`, without attention."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, plan: DecodePlan) -> Tensor:
+        """New tokens, on the way."""
+        new = NewTokens(k, v, self.cos_sin, UNSCALED)
+        return decode_attention(q, self.pool, layer, self.batch, new=new, plan=plan, **OPTIONS)
+
+    def attend_apart(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, plan: DecodePlan
+    ) -> Tensor:
+        rope_and_store_kv(q, k, v, self.cos_sin, self.batch, self.pool, layer)
+        return self.attend_alone(layer, q, plan=plan)
+
+    def attend_alone(self, layer: int, q: Tensor, *_: Tensor, plan: DecodePlan) -> Tensor:
+        return decode_attention(q, self.pool, layer, self.batch, plan=plan, **OPTIONS)
+
+    def attend_elsewhere(self, layer: int, q: Tensor, *_: Tensor, attend: FlashInferCall) -> Tensor:
+        return attend(q, self.pool[:, layer])
+
+    def layer(self, layer: int, attend: Callable[..., Tensor] | None) -> Tensor:
         qkv_weight, gate_and_up = self.weights[layer]
         qkv = linear(self.hidden, qkv_weight).unflatten(1, (-1, HEAD_DIM))
-        if plan is not None:
-            q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], 1)
-            pool_layer = layer % self.pool.shape[1]
-            new = NewTokens(k, v, self.cos_sin, UNSCALED) if rotates else None
-            if new is None:
-                rope_and_store_kv(q, k, v, self.cos_sin, self.batch, self.pool, pool_layer)
-            decode_attention(q, self.pool, pool_layer, self.batch, new=new, plan=plan, **OPTIONS)
+        if attend is not None:
+            heads = qkv.split([HEADS, KV_HEADS, KV_HEADS], 1)
+            attend(layer % self.pool.shape[1], *heads)
         return linear(self.hidden, gate_and_up)
 
-    def us(self, plan: DecodePlan | None, *, rotates: bool = True) -> float:
+    def us(self, attend: Callable[..., Tensor] | None) -> float:
         """A layer's."""
-        calls: list[Call] = [
-            functools.partial(self.layer, layer, plan, rotates=rotates)
-            for layer in range(NUM_LAYERS)
-        ]
+        layers = range(NUM_LAYERS)
+        calls: list[Call] = [functools.partial(self.layer, each, attend) for each in layers]
         return 1e6 * time_s(calls, repeats=REPEATS)
 
     def error(self, plan: DecodePlan, expected: Tensor) -> float:
         """Of the first layer, relative."""
-        actual = decode_attention(self.query, self.pool, 0, self.batch, plan=plan, **OPTIONS)
-        return ((actual.double() - expected).norm() / expected.norm()).item()
+        return relative(self.attend_alone(0, self.query, plan=plan), expected)
 
     def expected(self) -> Tensor:
         pool = self.pool[:, :1].to(torch.bfloat16)
@@ -162,32 +173,43 @@ class Contexts:
         return paged_attention_reference(query, pool, 0, self.batch, scale=scale).double()
 
 
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 def bench(name: str, dtype: torch.dtype, *, tiles: bool) -> dict[str, Any]:
     contexts = Contexts(CONTEXTS[name], dtype)
     plan = contexts.plan()
+    attend = functools.partial(contexts.attend, plan=plan)
     # The newest tokens' keys and values are there from now on, and clocks are up.
-    contexts.us(plan)
+    contexts.us(attend)
     expected = contexts.expected()
-    contexts.us(plan)
+    contexts.us(attend)
     without_us = contexts.us(None)
 
-    def us(plan: DecodePlan, *, rotates: bool = True) -> float:
-        return round(contexts.us(plan, rotates=rotates) - without_us, 2)
+    def us(attend: Callable[..., Tensor]) -> float:
+        return round(contexts.us(attend) - without_us, 2)
 
     row: dict[str, Any] = {
         "contexts": name,
         "kv": str(dtype).removeprefix("torch."),
         "limit_us": round(1e6 * contexts.limit_s, 2),
         "tile": str(plan.tile),
-        "us": us(plan),
-        "apart_us": us(plan, rotates=False),
+        "us": us(attend),
+        "apart_us": us(functools.partial(contexts.attend_apart, plan=plan)),
+        "alone_us": us(functools.partial(contexts.attend_alone, plan=plan)),
         "errors": [contexts.error(plan, expected)],
     }
+    query, scale = contexts.query, OPTIONS["scale"]
+    others = flashinfer_calls(contexts.pool, contexts.batch, query.dtype, HEADS, scale=scale)
+    for other, call in others.items():
+        row[f"{other}_us"] = us(functools.partial(contexts.attend_elsewhere, attend=call))
+        row["errors"].append(relative(call(query, contexts.pool[:, 0]), expected))
     if tiles:
         row["tiles"] = {}
         for tile in TILES[dtype]:
             plan = contexts.plan(tile)
-            row["tiles"][str(tile)] = us(plan)
+            row["tiles"][str(tile)] = us(functools.partial(contexts.attend, plan=plan))
             row["errors"].append(contexts.error(plan, expected))
     return row
 
@@ -197,7 +219,9 @@ def compile_kernels(*, tiles: bool) -> None:
         for dtype, name in itertools.product(DTYPES, ("1 x 1168", "16 x 1168")):
             contexts = Contexts(CONTEXTS[name], dtype)
             for tile in (None, *(TILES[dtype] if tiles else ())):
-                contexts.layer(0, contexts.plan(tile))
+                plan = contexts.plan(tile)
+                contexts.layer(0, functools.partial(contexts.attend, plan=plan))
+                contexts.attend_alone(0, contexts.query, plan=plan)
 
     compile_ahead(launch_all, progress=False)
 

@@ -1,6 +1,7 @@
-"""Attention of prompts by other libraries, on the keys and values of a paged pool.
+"""Attention by other libraries, on the keys and values of a paged pool.
 
-They get copies in one piece for each sequence, which they take fastest, made before they are timed.
+Those of prompts get copies in one piece for each sequence, which they take fastest, made before
+they are timed.
 """
 
 import functools
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.flash_attention import library
+from kernels.gpu.sizes import ceil_div
+
+FLASHINFER_WORKSPACE_BYTES = 256 << 20
+FlashInferCall = Callable[[Tensor, Tensor], Tensor]
 
 
 def library_calls(
@@ -43,3 +48,43 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001
     out, *_ = attention(q, k, v, None, compute_log_sumexp=True, is_causal=True, scale=scale)
     return out.transpose(1, 2)
+
+
+def flashinfer_calls(
+    pool: Tensor, batch: AttentionBatch, dtype: torch.dtype, num_heads: int, *, scale: float
+) -> dict[str, FlashInferCall]:
+    """FlashInfer's decode attention, planned for `batch`, where it is installed: by its kernels for
+    matrix units and by those without. They take queries of `dtype` and a layer of `pool`."""
+    try:
+        from flashinfer import (  # pyright: ignore[reportMissingImports]
+            BatchDecodeWithPagedKVCacheWrapper,
+        )
+    except ImportError:
+        return {}
+    num_kv_heads, block_size, head_dim = pool.shape[3:]
+    kv_lens = batch.kv_lens.tolist()
+    nums_blocks = [ceil_div(length, block_size) for length in kv_lens]
+    tables = zip(batch.block_tables, nums_blocks, strict=True)
+    blocks = torch.cat([table[:num] for table, num in tables])
+    starts = torch.tensor([0, *nums_blocks]).cumsum(0).int()
+    in_last = torch.tensor([(length - 1) % block_size + 1 for length in kv_lens]).int()
+    calls: dict[str, FlashInferCall] = {}
+    for name, uses_matrix_units in (("flashinfer", True), ("flashinfer_plain", False)):
+        workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
+        planned = BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "HND", use_tensor_cores=uses_matrix_units
+        )
+        planned.plan(
+            starts.to(pool.device),
+            blocks,
+            in_last.to(pool.device),
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            q_data_type=dtype,
+            kv_data_type=pool.dtype,
+            sm_scale=scale,
+        )
+        calls[name] = planned.run
+    return calls
