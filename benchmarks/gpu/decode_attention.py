@@ -234,18 +234,18 @@ def main() -> None:
     args = parser.parse_args()
     compile_kernels(tiles=args.tiles)
     rows: list[dict[str, Any]] = []
-    for dtype, name in itertools.product(DTYPES, CONTEXTS):
-        rows.append(bench(name, dtype, tiles=args.tiles))
-        print(json.dumps(rows[-1]), flush=True)
-        torch.cuda.empty_cache()
     results = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": args.commit,
         "card": torch.cuda.get_device_name(),
         "rows": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for dtype, name in itertools.product(DTYPES, CONTEXTS):
+        rows.append(bench(name, dtype, tiles=args.tiles))
+        print(json.dumps(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
     worst = max(error for row in rows for error in row["errors"])
     # Not a number never passes.
     if not worst < ERROR:
