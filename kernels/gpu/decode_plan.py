@@ -58,7 +58,11 @@ def _parts_of(num_tiles, num_in_all, num_shares, shortest):
     return tl.where(num_tiles > 0, tl.maximum(parts, 1), 0)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_shares", "num_pieces", "window"])
+# Compiled once, whatever batches come.
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_shares", "num_pieces", "window", "shortest"],
+    do_not_specialize_on_alignment=["kv_lens", "positions", "slots"],
+)
 def _plan_kernel(
     kv_lens, positions, slots, pieces, num_seqs, num_shares, num_pieces, window, shortest,
     TOKENS: tl.constexpr,

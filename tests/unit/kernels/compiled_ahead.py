@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.gpu import launching
 from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.launching import compile_ahead, launch
 from kernels.gpu.prefill_attention import prefill_attention
 
@@ -214,7 +215,7 @@ def test_an_error_while_asking_ends_it(log: Log) -> None:
     assert len(memory_of(kernel)) == 2
 
 
-def test_the_width_of_block_tables_makes_no_other_kernel(log: Log) -> None:
+def test_other_batches_make_no_other_kernel(log: Log) -> None:
     """A step with prompts would stand still for seconds until one is compiled."""
     q = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
     pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=torch.float8_e4m3fn)
@@ -225,6 +226,12 @@ def test_the_width_of_block_tables_makes_no_other_kernel(log: Log) -> None:
             batch = replace(batch, block_tables=torch.zeros(2, width, dtype=torch.int32))
             for attend in (decode_attention, prefill_attention):
                 attend(q, pool, 0, batch, scale=1.0, sliding_window=None, softcap=None)
+        for num_seqs in (1, 3, 16, 30):
+            batch = make_batch([(1, 9)] * num_seqs, 16)
+            # An address that is no multiple of 16.
+            behind = torch.cat((batch.kv_lens[:1], batch.kv_lens))[1:]
+            for kv_lens, window in ((batch.kv_lens, None), (behind, 64)):
+                plan_contexts(replace(batch, kv_lens=kv_lens), pool, window)
 
     compile_ahead(launch_all, progress=False)
-    assert log.names("forked") == ["_decode_kernel", "_prefill_kernel"]
+    assert log.names("forked") == ["_decode_kernel", "_plan_kernel", "_prefill_kernel"]
