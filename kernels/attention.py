@@ -45,7 +45,7 @@ class AttentionBatch:
     decode_plans: "dict[int | None, DecodePlan]" = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-    """By sliding window, what `prepare` has made for sequences with one query each."""
+    """By sliding window, what `prepare` has made of sequences with one query each, for one pool."""
 
     @property
     def num_tokens(self) -> int:
@@ -118,9 +118,12 @@ class LastTokens:
 
 
 def prepare(batch: AttentionBatch, kv_pool: Tensor, sliding_windows: Iterable[int | None]) -> None:
-    """Makes, once for all of a step's layers, which have those windows, what kernels want to know
-    of `batch`, which is that step's alone: a step that is captured makes its own while it is, since
-    its replays find other contexts. To be called before the step's first kernel."""
+    """Makes what kernels want to know of `batch`, once for all of a step's layers, which have those
+    windows.
+
+    To be called before the step's first kernel. The batch is of that step alone, and for pools like
+    this one. A step that is captured makes its own while it is: replays find other contexts.
+    """
     if kv_pool.is_cuda:
         from kernels.gpu import attention as gpu
 

@@ -216,7 +216,7 @@ def bench(name: str, dtype: torch.dtype, *, tiles: bool) -> dict[str, Any]:
 
 def compile_kernels(*, tiles: bool) -> None:
     def launch_all() -> None:
-        for dtype, name in itertools.product(DTYPES, ("1 x 1168", "16 x 1168")):
+        for dtype, name in itertools.product(DTYPES, ("1 x 1168", "4 x 1168", "16 x 1168")):
             contexts = Contexts(CONTEXTS[name], dtype)
             for tile in (None, *(TILES[dtype] if tiles else ())):
                 plan = contexts.plan(tile)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-_NUM_COUNTERS = 1 << 16
+_NUM_COUNTERS = 1 << 18
 
 
 def arrival_counters(num: int, device: torch.device) -> Tensor:

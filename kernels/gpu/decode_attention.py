@@ -25,7 +25,6 @@ from kernels.gpu.decode_plan import (
     plan_contexts,
 )
 from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
-from kernels.gpu.decode_tiles import ASSEMBLY_HEAD_DIM
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -34,7 +33,7 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.launching import launch
 from kernels.gpu.merge_attention import merge_parts
 from kernels.gpu.sizes import next_power_of_2
-from kernels.gpu.widening import widened
+from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 
 # The least side of a matrix instruction; smaller groups are padded to it.
@@ -217,7 +216,8 @@ def decode_attention(
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
     that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
-    it is given. The kernel before this one on the stream may not write `batch`.
+    it is given. The kernel before this one on the stream may write neither `batch` nor its
+    plan.
 
     With `new` tokens, queries aren't rotated yet, nor are these stored: both is done on the way.
     `plan` is for tests and benchmarks; a step's is made by `kernels.attention.prepare`, and if
@@ -236,6 +236,7 @@ def decode_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile, num_pieces = plan.tile, len(plan.pieces)
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
+    rows = max(_MIN_ROWS, padded_group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     norms = new and new.norms
     launch(_decode_kernel, (num_kv_heads, num_pieces))(
@@ -268,7 +269,7 @@ def decode_attention(
         num_heads,
         GROUP=group,
         PADDED_GROUP=padded_group,
-        ROWS=max(_MIN_ROWS, padded_group),
+        ROWS=rows,
         HEAD_DIM=head_dim,
         DIM=dim,
         BLOCK_SIZE=block_size,
@@ -277,7 +278,7 @@ def decode_attention(
         HAS_SOFTCAP=softcap is not None,
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
-        IN_ASSEMBLY=uses_float16 and q.is_cuda and head_dim == ASSEMBLY_HEAD_DIM,
+        IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, rows, tile.num_warps),
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

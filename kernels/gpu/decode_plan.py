@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.attention import AttentionBatch
 from kernels.gpu.decode_tiles import DecodeTile, programs_at_once, tile_for
 from kernels.gpu.launching import launch
+from kernels.gpu.sizes import ceil_div
 
 # Sequences looked at together.
 _SEQS = tl.constexpr(256)
@@ -27,9 +28,9 @@ _SEQS = tl.constexpr(256)
 # token's position and slot, so that they needn't be looked up by who has looked up the sequence.
 SEQ, START, END, FIRST_VISIBLE, FIRST_PIECE, NUM_PARTS, POSITION, SLOT = map(tl.constexpr, range(8))
 ROW = tl.constexpr(8)
-# Shares for each context, at least: one that is half again as long as the mean is cut, even where
-# there are more contexts than programs at a time.
-_SHARES_PER_CONTEXT = 4 / 3
+# At least so many shares for each three contexts: one that is half again as long as the mean is
+# cut, even where there are more contexts than programs at a time.
+_SHARES_OF_THREE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +130,7 @@ def plan_contexts(
     tile = tile or tile_for(head_dim, kv_pool.element_size(), num_pairs)
     if num_shares is None:
         at_once = programs_at_once(tile, kv_pool.device) // num_kv_heads
-        num_shares = max(1, at_once, int(_SHARES_PER_CONTEXT * batch.num_seqs))
+        num_shares = max(at_once, ceil_div(_SHARES_OF_THREE * batch.num_seqs, 3))
     num_pieces = num_shares + batch.num_seqs
     pieces = torch.empty((num_pieces, ROW.value), dtype=torch.int32, device=kv_pool.device)
     launch(_plan_kernel, (1,))(

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# For which widening in assembly was measured; others leave it to the compiler.
-ASSEMBLY_HEAD_DIM = 128
 # Pairs of a sequence and a KV head, up to which programs have several warps.
 _ONE_SEQUENCE, _FEW_PAIRS = 8, 64
 # Elsewhere than on a GPU: enough that contexts are divided.
@@ -17,9 +15,10 @@ _PROGRAMS_IN_INTERPRETER = 5
 class DecodeTile:
     """Tokens a program takes at a time, and how it is compiled.
 
-    So many `programs` are on a multiprocessor together. Each reads at least `shortest_piece`
-    tiles of a context, where there are so many. Who merges parts of a context has `merged`
-    elements of them a thread on their way together; more take registers that attention wants.
+    So many `programs` are on an H100's multiprocessor together, with heads of 128. A context has no
+    more pieces than its tiles over `shortest_piece`, rounded up. Who merges parts of a context has
+    `merged` elements of them a thread on their way together; more take registers that attention
+    wants.
     """
 
     tokens: int
@@ -47,7 +46,7 @@ def tile_for(head_dim: int, kv_bytes: int, num_pairs: int) -> DecodeTile:
 
 
 def programs_at_once(tile: DecodeTile, device: torch.device) -> int:
-    """As many as a card holds: with more, the last ones would start when others end."""
+    """As many as the card holds: with more, the last ones would start when others end."""
     if device.type != "cuda":
         return _PROGRAMS_IN_INTERPRETER
     return tile.programs * _num_processors(device)

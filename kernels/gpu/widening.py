@@ -2,6 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+# For which widening in assembly was measured; others leave it to the compiler.
+_HEAD_DIM = 128
+# With as many warps and columns of a product, Blackwell's datacenter cards get instructions around
+# which the compiler can't place assembly.
+_WARPS_TOGETHER, _MANY_COLUMNS = 4, 16
+
+
+def widens_in_assembly(head_dim: int, columns: int, num_warps: int) -> bool:
+    """Whether values are widened so, for products of so many columns; never in the interpreter."""
+    are_together = num_warps >= _WARPS_TOGETHER and columns >= _MANY_COLUMNS
+    return head_dim == _HEAD_DIM and not are_together and not knobs.runtime.interpret
 
 
 @triton.jit

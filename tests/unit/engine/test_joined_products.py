@@ -1,6 +1,8 @@
 """A decoder whose layers' products run as one kernel each, with torch in the kernel's place."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from engine.layers import decoder as layers
 from engine.layers.attention import AttentionOptions
+from engine.models import decoder as models
 from engine.models.config import read_model_config
 from engine.models.decoder import DecoderModel
 from engine.weights.source import DummyWeights, LinearFormat
@@ -99,6 +102,27 @@ def test_steps_with_prompts_stay_apart(tmp_path: Path, joined: list[bool]) -> No
     last = LastTokens(rows=torch.arange(NUM_SEQS), batch=decode_step())
     forward(make_model(tmp_path), last)
     assert not joined
+
+
+def test_attention_is_prepared_before_the_first_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all layers' windows, and for the last one's where it has last tokens alone."""
+    prepared: list[tuple[int, list[int | None]]] = []
+
+    def prepare(batch: AttentionBatch, _: Tensor, windows: Sequence[int | None]) -> None:
+        prepared.append((id(batch), list(windows)))
+
+    monkeypatch.setattr(models, "prepare", prepare)
+    model = make_model(tmp_path)
+    model.config = replace(model.config, layer_windows=(None, 8, 4))
+    forward(model)
+    assert [windows for _, windows in prepared] == [[None, 8, 4]]
+    last = LastTokens(rows=torch.arange(NUM_SEQS), batch=decode_step())
+    prepared.clear()
+    forward(model, last)
+    assert [windows for _, windows in prepared] == [[None, 8, 4], [4]]
+    assert prepared[1][0] == id(last.batch)
 
 
 def test_biases_stay_apart(tmp_path: Path, joined: list[bool]) -> None:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from kernels.gpu import decode_attention as decode_module
 from kernels.gpu import launching
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_plan import plan_contexts
@@ -42,6 +43,7 @@ class Hopper:
     """What Triton asks its driver until a kernel is launched, and its launchers."""
 
     def __init__(self, launchers: Path) -> None:
+        self.arch = 90
         self.launchers = launchers
         launchers.touch()
 
@@ -52,7 +54,7 @@ class Hopper:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def launcher_cls(self, src: Any, metadata: Any) -> None:
         assert metadata.name == src.fn.__name__
@@ -235,3 +237,32 @@ def test_other_batches_make_no_other_kernel(log: Log) -> None:
 
     compile_ahead(launch_all, progress=False)
     assert log.names("forked") == ["_decode_kernel", "_plan_kernel", "_prefill_kernel"]
+
+
+# Ada, Hopper, and Blackwell for datacenters and for desks.
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+def test_decode_attention_compiles_for_cards_and_groups(
+    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int
+) -> None:
+    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
+    monkeypatch.setattr(decode_module, "_decode_kernel", fresh(decode_module._decode_kernel))
+
+    def launch_all() -> None:
+        # A group that fits in the fewest columns, and one that fills as many again; one sequence
+        # and several, which have other tiles.
+        for group, num_seqs in ((4, 1), (16, 1), (16, 40)):
+            q = torch.zeros(num_seqs, 2 * group, 128, dtype=torch.bfloat16)
+            for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+                pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=dtype)
+                batch = make_batch([(1, 9)] * num_seqs, 16)
+                options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
+                decode_attention(q, pool, 0, batch, **options)
+
+    compile_ahead(launch_all, progress=False)
+    assert all(isinstance(each, CompiledKernel) for each in memory_of(decode_module._decode_kernel))
+    assert log.names("forked", "here").count("_decode_kernel") == 6
+
+
+def fresh(kernel: Any) -> Any:
+    """That has nothing in memory."""
+    return JITFunction(kernel.fn, do_not_specialize=kernel.do_not_specialize)

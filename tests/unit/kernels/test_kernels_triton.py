@@ -87,6 +87,8 @@ def planned_attention(
     q: Tensor, pool: Tensor, layer: int, batch: AttentionBatch, *, num_shares: int, **options: Any
 ) -> Tensor:
     plan = plan_contexts(batch, pool, options["sliding_window"], num_shares=num_shares)
+    # Attention may not come right behind it.
+    plan.pieces.sum()
     return decode_attention(q, pool, layer, batch, plan=plan, **options)
 
 
