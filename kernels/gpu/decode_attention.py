@@ -36,7 +36,7 @@ from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 
-# The least side of a matrix instruction; smaller groups are padded to it.
+# The fewest columns of a matrix instruction; smaller groups are padded to them.
 _MIN_ROWS = 8
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -216,8 +216,7 @@ def decode_attention(
 
     Heads of a token lie side by side. A sequence with a `kv_len` of 0 gets zeros. `scale` includes
     that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
-    it is given. The kernel before this one on the stream may write neither `batch` nor its
-    plan.
+    it is given. The kernel before this one on the stream may write neither `batch` nor the plan.
 
     With `new` tokens, queries aren't rotated yet, nor are these stored: both is done on the way.
     `plan` is for tests and benchmarks; a step's is made by `kernels.attention.prepare`, and if
@@ -235,6 +234,8 @@ def decode_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile, num_pieces = plan.tile, len(plan.pieces)
+    # Pieces of divided contexts come first, and are no more than there are shares.
+    num_parts = num_pieces - num_seqs
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     rows = max(_MIN_ROWS, padded_group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
@@ -248,8 +249,8 @@ def decode_attention(
         new and new.cos_sin,
         kv_pool.select(1, layer),
         out,
-        torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty((num_pieces, num_heads), dtype=torch.float32, device=q.device),
+        torch.empty((num_parts, num_heads, head_dim), dtype=torch.float32, device=q.device),
+        torch.empty((num_parts, num_heads), dtype=torch.float32, device=q.device),
         arrival_counters(num_seqs * num_kv_heads, q.device),
         plan.pieces,
         batch.block_tables,

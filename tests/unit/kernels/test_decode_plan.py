@@ -45,6 +45,10 @@ def pieces_of(
 def test_each_token_is_in_one_piece(num_shares: int, window: int | None, num_seqs: int) -> None:
     lengths = [(i * 7919) % 1500 for i in range(num_seqs)]
     pieces = pieces_of(lengths, num_shares, window)
+    # What is left of parts has room for so many.
+    divided = [piece for piece in pieces if piece[5] > 1]
+    assert len(divided) <= num_shares
+    assert pieces[: len(divided)] == divided
     assert [seq for seq, *_ in pieces if seq == 0] == [0] * pieces_of_seq(pieces, 0)
     for seq, length in enumerate(lengths):
         own = [(at, *piece) for at, piece in enumerate(pieces) if piece[0] == seq]
