@@ -13,8 +13,6 @@ a variant rounds, each number to the nearest with a scale of 1:
 """
 
 import argparse
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.commit import current_commit
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
+from benchmarks.quality.rows import add_row, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
@@ -153,20 +151,8 @@ def main() -> None:
         attention.sums = None
         for attention.variant in VARIANTS:
             found = perplexity(model, windows)
-            change = found / rows[0]["perplexity"] - 1 if rows else 0.0
-            rows.append(
-                {"of_8_bits": attention.variant.name, "perplexity": found, "change": change}
-            )
-            print(rows[-1], flush=True)
-    results = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": current_commit(),
-        "device": "CPU",
-        "num_tokens": len(windows) * (WINDOW - 1),
-        "rows": rows,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+            add_row(rows, "of_8_bits", attention.variant.name, found)
+    write_rows(args.out, rows, len(windows) * (WINDOW - 1))
 
 
 if __name__ == "__main__":

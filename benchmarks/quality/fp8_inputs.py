@@ -9,8 +9,6 @@ scales that leaves the least squared error.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.commit import current_commit
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
+from benchmarks.quality.rows import add_row, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
@@ -112,19 +110,8 @@ def main() -> None:
         for quantizer.variant in VARIANTS:
             found = perplexity(model, windows)
             quantizer.check(len(windows))
-            change = found / rows[0]["perplexity"] - 1 if rows else 0.0
-            name = quantizer.variant.name
-            rows.append({"inputs_of_8_bits": name, "perplexity": found, "change": change})
-            print(rows[-1], flush=True)
-    results = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": current_commit(),
-        "device": "CPU",
-        "num_tokens": len(windows) * (WINDOW - 1),
-        "rows": rows,
-    }
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+            add_row(rows, "inputs_of_8_bits", quantizer.variant.name, found)
+    write_rows(args.out, rows, len(windows) * (WINDOW - 1))
 
 
 if __name__ == "__main__":

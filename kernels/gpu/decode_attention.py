@@ -37,7 +37,7 @@ from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 
 # The fewest columns of a matrix instruction; smaller groups are padded to them.
-_MIN_ROWS = 8
+_MIN_COLUMNS = 8
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
@@ -75,7 +75,7 @@ def _decode_kernel(
     num_heads,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -111,10 +111,10 @@ def _decode_kernel(
     let_successor_start(PDL)
 
     row = seq.to(tl.int64)
-    rows = tl.arange(0, ROWS)
+    in_group = tl.arange(0, HEADS)
     columns = tl.arange(0, DIM)
-    heads = kv_head * GROUP + rows
-    is_head = rows < GROUP
+    heads = kv_head * GROUP + in_group
+    is_head = in_group < GROUP
     is_column = columns < HEAD_DIM
     mask = is_head[:, None] & is_column[None, :]
     head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
@@ -138,10 +138,10 @@ def _decode_kernel(
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
         query = scaled.to(tl.float16)
         scale = 1.0
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
     # Tokens, and elements of values, are the rows of products, whose columns needn't be many.
-    sums = tl.zeros([DIM, ROWS], tl.float32)
+    sums = tl.zeros([DIM, HEADS], tl.float32)
     for start_of_tile in range(start, end, TOKENS):
         tokens = start_of_tile + tl.arange(0, TOKENS)
         visible = (tokens >= first) & (tokens < end)
@@ -237,7 +237,7 @@ def decode_attention(
     # Pieces of divided contexts come first, and are no more than there are shares.
     num_parts = num_pieces - num_seqs
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
-    rows = max(_MIN_ROWS, padded_group)
+    num_columns = max(_MIN_COLUMNS, padded_group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     norms = new and new.norms
     launch(_decode_kernel, (num_kv_heads, num_pieces))(
@@ -270,7 +270,7 @@ def decode_attention(
         num_heads,
         GROUP=group,
         PADDED_GROUP=padded_group,
-        ROWS=rows,
+        HEADS=num_columns,
         HEAD_DIM=head_dim,
         DIM=dim,
         BLOCK_SIZE=block_size,
@@ -279,7 +279,7 @@ def decode_attention(
         HAS_SOFTCAP=softcap is not None,
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
-        IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, rows, tile.num_warps),
+        IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, num_columns, tile.num_warps),
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
