@@ -11,6 +11,7 @@ from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales, native_format, sat
 from kernels.native.arguments import RopeArgs
 from kernels.native.library import NativeKernel, Operation, native_kernel
 from kernels.norm import HeadNorms, rms_norm, rms_norm_reference
+from kernels.turning import turned, turns
 
 
 def rope_and_store_kv(
@@ -32,8 +33,9 @@ def rope_and_store_kv(
     [max_positions, rotary_dim] float32: cosines in the first half of a row, sines in the second;
     dimension i rotates with i + rotary_dim / 2 (the NeoX way), those past rotary_dim stay. `k` is
     left as it is. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim];
-    with 8 bits it holds what came in divided by `kv_scales`, bounded by its type's largest value.
-    With `norms`, heads are normalised before they are rotated, and rounded in between.
+    with 8 bits it holds what came in divided by `kv_scales`, bounded by its type's largest value,
+    and where `kernels.turning.turns` says so, `q` and what is stored of `k` are turned, too. With
+    `norms`, heads are normalised before they are rotated, and rounded in between.
     """
     check_rope(q, k, v, cos_sin, kv_pool, norms)
     assert 0 <= layer < kv_pool.shape[1]
@@ -94,6 +96,7 @@ def _rope_and_store_kv_native(
         cos_sin_stride=cos_sin.stride(0),
         block_stride=block_stride,
         kv_format=kv_format,
+        turns=turns(kv_pool, cos_sin.shape[1]),
         num_threads=torch.get_num_threads(),
         k_scale=kv_scales.k,
         v_scale=kv_scales.v,
@@ -140,7 +143,9 @@ def rope_and_store_kv_reference(
         q[:] = rms_norm_reference(q, norms.q, norms.eps)
         k = rms_norm_reference(k, norms.k, norms.eps)
     cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, dim=-1)
-    q[..., : cos_sin.shape[1]] = _rotated(q, cos, sin)
+    is_turned = turns(kv_pool, cos_sin.shape[1])
+    rotated = _rotated(q, cos, sin)
+    q[..., : cos_sin.shape[1]] = turned(rotated) if is_turned else rotated
     block_size = kv_pool.shape[4]
     block = batch.slots // block_size
     offset = batch.slots % block_size
@@ -148,6 +153,7 @@ def rope_and_store_kv_reference(
     # Rounded once: floats until they are stored.
     keys = k.to(torch.float32 if is_fp8 else k.dtype, copy=True)
     keys[..., : cos_sin.shape[1]] = _rotated(keys, cos, sin)
+    keys = turned(keys) if is_turned else keys
     for at, (values, scale) in enumerate(((keys, kv_scales.k), (v, kv_scales.v))):
         stored = saturated(values.float() / scale, kv_pool.dtype) if is_fp8 else values
         kv_pool.select(1, layer)[:, at][block, :, offset] = stored
@@ -156,4 +162,4 @@ def rope_and_store_kv_reference(
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

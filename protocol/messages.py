@@ -23,7 +23,7 @@ from protocol.records import WorkerLoad
 from protocol.request import PhaseTimings, Request, SequenceOutput
 from protocol.ticket import TransferTicket
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):

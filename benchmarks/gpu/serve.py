@@ -266,6 +266,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         model_dir = Path(name)
         write_model(model_dir, arguments.layers)
+        arguments.logs.mkdir(parents=True, exist_ok=True)
         for stack in arguments.stacks:
             log = arguments.logs / f"serve-{stack}.log"
             result[stack] = measure_stack(stack, model_dir, arguments.flags.split(), log)

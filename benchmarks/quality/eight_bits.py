@@ -9,10 +9,12 @@ a variant rounds, each number to the nearest with a scale of 1:
 - with those also queries, and the weights that values are summed with: what FlashAttention 3 does
   (weights of up to 256, their sum unrounded);
 - keys less their mean over another text, for each head and channel, which no weight depends on;
-- keys turned by a Hadamard matrix, and queries as well, so that no channel is much larger.
+- keys turned by a Hadamard matrix, and queries as well, so that no channel is much larger: whole
+  heads, or each half of a head on its own, which is what `kernels.turning` does for an fp8 cache.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,15 @@ from engine.weights.model_dir import resolve_model
 from kernels.attention import AttentionBatch
 from kernels.fp8 import FP8, FP8_MAX
 from kernels.rope import rope_and_store_kv
+from kernels.turning import turned
 
 CALIBRATION_WINDOWS = 2
 LARGEST_WEIGHT = 256.0
+
+
+def wholly_turned(x: Tensor) -> Tensor:
+    first, second = turned(x).chunk(2, -1)
+    return torch.cat((first + second, first - second), -1) * 2**-0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +53,7 @@ class Variant:
     queries: bool = False
     weights: bool = False
     is_centred: bool = False
-    is_turned: bool = False
+    turn: Callable[[Tensor], Tensor] | None = None
 
 
 VARIANTS = (
@@ -59,21 +67,25 @@ VARIANTS = (
     ),
     Variant("keys less their mean", keys=True, is_centred=True),
     Variant("keys less their mean, and values", keys=True, values=True, is_centred=True),
-    Variant("keys turned", keys=True, is_turned=True),
-    Variant("keys turned, and values", keys=True, values=True, is_turned=True),
+    Variant("keys, heads turned", keys=True, turn=wholly_turned),
+    Variant("keys, halves turned", keys=True, turn=turned),
+    Variant("keys, halves turned, and values", keys=True, values=True, turn=turned),
+    Variant(
+        "keys, halves turned, values and queries", keys=True, values=True, queries=True, turn=turned
+    ),
+    Variant(
+        "keys, halves turned, values, queries and weights",
+        keys=True,
+        values=True,
+        queries=True,
+        weights=True,
+        turn=turned,
+    ),
 )
 
 
 def rounded(x: Tensor) -> Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
-
-
-def hadamard(size: int) -> Tensor:
-    """An orthogonal matrix of equal sizes; `size` is a power of 2."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / size**0.5
 
 
 class Attention:
@@ -108,9 +120,8 @@ class Attention:
         of, queries = self.variant, q.float()
         if of.is_centred:
             keys = keys - self.means[layer]
-        if of.is_turned:
-            turn = hadamard(keys.shape[2])
-            keys, queries = keys @ turn, queries @ turn
+        if of.turn is not None:
+            keys, queries = of.turn(keys), of.turn(queries)
         keys = rounded(keys) if of.keys else keys
         values = rounded(values) if of.values else values
         queries = rounded(queries) if of.queries else queries

@@ -35,6 +35,7 @@ from kernels.gpu.merge_attention import merge_parts
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
+from kernels.turning import turns
 
 # The fewest columns of a matrix instruction; smaller groups are padded to them.
 _MIN_COLUMNS = 8
@@ -85,6 +86,7 @@ def _decode_kernel(
     USES_FLOAT16: tl.constexpr,
     IN_ASSEMBLY: tl.constexpr,
     IS_FP8: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -125,14 +127,14 @@ def _decode_kernel(
         )
     else:
         half: tl.constexpr = HEAD_DIM // 2
-        query = rotated_query(query_of_token, q_weight, eps, heads, is_head, cos, sin, half)
+        query = rotated_query(query_of_token, q_weight, eps, heads, is_head, cos, sin, half, TURNS)
         # A padded row of a captured graph has no slot.
         if piece == first_piece + num_parts - 1 and slot >= 0:
             target = head_pool + (slot // BLOCK_SIZE) * block_stride
             store_new_token(
                 k + row * k_stride + kv_head * HEAD_DIM, v + row * v_stride + kv_head * HEAD_DIM,
                 k_weight, eps, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
-                k_factor, v_factor, largest, half, IS_FP8,
+                k_factor, v_factor, largest, half, TURNS, IS_FP8,
             )  # fmt: skip
     if USES_FLOAT16:
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
@@ -218,7 +220,8 @@ def decode_attention(
     that of keys in an 8-bit pool, the result is multiplied with `v_scale`, and written to `out` if
     it is given. The kernel before this one on the stream may write neither `batch` nor the plan.
 
-    With `new` tokens, queries aren't rotated yet, nor are these stored: both is done on the way.
+    With `new` tokens, queries aren't rotated yet, nor turned, nor are these stored: all of it is
+    done on the way.
     `plan` is for tests and benchmarks; a step's is made by `kernels.attention.prepare`, and if
     neither is there, one is made on the spot.
     """
@@ -281,6 +284,7 @@ def decode_attention(
         USES_FLOAT16=uses_float16,
         IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, num_columns, tile.num_warps),
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
+        TURNS=new is not None and turns(kv_pool, head_dim),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options,

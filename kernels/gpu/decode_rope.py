@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.gpu.norm import normalised
 from kernels.gpu.rope import bounded
+from kernels.gpu.turning import turned_rows
 from kernels.kv_format import KVScales
 from kernels.norm import HeadNorms
 
@@ -46,37 +47,53 @@ def _normalised_halves(first, second, weight, columns, eps, dtype: tl.constexpr)
 
 
 @triton.jit
-def rotated_query(query, weight, eps, heads, is_head, cos, sin, HALF: tl.constexpr):
-    """[heads, 2 * HALF] of a token, rotated; normalised before if there is a norm's `weight`."""
+def _turned_half(half, dtype: tl.constexpr):
+    # Products have no fewer columns than that: all are this one.
+    rows = tl.broadcast_to(half[None, :], (8, half.shape[0]))
+    return tl.max(turned_rows(rows, dtype), 0)
+
+
+@triton.jit
+def rotated_query(
+    query, weight, eps, heads, is_head, cos, sin, HALF: tl.constexpr, TURNS: tl.constexpr
+):  # fmt: skip
+    """[heads, 2 * HALF] of a token, rotated; normalised before if there is a norm's `weight`, and
+    turned afterwards for keys that are."""
+    dtype: tl.constexpr = query.dtype.element_ty
     columns = tl.arange(0, HALF)
     cos, sin = cos[None, :], sin[None, :]
     at = heads[:, None] * (2 * HALF) + columns[None, :]
     first = tl.load(query + at, mask=is_head[:, None], other=0.0).to(tl.float32)
     second = tl.load(query + at + HALF, mask=is_head[:, None], other=0.0).to(tl.float32)
     if weight is not None:
-        dtype: tl.constexpr = query.dtype.element_ty
         first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
-    left = (first * cos - second * sin).to(query.dtype.element_ty)
-    right = (second * cos + first * sin).to(query.dtype.element_ty)
-    halves = tl.permute(tl.join(left, right), (0, 2, 1))
+    left = first * cos - second * sin
+    right = second * cos + first * sin
+    if TURNS:
+        left, right = turned_rows(left, dtype), turned_rows(right, dtype)
+    halves = tl.permute(tl.join(left.to(dtype), right.to(dtype)), (0, 2, 1))
     return tl.reshape(halves, (heads.shape[0], 2 * HALF))
 
 
 @triton.jit
 def store_new_token(
     key, value, weight, eps, target, kv_stride, cos, sin, k_factor, v_factor, largest,
-    HALF: tl.constexpr, IS_FP8: tl.constexpr,
+    HALF: tl.constexpr, TURNS: tl.constexpr, IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes one head's key, rotated as `rotated_query` does, and value to `target`, for this
-    program's threads to read."""
+    """Writes one head's key, rotated and turned as `rotated_query` does, and value to `target`, for
+    this program's threads to read."""
+    dtype: tl.constexpr = key.dtype.element_ty
     columns = tl.arange(0, HALF)
     first = tl.load(key + columns).to(tl.float32)
     second = tl.load(key + HALF + columns).to(tl.float32)
     if weight is not None:
-        dtype: tl.constexpr = key.dtype.element_ty
         first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
-    left = bounded(first * cos - second * sin, k_factor, largest, IS_FP8)
-    right = bounded(second * cos + first * sin, k_factor, largest, IS_FP8)
+    left = first * cos - second * sin
+    right = second * cos + first * sin
+    if TURNS:
+        left, right = _turned_half(left, dtype), _turned_half(right, dtype)
+    left = bounded(left, k_factor, largest, IS_FP8)
+    right = bounded(right, k_factor, largest, IS_FP8)
     whole = tl.arange(0, 2 * HALF)
     copied = bounded(tl.load(value + whole), v_factor, largest, IS_FP8)
     tl.store(target + columns, left)

@@ -15,8 +15,10 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.launching import launch
 from kernels.gpu.norm import normalised
 from kernels.gpu.sizes import ceil_div, next_power_of_2
+from kernels.gpu.turning import turned_rows
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 from kernels.norm import HeadNorms
+from kernels.turning import can_turn, turns
 
 _HEADS_PER_PROGRAM = 8
 _QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 32, 4
@@ -34,16 +36,17 @@ def bounded(values, factor, largest, IS_FP8: tl.constexpr):
 @triton.jit
 def _rotate(
     source, target, weight, cos, sin, heads, is_head, head_dim, target_stride, half, columns, mask,
-    eps, factor, largest, DIM: tl.constexpr, HAS_REST: tl.constexpr, IS_FP8: tl.constexpr,
+    eps, factor, largest, DIM: tl.constexpr, HAS_REST: tl.constexpr, TURNS: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):  # fmt: skip
     """Writes the rotated first 2 * half elements of each head of `source` to `target`; with the
     `weight` of a norm the rest, too."""
+    dtype: tl.constexpr = source.dtype.element_ty
     first_at = heads[:, None] * head_dim + columns[None, :]
     first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
     if weight is not None:
         # In place, each part is read only by the threads that write it.
-        dtype: tl.constexpr = source.dtype.element_ty
         in_half, whole = columns < half, tl.arange(0, DIM)
         in_rest = (whole >= 2 * half) & (whole < head_dim)
         is_rest = is_head & in_rest[None, :]
@@ -60,10 +63,12 @@ def _rotate(
             rest = bounded(rest, factor, largest, IS_FP8)
             tl.store(target + heads[:, None] * target_stride + whole[None, :], rest, mask=is_rest)
     at = heads[:, None] * target_stride + columns[None, :]
-    left = bounded(first * cos - second * sin, factor, largest, IS_FP8)
-    right = bounded(second * cos + first * sin, factor, largest, IS_FP8)
-    tl.store(target + at, left, mask=mask)
-    tl.store(target + at + half, right, mask=mask)
+    left = first * cos - second * sin
+    right = second * cos + first * sin
+    if TURNS:
+        left, right = turned_rows(left, dtype), turned_rows(right, dtype)
+    tl.store(target + at, bounded(left, factor, largest, IS_FP8), mask=mask)
+    tl.store(target + at + half, bounded(right, factor, largest, IS_FP8), mask=mask)
 
 
 @triton.jit
@@ -105,6 +110,7 @@ def _rope_and_store_kv_kernel(
     HALF: tl.constexpr,
     DIM: tl.constexpr,
     HAS_REST: tl.constexpr,
+    TURNS: tl.constexpr,
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -125,7 +131,7 @@ def _rope_and_store_kv_kernel(
         row = q + token * q_stride
         _rotate(
             row, row, q_weight, cos, sin, heads, is_head, head_dim, head_dim, half, columns, mask,
-            eps, 1.0, 0.0, DIM, HAS_REST, IS_FP8=False,
+            eps, 1.0, 0.0, DIM, HAS_REST, TURNS, IS_FP8=False,
         )  # fmt: skip
     else:
         slot = tl.load(slots + token)
@@ -139,7 +145,7 @@ def _rope_and_store_kv_kernel(
             row = k + token * k_stride
             _rotate(
                 row, target, k_weight, cos, sin, heads, is_head, head_dim, stride, half, columns,
-                mask, eps, k_factor, largest, DIM, HAS_REST, IS_FP8,
+                mask, eps, k_factor, largest, DIM, HAS_REST, TURNS, IS_FP8,
             )  # fmt: skip
             whole = tl.arange(0, DIM)
             if k_weight is None:
@@ -170,6 +176,7 @@ def _rotated_fp8_kernel(
     HALF: tl.constexpr,
     DIM: tl.constexpr,
     HAS_REST: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_predecessor(PDL)
@@ -185,7 +192,7 @@ def _rotated_fp8_kernel(
     source, target = q + token * q_stride, out + token * num_heads * head_dim
     _rotate(
         source, target, None, cos, sin, heads, is_head, head_dim, head_dim, half, columns,
-        is_head & in_half[None, :], 0.0, 1.0, largest, DIM, HAS_REST, IS_FP8=True,
+        is_head & in_half[None, :], 0.0, 1.0, largest, DIM, HAS_REST, TURNS, IS_FP8=True,
     )  # fmt: skip
     if HAS_REST:
         whole = tl.arange(0, DIM)
@@ -196,8 +203,9 @@ def _rotated_fp8_kernel(
 
 
 def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
-    """Queries [num_tokens, num_heads, head_dim] rotated as by `rope_and_store_kv`, in 8 bits
-    (e4m3), what is beyond their range as its ends; heads of a token lie side by side."""
+    """Queries [num_tokens, num_heads, head_dim] rotated, and turned, as by `rope_and_store_kv` for
+    an 8-bit pool, in 8 bits (e4m3), what is beyond their range as its ends; heads of a token lie
+    side by side."""
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=FP8, device=q.device)
     half = cos_sin.shape[1] // 2
@@ -215,6 +223,7 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
+        TURNS=2 * half == head_dim and can_turn(head_dim),
         num_warps=_QUERY_WARPS,
         **launch_options(q.device),
     )
@@ -270,6 +279,7 @@ def rope_and_store_kv(
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
+        TURNS=turns(kv_pool, 2 * half),
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
         num_warps=4,
         **launch_options(q.device),

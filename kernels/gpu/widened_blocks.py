@@ -2,6 +2,7 @@
 
 A prompt's queries read each of its tokens many times over: widened once, they are read as they
 are. The layer's blocks of all sequences lie one after the other in a pool of this layer alone.
+Keys may be turned back (`kernels.turning`), for queries that aren't turned.
 """
 
 from dataclasses import replace
@@ -15,6 +16,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.block_memory import block_memory
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
+from kernels.gpu.turning import turned_rows
 
 _TILE = 4096
 
@@ -31,22 +33,41 @@ def _widen_blocks_kernel(
     block_stride,
     size,
     TILE: tl.constexpr,
+    TURNED_SIZE: tl.constexpr,
 ):
     target = tl.program_id(0).to(tl.int64)
     seq = target // max_blocks
     index = target % max_blocks
     if index * block_size < tl.load(kv_lens + seq):
         block = tl.load(block_tables + seq * table_stride + index).to(tl.int64)
-        elements = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        mask = elements < size
-        values = tl.load(pool + block * block_stride + elements, mask=mask)
-        tl.store(widened + target * size + elements, values.to(widened.dtype.element_ty), mask=mask)
+        first = tl.program_id(1) * TILE
+        source, result = pool + block * block_stride + first, widened + target * size + first
+        dtype: tl.constexpr = widened.dtype.element_ty
+        if TURNED_SIZE:
+            rows = tl.arange(0, TILE // TURNED_SIZE)
+            elements = rows[:, None] * TURNED_SIZE + tl.arange(0, TURNED_SIZE)[None, :]
+        else:
+            elements = tl.arange(0, TILE)
+        mask = first + elements < size
+        values = tl.load(source + elements, mask=mask, other=0.0).to(dtype)
+        # One is for the compiler, the other for each tile. Keys come first.
+        if TURNED_SIZE:  # noqa: SIM102
+            if first < size // 2:
+                turned = turned_rows(values.to(tl.float32), dtype).to(dtype)
+                values = tl.where(first + elements < size // 2, turned, values)
+        tl.store(result + elements, values, mask=mask)
 
 
 def widen_blocks(
-    kv_pool: Tensor, layer: int, batch: AttentionBatch, dtype: torch.dtype
+    kv_pool: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    dtype: torch.dtype,
+    *,
+    turns_back: bool = False,
 ) -> tuple[Tensor, AttentionBatch]:
-    """One layer of the batch's blocks in `dtype`, and the batch over them.
+    """One layer of the batch's blocks in `dtype`, and the batch over them; `turns_back` is for
+    turned keys.
 
     The result is [num_blocks, 1, 2, num_kv_heads, block_size, head_dim], not multiplied with any
     scales, and overwritten by the next copy of blocks. `pays_off` must have said yes.
@@ -67,6 +88,7 @@ def widen_blocks(
         kv_pool.stride(0),
         size,
         TILE=_TILE,
+        TURNED_SIZE=kv_pool.shape[5] // 2 if turns_back else 0,
         num_warps=8,
     )
     ids = torch.arange(num_blocks, dtype=torch.int32, device=kv_pool.device)

@@ -43,7 +43,7 @@ class RopeArgs(Structure):
     _fields_: ClassVar = _fields(
         pointers="q k v pool cos_sin positions slots",
         sizes="num_tokens num_heads num_kv_heads head_dim half block_size "
-        "q_stride k_stride v_stride cos_sin_stride block_stride kv_format num_threads",
+        "q_stride k_stride v_stride cos_sin_stride block_stride kv_format turns num_threads",
         numbers="k_scale v_scale",
     )
 

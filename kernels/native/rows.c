@@ -34,9 +34,25 @@ struct rope_args {
     int64_t num_tokens, num_heads, num_kv_heads, head_dim, half, block_size;
     /* Elements from token to token (a token's heads are adjacent), and from block to block. */
     int64_t q_stride, k_stride, v_stride, cos_sin_stride, block_stride;
-    int64_t kv_format, num_threads; /* kv_format: of the pool, see fp8.h */
+    int64_t kv_format, turns, num_threads; /* kv_format: of the pool, see fp8.h */
     double k_scale, v_scale;        /* what an 8-bit pool's values are multiplied with when read */
 };
+
+/* Halves of a head, `n` elements, n a power of 2, times a Hadamard matrix each: see turning.py. */
+INLINE void turn_head(float *x, int64_t n)
+{
+    int64_t half = n / 2;
+    for (int64_t step = 1; step < half; step *= 2)
+        for (int64_t i = 0; i < n; i += 2 * step)
+            for (int64_t j = i; j < i + step; j++) {
+                float first = x[j], second = x[j + step];
+                x[j] = first + second;
+                x[j + step] = first - second;
+            }
+    float scale = 1.0f / sqrtf((float)half);
+    for (int64_t i = 0; i < n; i++)
+        x[i] *= scale;
+}
 
 /* A row for the pool's `n` bytes. */
 INLINE void store_fp8_row(uint8_t *to, const float *row, int64_t n, double scale,

@@ -88,6 +88,18 @@ INLINE void NAME(rotate_head)(const T *x, T *out, const float *cosines, int64_t 
     }
 }
 
+/* Rotates one head in place, and turns it; rounded once. */
+INLINE void NAME(rotate_and_turn_head)(T *x, const float *cosines, int64_t head_dim)
+{
+    float turned[head_dim];
+    for (int64_t i = 0; i < head_dim; i++)
+        turned[i] = TO_F32(x[i]);
+    rotate_head_f32(turned, turned, cosines, head_dim / 2);
+    turn_head(turned, head_dim);
+    for (int64_t i = 0; i < head_dim; i++)
+        x[i] = FROM_F32(turned[i]);
+}
+
 /* A token's keys and values to their slot, heads `head_stride` apart, in the pool's own type. */
 INLINE void NAME(store_kv)(const struct rope_args *a, const T *k, const T *v, const float *cosines,
                            T *slot, int64_t head_stride)
@@ -111,6 +123,8 @@ INLINE void NAME(store_kv_fp8)(const struct rope_args *a, const T *k, const T *v
         for (int64_t i = 0; i < a->head_dim; i++)
             keys[i] = TO_F32(k[i]), values[i] = TO_F32(v[i]);
         rotate_head_f32(keys, keys, cosines, a->half);
+        if (a->turns)
+            turn_head(keys, a->head_dim);
         store_fp8_row(slot, keys, a->head_dim, a->k_scale, format);
         store_fp8_row(slot + a->num_kv_heads * head_stride, values, a->head_dim, a->v_scale,
                       format);
@@ -131,8 +145,11 @@ void NAME(tandem_rope_and_store_kv)(const struct rope_args *args)
         const T *v = (const T *)a.v + token * a.v_stride;
         int64_t slot = a.slots[token] / a.block_size * a.block_stride +
                        a.slots[token] % a.block_size * a.head_dim;
-        for (int64_t head = 0; head < a.num_heads; head++)
-            NAME(rotate_head)(q + head * a.head_dim, q + head * a.head_dim, cosines, a.half);
+        for (int64_t head = 0; head < a.num_heads; head++, q += a.head_dim)
+            if (a.turns)
+                NAME(rotate_and_turn_head)(q, cosines, a.head_dim);
+            else
+                NAME(rotate_head)(q, q, cosines, a.half);
         if (a.kv_format == FORMAT_SAME)
             NAME(store_kv)(&a, k, v, cosines, (T *)a.pool + slot, head_stride);
         else

@@ -13,6 +13,7 @@ from engine import LLM
 from protocol.errors import StartupError
 
 SHARE = 0.3
+TOO_FEW_BYTES = 1_000_000_000
 # Loads, says how large its pool is; runs its largest steps when told to; ends when its input does.
 WORKER = """
 import json, sys
@@ -86,7 +87,8 @@ def test_two_workers_share_a_card(model_dir: Path, *, at_once: bool) -> None:
 
 
 def test_what_does_not_fit_is_said_with_its_numbers(model_dir: Path) -> None:
+    utilization = TOO_FEW_BYTES / torch.cuda.mem_get_info()[1]
     with pytest.raises(StartupError) as error:
-        LLM(str(model_dir), gpu_memory_utilization=0.012)
+        LLM(str(model_dir), gpu_memory_utilization=utilization)
     for part in ("weights need 0.0", "the largest step 0.", "CUDA graphs 0.", "Allow more than"):
         assert part in str(error.value)

@@ -23,6 +23,7 @@ from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widened_blocks import widen_blocks
+from kernels.turning import turns
 
 # The hardware's exponential is to base 2.
 _LOG2_E = 1.4426950408889634
@@ -146,7 +147,9 @@ def hopper_attention(
     `prefill_attention`'s. With `cos_sin`, where `rotates_heads` does, queries are first rotated as
     by `kernels.rope.rope_and_store_kv`, but `q` stays as it is."""
     if kv_pool.dtype is not q.dtype:
-        kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype)
+        # Queries that are rotated here aren't turned: keys are turned back.
+        turns_back = cos_sin is not None and turns(kv_pool, cos_sin.shape[1])
+        kv_pool, batch = widen_blocks(kv_pool, layer, batch, q.dtype, turns_back=turns_back)
         layer = 0
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_layers, _, num_kv_heads, block_size, _ = kv_pool.shape

@@ -23,10 +23,14 @@ from triton.runtime.jit import JITFunction
 
 from kernels.gpu import decode_attention as decode_module
 from kernels.gpu import launching
+from kernels.gpu import rope as rope_module
+from kernels.gpu import widened_blocks as widened_module
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_plan import plan_contexts
+from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.launching import compile_ahead, launch
 from kernels.gpu.prefill_attention import prefill_attention
+from kernels.kv_format import KVScales
 
 
 def _fill(out, size, VALUE: tl.constexpr):  # noqa: N803
@@ -261,6 +265,43 @@ def test_decode_attention_compiles_for_cards_and_groups(
     compile_ahead(launch_all, progress=False)
     assert all(isinstance(each, CompiledKernel) for each in memory_of(decode_module._decode_kernel))
     assert log.names("forked", "here").count("_decode_kernel") == 6
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(32, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16)]
+)
+def test_turning_compiles_for_cards_and_heads(
+    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
+    kernels = (
+        (decode_module, "_decode_kernel"),
+        (rope_module, "_rope_and_store_kv_kernel"),
+        (rope_module, "_rotated_fp8_kernel"),
+        (widened_module, "_widen_blocks_kernel"),
+    )
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, fresh(getattr(module, name)))
+
+    def launch_all() -> None:
+        q = torch.zeros(3, 8, head_dim, dtype=dtype)
+        k, v = torch.zeros(2, 3, 2, head_dim, dtype=dtype)
+        pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=torch.float8_e4m3fn)
+        batch, cos_sin = make_batch([(1, 9)] * 3, 16), torch.zeros(9, head_dim)
+        rope_module.rope_and_store_kv(q, k, v, cos_sin, batch, pool, 0)
+        rope_module.rotated_fp8(q, cos_sin, batch.positions)
+        new = NewTokens(k, v, cos_sin, KVScales())
+        options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
+        decode_attention(q, pool, 0, batch, new=new, **options)
+        if dtype.itemsize == 2:
+            widened_module.widen_blocks(pool, 0, batch, dtype, turns_back=True)
+
+    compile_ahead(launch_all, progress=False)
+    for module, name in kernels:
+        compiled = memory_of(getattr(module, name))
+        assert all(isinstance(each, CompiledKernel) for each in compiled)
+        assert len(compiled) == (1 if dtype.itemsize == 2 or module is not widened_module else 0)
 
 
 def fresh(kernel: Any) -> Any:

@@ -151,7 +151,7 @@ def test_decode_rows_have_a_kernel_of_their_own(
 
 
 @pytest.mark.parametrize("rotary_dim", [128, 32])
-def test_queries_are_rotated_as_they_are_rounded(
+def test_queries_are_rotated_and_turned_as_they_are_rounded(
     calls: list[dict[str, Any]], rotary_dim: int
 ) -> None:
     torch.manual_seed(0)
@@ -162,7 +162,7 @@ def test_queries_are_rotated_as_they_are_rounded(
     cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
     rotated = q.float()
     rope_and_store_kv_reference(
-        rotated, rotated[:, :2], rotated[:, :2], cos_sin, batch, pool.float(), 0
+        rotated, rotated[:, :2], rotated[:, :2], cos_sin, batch, pool.clone(), 0
     )
     before = q.clone()
     actual = attention.paged_attention(

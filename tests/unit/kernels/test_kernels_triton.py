@@ -25,6 +25,7 @@ from kernels.block_copy import copy_blocks_reference
 from kernels.kv_format import UNSCALED, KVScales
 from kernels.norm import HeadNorms, add_rms_norm_reference, rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
+from kernels.turning import turned
 
 pytest.importorskip("triton")
 from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
@@ -268,6 +269,24 @@ def test_widened_blocks(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
         expected = pool[batch.block_tables[i, :num_blocks].long(), 1].to(dtype)
         # The interpreter is wrong about e5m2's smallest numbers.
         torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DOT_DTYPES if dtype.itemsize == 2])
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(5, 128), (1, 64)])
+def test_widened_blocks_turn_keys_back(dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
+    """Where keys and values share a tile of the kernel, too."""
+    batch = make_batch([(300, 300), (300, 7)], 16)
+    num_blocks = int(batch.block_tables.max()) + 1
+    pool = (10 * torch.randn(num_blocks, 3, 2, num_heads, 16, head_dim)).to(FP8_DTYPES[0])
+    expected = pool[:, 1].float()
+    expected[:, 0] = turned(expected[:, 0])
+    widened, over = widened_blocks.widen_blocks(
+        pool.to(DEVICE), 1, moved(batch), dtype, turns_back=True
+    )
+    for i, kv_len in enumerate(batch.kv_lens.tolist()):
+        num_blocks = -(-kv_len // 16)
+        actual = widened[over.block_tables[i, :num_blocks].long(), 0]
+        close(actual, expected[batch.block_tables[i, :num_blocks].long()].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
