@@ -1,7 +1,6 @@
 """An option: one declared setting as flag, environment variable and file key."""
 
 import dataclasses
-import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,17 +85,10 @@ class Option:
             for part in value
         ):
             raise self._refusal(value, source)
-        info = self.info
-        if info.choices and value not in info.choices:
+        if not self.info.allows(value):
             raise self._refusal(value, source)
-        if isinstance(value, (int, float)) and (
-            math.isnan(value)
-            or (info.minimum is not None and value < info.minimum)
-            or (info.maximum is not None and value > info.maximum)
-        ):
-            raise self._refusal(value, source)
-        if info.only_default and value != self.default:
-            raise StartupError(f"{source} can't be {value!r}: {info.only_default}.")
+        if self.info.only_default and value != self.default:
+            raise StartupError(f"{source} can't be {value!r}: {self.info.only_default}.")
         return cast("OptionValue", value)
 
     def arguments(self, value: OptionValue) -> list[str]:
@@ -119,17 +111,13 @@ class Option:
     @property
     def wanted(self) -> str:
         """What a value must be, in words."""
-        info = self.info
-        if info.choices:
-            return "one of " + ", ".join(info.choices)
+        allowed = self.info.allowed
+        if self.info.choices:
+            return allowed
         wanted = _TYPE_NAMES[self.kind]
-        if info.minimum is not None and info.maximum is not None:
-            return f"{wanted} from {info.minimum:g} to {info.maximum:g}"
-        if info.minimum is not None:
-            return f"{wanted}, {info.minimum:g} or more"
-        if info.maximum is not None:
-            return f"{wanted}, {info.maximum:g} or less"
-        return wanted
+        if not allowed:
+            return wanted
+        return f"{wanted} {allowed}" if allowed.startswith("from") else f"{wanted}, {allowed}"
 
     def _refusal(self, value: object, source: str) -> StartupError:
         got = "something else" if self.info.secret else repr(value)

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.grammar import BACKEND_NAMES
 from protocol.errors import StartupError
-from protocol.settings import setting
+from protocol.settings import setting, setting_info
 
 # vLLM's settings that have one answer here. Code that comes with a model is never run.
 _ONE_ANSWER: Mapping[str, tuple[Any, ...]] = {
@@ -121,12 +121,14 @@ class EngineConfig:
 
 
 def engine_config(given: Mapping[str, Any]) -> EngineConfig:
-    """From what a caller gave by name. Raises StartupError for a name that there isn't, or one of
-    vLLM's with a value that can't be had."""
-    known = {field.name for field in fields(EngineConfig)}
+    """From what a caller gave by name. Raises StartupError for a name that there isn't, one of
+    vLLM's with a value that can't be had, or a value out of bounds."""
+    known = {field.name: setting_info(field) for field in fields(EngineConfig)}
     for name, value in given.items():
         if name in _ONE_ANSWER and value not in _ONE_ANSWER[name]:
             raise StartupError(f"{name} can't be {value!r}: a model runs whole, on one device.")
         if name not in known and name not in _ONE_ANSWER:
             raise StartupError(f"There is no setting {name}, only {', '.join(sorted(known))}.")
+        if name in known and value is not None and not known[name].allows(value):
+            raise StartupError(f"{name} is {value!r}, but must be {known[name].allowed}.")
     return EngineConfig(**{name: value for name, value in given.items() if name in known})

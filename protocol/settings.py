@@ -6,6 +6,7 @@ package turns them into arguments. Field `max_num_seqs` is flag `--max-num-seqs`
 """
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -21,6 +22,30 @@ class SettingInfo:
     secret: bool = False
     short: str | None = None
     only_default: str = ""
+
+    def allows(self, value: object) -> bool:
+        """Whether a value, which isn't None, is one of the choices and within the bounds."""
+        if self.choices:
+            return value in self.choices
+        if self.minimum is None and self.maximum is None:
+            return not (isinstance(value, float) and math.isnan(value))
+        return (
+            isinstance(value, (int, float))
+            and not math.isnan(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+    @property
+    def allowed(self) -> str:
+        """Which values, in words: "one of ..." or "from 1 to 256" or "1 or more"; or nothing."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{self.minimum:g} or more"
+        return "" if self.maximum is None else f"{self.maximum:g} or less"
 
 
 def setting(

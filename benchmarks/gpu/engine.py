@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--attention-backend", choices=("auto", "flash-attn"), default="auto")
     parser.add_argument("--max-num-batched-tokens", type=int, default=BATCHED_TOKENS)
     parser.add_argument("--skip-prompts", action="store_true", help="only for decode")
     parser.add_argument("--out", type=Path)

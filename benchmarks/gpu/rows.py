@@ -25,6 +25,7 @@ from kernels.activation import silu_and_mul_fp8_reference
 from kernels.fp8 import FP8, FP8_MAX, Fp8Rows, quantize_rows_reference
 from kernels.gpu import activation, fp8, norm, rope
 from kernels.norm import rms_norm_reference
+from kernels.turning import turned
 
 NUM_ROWS, HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 16384, 4096, 14336, 32, 128
 EPS = 1e-5
@@ -44,7 +45,7 @@ def rotated_reference(q: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin[:, None].chunk(2, -1)
     first, second = q.float().chunk(2, -1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return rotated.clamp(-FP8_MAX, FP8_MAX)
+    return turned(rotated).clamp(-FP8_MAX, FP8_MAX)
 
 
 class Inputs:

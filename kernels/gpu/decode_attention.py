@@ -24,7 +24,13 @@ from kernels.gpu.decode_plan import (
     DecodePlan,
     plan_contexts,
 )
-from kernels.gpu.decode_rope import NewTokens, rotated_query, store_new_token
+from kernels.gpu.decode_rope import (
+    NewTokens,
+    joined_halves,
+    load_halves,
+    rotated_halves,
+    store_new_token,
+)
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -33,6 +39,7 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.launching import launch
 from kernels.gpu.merge_attention import merge_parts
 from kernels.gpu.sizes import next_power_of_2
+from kernels.gpu.turning import load_signs, signs_of
 from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 from kernels.turning import turns
@@ -53,6 +60,7 @@ def _decode_kernel(
     q_weight,
     k_weight,
     cos_sin,
+    signs,
     pool,
     out,
     partial_out,
@@ -109,6 +117,8 @@ def _decode_kernel(
         angles = cos_sin + position * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
         cos, sin = tl.load(angles), tl.load(angles + HEAD_DIM // 2)
         slot = tl.load(planned + SLOT).to(tl.int64)
+        if TURNS:
+            signs = load_signs(signs, HEAD_DIM // 2)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
 
@@ -127,14 +137,31 @@ def _decode_kernel(
         )
     else:
         half: tl.constexpr = HEAD_DIM // 2
-        query = rotated_query(query_of_token, q_weight, eps, heads, is_head, cos, sin, half, TURNS)
+        dtype: tl.constexpr = q.dtype.element_ty
+        # The new key is a row beside the queries where there is room: what is done to one is done
+        # to all. All is loaded before any of it is waited for.
+        is_beside: tl.constexpr = GROUP < HEADS
+        key_row: tl.constexpr = GROUP if is_beside else 0
+        is_key = (in_group == key_row)[:, None]
+        key_of_token = k + row * k_stride + kv_head * HEAD_DIM + tl.zeros_like(heads)[:, None]
+        new_value = tl.load(v + row * v_stride + kv_head * HEAD_DIM + tl.arange(0, HEAD_DIM))
+        first_half, second_half = load_halves(
+            query_of_token + heads[:, None] * HEAD_DIM, q_weight, eps, is_head[:, None], half
+        )
+        key_first, key_second = load_halves(key_of_token, k_weight, eps, is_key, half)
+        if is_beside:
+            first_half += key_first
+            second_half += key_second
+        left, right = rotated_halves(first_half, second_half, cos, sin, signs, dtype, TURNS)
+        query = joined_halves(left, right, dtype)
         # A padded row of a captured graph has no slot.
         if piece == first_piece + num_parts - 1 and slot >= 0:
+            if not is_beside:
+                left, right = rotated_halves(key_first, key_second, cos, sin, signs, dtype, TURNS)
             target = head_pool + (slot // BLOCK_SIZE) * block_stride
             store_new_token(
-                k + row * k_stride + kv_head * HEAD_DIM, v + row * v_stride + kv_head * HEAD_DIM,
-                k_weight, eps, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride, cos, sin,
-                k_factor, v_factor, largest, half, TURNS, IS_FP8,
+                left, right, is_key, new_value, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride,
+                k_factor, v_factor, largest, IS_FP8,
             )  # fmt: skip
     if USES_FLOAT16:
         scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
@@ -243,6 +270,7 @@ def decode_attention(
     num_columns = max(_MIN_COLUMNS, padded_group)
     uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
     norms = new and new.norms
+    is_turned = new is not None and turns(kv_pool, head_dim)
     launch(_decode_kernel, (num_kv_heads, num_pieces))(
         q,
         new and new.k,
@@ -250,6 +278,7 @@ def decode_attention(
         norms and norms.q,
         norms and norms.k,
         new and new.cos_sin,
+        signs_of(head_dim, q.device) if is_turned else None,
         kv_pool.select(1, layer),
         out,
         torch.empty((num_parts, num_heads, head_dim), dtype=torch.float32, device=q.device),
@@ -284,7 +313,7 @@ def decode_attention(
         USES_FLOAT16=uses_float16,
         IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, num_columns, tile.num_warps),
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
-        TURNS=new is not None and turns(kv_pool, head_dim),
+        TURNS=is_turned,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options,

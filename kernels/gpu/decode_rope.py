@@ -37,66 +37,51 @@ def rotates_whole_heads(head_dim: int, rotary_dim: int) -> bool:
 
 
 @triton.jit
-def _normalised_halves(first, second, weight, columns, eps, dtype: tl.constexpr):
-    """Of one head, or of several in rows."""
-    half: tl.constexpr = columns.shape[0]
-    squares = tl.sum(first * first + second * second, -1, keep_dims=True)
-    scale = tl.rsqrt(squares / (2 * half) + eps)
-    first = normalised(first, scale, weight, columns, None, dtype)
-    return first, normalised(second, scale, weight + half, columns, None, dtype)
-
-
-@triton.jit
-def _turned_half(half, dtype: tl.constexpr):
-    # Products have no fewer columns than that: all are this one.
-    rows = tl.broadcast_to(half[None, :], (8, half.shape[0]))
-    return tl.max(turned_rows(rows, dtype), 0)
-
-
-@triton.jit
-def rotated_query(
-    query, weight, eps, heads, is_head, cos, sin, HALF: tl.constexpr, TURNS: tl.constexpr
-):  # fmt: skip
-    """[heads, 2 * HALF] of a token, rotated; normalised before if there is a norm's `weight`, and
-    turned afterwards for keys that are."""
-    dtype: tl.constexpr = query.dtype.element_ty
+def load_halves(source, weight, eps, mask, HALF: tl.constexpr):
+    """Both halves of heads at `source` [num_rows, 1], in float32; normalised if there is a norm's
+    `weight`. Where `mask` [num_rows, 1] isn't, 0."""
     columns = tl.arange(0, HALF)
-    cos, sin = cos[None, :], sin[None, :]
-    at = heads[:, None] * (2 * HALF) + columns[None, :]
-    first = tl.load(query + at, mask=is_head[:, None], other=0.0).to(tl.float32)
-    second = tl.load(query + at + HALF, mask=is_head[:, None], other=0.0).to(tl.float32)
+    first = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if weight is not None:
-        first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
+        dtype: tl.constexpr = source.dtype.element_ty
+        squares = tl.sum(first * first + second * second, 1)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first = normalised(first, scale, weight, columns, None, dtype)
+        second = normalised(second, scale, weight + HALF, columns, None, dtype)
+    return first, second
+
+
+@triton.jit
+def rotated_halves(first, second, cos, sin, signs, dtype: tl.constexpr, TURNS: tl.constexpr):
+    """Heads of a token rotated, and turned for keys that are; in float32."""
+    cos, sin = cos[None, :], sin[None, :]
     left = first * cos - second * sin
     right = second * cos + first * sin
     if TURNS:
-        left, right = turned_rows(left, dtype), turned_rows(right, dtype)
+        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
+    return left, right
+
+
+@triton.jit
+def joined_halves(left, right, dtype: tl.constexpr):
+    """[num_rows, 2 * half]."""
     halves = tl.permute(tl.join(left.to(dtype), right.to(dtype)), (0, 2, 1))
-    return tl.reshape(halves, (heads.shape[0], 2 * HALF))
+    return tl.reshape(halves, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
 def store_new_token(
-    key, value, weight, eps, target, kv_stride, cos, sin, k_factor, v_factor, largest,
-    HALF: tl.constexpr, TURNS: tl.constexpr, IS_FP8: tl.constexpr,
+    left, right, is_key, value, target, kv_stride, k_factor, v_factor, largest,
+    IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes one head's key, rotated and turned as `rotated_query` does, and value to `target`, for
-    this program's threads to read."""
-    dtype: tl.constexpr = key.dtype.element_ty
-    columns = tl.arange(0, HALF)
-    first = tl.load(key + columns).to(tl.float32)
-    second = tl.load(key + HALF + columns).to(tl.float32)
-    if weight is not None:
-        first, second = _normalised_halves(first, second, weight, columns, eps, dtype)
-    left = first * cos - second * sin
-    right = second * cos + first * sin
-    if TURNS:
-        left, right = _turned_half(left, dtype), _turned_half(right, dtype)
-    left = bounded(left, k_factor, largest, IS_FP8)
-    right = bounded(right, k_factor, largest, IS_FP8)
-    whole = tl.arange(0, 2 * HALF)
-    copied = bounded(tl.load(value + whole), v_factor, largest, IS_FP8)
-    tl.store(target + columns, left)
-    tl.store(target + HALF + columns, right)
-    tl.store(target + kv_stride + whole, copied)
+    """Writes one head's key, which is the halves' row where `is_key` [num_rows, 1] is, and value to
+    `target`, for this program's threads to read."""
+    half: tl.constexpr = left.shape[1]
+    # The same address in each row: one of them is written.
+    at = tl.zeros_like(is_key).to(tl.int32) + tl.arange(0, half)[None, :]
+    tl.store(target + at, bounded(left, k_factor, largest, IS_FP8), mask=is_key)
+    tl.store(target + half + at, bounded(right, k_factor, largest, IS_FP8), mask=is_key)
+    copied = bounded(value, v_factor, largest, IS_FP8)
+    tl.store(target + kv_stride + tl.arange(0, 2 * half), copied)
     tl.debug_barrier()

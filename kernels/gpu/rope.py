@@ -15,13 +15,15 @@ from kernels.gpu.dependent_launch import (
 from kernels.gpu.launching import launch
 from kernels.gpu.norm import normalised
 from kernels.gpu.sizes import ceil_div, next_power_of_2
-from kernels.gpu.turning import turned_rows
+from kernels.gpu.turning import load_signs, signs_of, turned_rows
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 from kernels.norm import HeadNorms
 from kernels.turning import can_turn, turns
 
 _HEADS_PER_PROGRAM = 8
 _QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 32, 4
+# Heads are turned faster together than each token's on their own; few tokens leave a card idle.
+_TURNED_TOKENS, _MANY_TOKENS = 8, 2048
 
 
 @triton.jit
@@ -35,25 +37,26 @@ def bounded(values, factor, largest, IS_FP8: tl.constexpr):
 
 @triton.jit
 def _rotate(
-    source, target, weight, cos, sin, heads, is_head, head_dim, target_stride, half, columns, mask,
-    eps, factor, largest, DIM: tl.constexpr, HAS_REST: tl.constexpr, TURNS: tl.constexpr,
+    source, target, weight, cos, sin, signs, is_row, head_dim, half, eps, factor, largest,
+    HALF: tl.constexpr, DIM: tl.constexpr, HAS_REST: tl.constexpr, TURNS: tl.constexpr,
     IS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rotated first 2 * half elements of each head of `source` to `target`; with the
-    `weight` of a norm the rest, too."""
+    """Writes the rotated first 2 * half elements of heads, whose addresses are [num_rows, 1], from
+    `source` to `target`; with the `weight` of a norm the rest, too."""
     dtype: tl.constexpr = source.dtype.element_ty
-    first_at = heads[:, None] * head_dim + columns[None, :]
-    first = tl.load(source + first_at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + first_at + half, mask=mask, other=0.0).to(tl.float32)
+    columns = tl.arange(0, HALF)
+    in_half = columns < half
+    mask = is_row & in_half[None, :]
+    first = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + half + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if weight is not None:
         # In place, each part is read only by the threads that write it.
-        in_half, whole = columns < half, tl.arange(0, DIM)
+        whole = tl.arange(0, DIM)
         in_rest = (whole >= 2 * half) & (whole < head_dim)
-        is_rest = is_head & in_rest[None, :]
+        is_rest = is_row & in_rest[None, :]
         squares = tl.sum(first * first + second * second, 1)
         if HAS_REST:
-            rest_at = heads[:, None] * head_dim + whole[None, :]
-            rest = tl.load(source + rest_at, mask=is_rest, other=0.0).to(tl.float32)
+            rest = tl.load(source + whole[None, :], mask=is_rest, other=0.0).to(tl.float32)
             squares += tl.sum(rest * rest, 1)
         scale = tl.rsqrt(squares / head_dim + eps)[:, None]
         first = normalised(first, scale, weight, columns, in_half, dtype)
@@ -61,24 +64,34 @@ def _rotate(
         if HAS_REST:
             rest = normalised(rest, scale, weight, whole, in_rest, dtype)
             rest = bounded(rest, factor, largest, IS_FP8)
-            tl.store(target + heads[:, None] * target_stride + whole[None, :], rest, mask=is_rest)
-    at = heads[:, None] * target_stride + columns[None, :]
+            tl.store(target + whole[None, :], rest, mask=is_rest)
     left = first * cos - second * sin
     right = second * cos + first * sin
     if TURNS:
-        left, right = turned_rows(left, dtype), turned_rows(right, dtype)
-    tl.store(target + at, bounded(left, factor, largest, IS_FP8), mask=mask)
-    tl.store(target + at + half, bounded(right, factor, largest, IS_FP8), mask=mask)
+        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
+    left = bounded(left, factor, largest, IS_FP8)
+    right = bounded(right, factor, largest, IS_FP8)
+    tl.store(target + columns[None, :], left, mask=mask)
+    tl.store(target + half + columns[None, :], right, mask=mask)
 
 
 @triton.jit
 def _copy_heads(
-    source, target, heads, head_stride, target_stride, columns, mask,
-    factor, largest, IS_FP8: tl.constexpr,
+    source, target, columns, mask, factor, largest, IS_FP8: tl.constexpr
 ):  # fmt: skip
-    values = tl.load(source + heads[:, None] * head_stride + columns[None, :], mask=mask)
+    """Elements of heads, whose addresses are [num_rows, 1]."""
+    values = tl.load(source + columns[None, :], mask=mask)
     values = bounded(values, factor, largest, IS_FP8)
-    tl.store(target + heads[:, None] * target_stride + columns[None, :], values, mask=mask)
+    tl.store(target + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def _load_angles(cos_sin, position, half, HALF: tl.constexpr):
+    """Cosines and sines of one position, or of [num_rows, 1]: as many rows."""
+    columns = tl.arange(0, HALF)[None, :]
+    angles = cos_sin + position * 2 * half + columns
+    cos = tl.load(angles, mask=columns < half, other=0.0)
+    return cos, tl.load(angles + half, mask=columns < half, other=0.0)
 
 
 @triton.jit
@@ -90,8 +103,10 @@ def _rope_and_store_kv_kernel(
     k_weight,
     pool,
     cos_sin,
+    signs,
     positions,
     slots,
+    num_tokens,
     num_heads,
     num_kv_heads,
     q_stride,
@@ -106,6 +121,7 @@ def _rope_and_store_kv_kernel(
     k_factor,
     v_factor,
     largest,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     DIM: tl.constexpr,
@@ -114,51 +130,46 @@ def _rope_and_store_kv_kernel(
     IS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if TURNS:
+        signs = load_signs(signs, HALF)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    token = tl.program_id(0).to(tl.int64)
+    # A row is a head of a token.
+    rows = tl.arange(0, TOKENS * HEADS)
+    token = tl.program_id(0).to(tl.int64) * TOKENS
+    if TOKENS > 1:
+        token += (rows // HEADS)[:, None]
+    is_token = token < num_tokens
+    position = tl.load(positions + token, mask=is_token, other=0)
+    cos, sin = _load_angles(cos_sin, position, half, HALF)
     group = tl.program_id(1)
-    position = tl.load(positions + token)
-    columns = tl.arange(0, HALF)
-    in_half = columns < half
-    cos = tl.load(cos_sin + position * 2 * half + columns, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(cos_sin + position * 2 * half + half + columns, mask=in_half, other=0.0)[None, :]
     num_q_groups = tl.cdiv(num_heads, HEADS)
     if group < num_q_groups:
-        heads = group * HEADS + tl.arange(0, HEADS)
-        is_head = (heads < num_heads)[:, None]
-        mask = is_head & in_half[None, :]
-        row = q + token * q_stride
+        head = (group * HEADS + rows % HEADS)[:, None]
+        source = q + token * q_stride + head * head_dim
         _rotate(
-            row, row, q_weight, cos, sin, heads, is_head, head_dim, head_dim, half, columns, mask,
-            eps, 1.0, 0.0, DIM, HAS_REST, TURNS, IS_FP8=False,
+            source, source, q_weight, cos, sin, signs, is_token & (head < num_heads), head_dim,
+            half, eps, 1.0, 0.0, HALF, DIM, HAS_REST, TURNS, IS_FP8=False,
         )  # fmt: skip
     else:
-        slot = tl.load(slots + token)
+        head = ((group - num_q_groups) * HEADS + rows % HEADS)[:, None]
         # A padded row of a captured graph has no slot.
-        if slot >= 0:
-            heads = (group - num_q_groups) * HEADS + tl.arange(0, HEADS)
-            is_head = (heads < num_kv_heads)[:, None]
-            mask = is_head & in_half[None, :]
-            target = pool + (slot // block_size) * block_stride + (slot % block_size) * head_dim
-            stride = block_size * head_dim
-            row = k + token * k_stride
-            _rotate(
-                row, target, k_weight, cos, sin, heads, is_head, head_dim, stride, half, columns,
-                mask, eps, k_factor, largest, DIM, HAS_REST, TURNS, IS_FP8,
-            )  # fmt: skip
-            whole = tl.arange(0, DIM)
-            if k_weight is None:
-                is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
-                _copy_heads(
-                    row, target, heads, head_dim, stride, whole, is_rest, k_factor, largest, IS_FP8
-                )
-            is_value = is_head & (whole < head_dim)[None, :]
-            row = v + token * v_stride
-            target += kv_stride
-            _copy_heads(
-                row, target, heads, head_dim, stride, whole, is_value, v_factor, largest, IS_FP8
-            )
+        slot = tl.load(slots + token, mask=is_token, other=-1)
+        is_stored = (slot >= 0) & (head < num_kv_heads)
+        target = pool + (slot // block_size) * block_stride + (slot % block_size) * head_dim
+        target += head * block_size * head_dim
+        source = k + token * k_stride + head * head_dim
+        _rotate(
+            source, target, k_weight, cos, sin, signs, is_stored, head_dim, half, eps, k_factor,
+            largest, HALF, DIM, HAS_REST, TURNS, IS_FP8,
+        )  # fmt: skip
+        whole = tl.arange(0, DIM)
+        if HAS_REST and k_weight is None:
+            is_rest = is_stored & ((whole >= 2 * half) & (whole < head_dim))[None, :]
+            _copy_heads(source, target, whole, is_rest, k_factor, largest, IS_FP8)
+        is_value = is_stored & (whole < head_dim)[None, :]
+        source = v + token * v_stride + head * head_dim
+        _copy_heads(source, target + kv_stride, whole, is_value, v_factor, largest, IS_FP8)
 
 
 @triton.jit
@@ -166,6 +177,7 @@ def _rotated_fp8_kernel(
     q,
     out,
     cos_sin,
+    signs,
     positions,
     num_heads,
     q_stride,
@@ -179,27 +191,24 @@ def _rotated_fp8_kernel(
     TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if TURNS:
+        signs = load_signs(signs, HALF)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + token)
-    columns = tl.arange(0, HALF)
-    in_half = columns < half
-    cos = tl.load(cos_sin + position * 2 * half + columns, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(cos_sin + position * 2 * half + half + columns, mask=in_half, other=0.0)[None, :]
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    is_head = (heads < num_heads)[:, None]
-    source, target = q + token * q_stride, out + token * num_heads * head_dim
+    cos, sin = _load_angles(cos_sin, tl.load(positions + token), half, HALF)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    is_head = head < num_heads
+    source = q + token * q_stride + head * head_dim
+    target = out + (token * num_heads + head) * head_dim
     _rotate(
-        source, target, None, cos, sin, heads, is_head, head_dim, head_dim, half, columns,
-        is_head & in_half[None, :], 0.0, 1.0, largest, DIM, HAS_REST, TURNS, IS_FP8=True,
+        source, target, None, cos, sin, signs, is_head, head_dim, half, 0.0, 1.0, largest, HALF,
+        DIM, HAS_REST, TURNS, IS_FP8=True,
     )  # fmt: skip
     if HAS_REST:
         whole = tl.arange(0, DIM)
         is_rest = is_head & ((whole >= 2 * half) & (whole < head_dim))[None, :]
-        _copy_heads(
-            source, target, heads, head_dim, head_dim, whole, is_rest, 1.0, largest, IS_FP8=True
-        )
+        _copy_heads(source, target, whole, is_rest, 1.0, largest, IS_FP8=True)
 
 
 def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
@@ -209,10 +218,12 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=FP8, device=q.device)
     half = cos_sin.shape[1] // 2
+    is_turned = 2 * half == head_dim and can_turn(head_dim)
     launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _QUERY_HEADS_PER_PROGRAM)))(
         q,
         out,
         cos_sin,
+        signs_of(head_dim, q.device) if is_turned else None,
         positions,
         num_heads,
         q.stride(0),
@@ -223,7 +234,7 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
-        TURNS=2 * half == head_dim and can_turn(head_dim),
+        TURNS=is_turned,
         num_warps=_QUERY_WARPS,
         **launch_options(q.device),
     )
@@ -251,7 +262,9 @@ def rope_and_store_kv(
     num_groups += ceil_div(num_kv_heads, _HEADS_PER_PROGRAM)
     if not num_tokens:
         return
-    launch(_rope_and_store_kv_kernel, (num_tokens, num_groups))(
+    is_turned = turns(kv_pool, 2 * half)
+    tokens = _TURNED_TOKENS if is_turned and num_tokens >= _MANY_TOKENS else 1
+    launch(_rope_and_store_kv_kernel, (ceil_div(num_tokens, tokens), num_groups))(
         q,
         k,
         v,
@@ -259,8 +272,10 @@ def rope_and_store_kv(
         norms and norms.k,
         kv_pool.select(1, layer),
         cos_sin,
+        signs_of(head_dim, q.device) if is_turned else None,
         batch.positions,
         batch.slots,
+        num_tokens,
         num_heads,
         num_kv_heads,
         q.stride(0),
@@ -275,12 +290,13 @@ def rope_and_store_kv(
         1.0 / kv_scales.k,
         1.0 / kv_scales.v,
         torch.finfo(kv_pool.dtype).max,
+        TOKENS=tokens,
         HEADS=_HEADS_PER_PROGRAM,
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
-        TURNS=turns(kv_pool, 2 * half),
+        TURNS=is_turned,
         IS_FP8=kv_pool.dtype in FP8_DTYPES,
-        num_warps=4,
+        num_warps=4 if tokens == 1 else 8,
         **launch_options(q.device),
     )

@@ -3,29 +3,45 @@
 # What kernels call is compiled with them, whatever types its decorator has.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kernels.turning import turned
 
 _LARGEST_FLOAT16 = tl.constexpr(65504.0)
-# Bit i is whether i, of five bits, has an odd number of ones.
-_PARITIES = tl.constexpr(0x96696996)
+
+
+@functools.cache
+def signs_of(head_dim: int, device: torch.device) -> Tensor:
+    """The Hadamard matrix for halves of heads, of 1 and -1: float16 [half, half]. A kernel takes
+    longer to make than to read it. Its address never changes, as graphs hold it."""
+    half = head_dim // 2
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a kernel that turns heads must run once before it's captured")
+    rows = torch.cat((torch.eye(half), torch.zeros(half, half)), 1)
+    return turned(rows)[:, :half].sign().to(device, torch.float16)
 
 
 @triton.jit
-def turned_rows(x, dtype: tl.constexpr):
+def load_signs(signs, SIZE: tl.constexpr):
+    """`signs_of` heads of 2 * SIZE, from memory."""
+    numbers = tl.arange(0, SIZE)
+    return tl.load(signs + numbers[:, None] * SIZE + numbers[None, :])
+
+
+@triton.jit
+def turned_rows(x, signs, dtype: tl.constexpr):
     """Halves of heads as rows, [num_rows, half], turned, in float32; `dtype` is what they are made
     of. Types of 16 bits are multiplied as float16, whose fraction is the longer one."""
-    size: tl.constexpr = x.shape[1]
-    factor_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     if dtype == tl.bfloat16:
         x = tl.clamp(x, -_LARGEST_FLOAT16, _LARGEST_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
-    # The matrix has -1 where its row and column, both of up to ten bits, share an odd number of
-    # ones.
-    shared = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
-    shared = (shared ^ (shared >> 5)) & 31
-    is_odd = (tl.full([1, 1], _PARITIES, tl.uint32) >> shared.to(tl.uint32)) & 1
-    signs = (1.0 - 2.0 * is_odd.to(tl.float32)).to(factor_dtype)
+    factor_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     # Rows are columns of the product, which needn't be many.
-    turned = tl.dot(signs, tl.trans(x.to(factor_dtype)), input_precision="ieee")
-    scale: tl.constexpr = size**-0.5
-    return tl.trans(turned * scale)
+    columns = tl.trans(x.to(factor_dtype))
+    product = tl.dot(signs.to(factor_dtype), columns, input_precision="ieee")
+    scale: tl.constexpr = x.shape[1] ** -0.5
+    return tl.trans(product * scale)

@@ -16,9 +16,10 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.block_memory import block_memory
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
-from kernels.gpu.turning import turned_rows
+from kernels.gpu.turning import load_signs, signs_of, turned_rows
 
 _TILE = 4096
+_TURNED_TILE = 8192
 
 
 @triton.jit(do_not_specialize=["table_stride", "max_blocks", "block_size"])
@@ -27,6 +28,7 @@ def _widen_blocks_kernel(
     widened,
     kv_lens,
     block_tables,
+    signs,
     table_stride,
     max_blocks,
     block_size,
@@ -49,12 +51,14 @@ def _widen_blocks_kernel(
         else:
             elements = tl.arange(0, TILE)
         mask = first + elements < size
-        values = tl.load(source + elements, mask=mask, other=0.0).to(dtype)
+        stored = tl.load(source + elements, mask=mask, other=0.0)
+        values = stored.to(dtype)
         # One is for the compiler, the other for each tile. Keys come first.
         if TURNED_SIZE:  # noqa: SIM102
             if first < size // 2:
-                turned = turned_rows(values.to(tl.float32), dtype).to(dtype)
-                values = tl.where(first + elements < size // 2, turned, values)
+                matrix = load_signs(signs, TURNED_SIZE)
+                turned = turned_rows(stored.to(tl.float16), matrix, tl.float16)
+                values = tl.where(first + elements < size // 2, turned.to(dtype), values)
         tl.store(result + elements, values, mask=mask)
 
 
@@ -77,17 +81,19 @@ def widen_blocks(
     size = kv_pool[0, layer].numel()
     max_blocks = ceil_div(batch.max_kv_len, block_size)
     num_blocks = batch.num_seqs * max_blocks
-    launch(_widen_blocks_kernel, (num_blocks, ceil_div(size, _TILE)))(
+    tile = _TURNED_TILE if turns_back else _TILE
+    launch(_widen_blocks_kernel, (num_blocks, ceil_div(size, tile)))(
         kv_pool[:, layer],
         widened,
         batch.kv_lens,
         batch.block_tables,
+        signs_of(kv_pool.shape[5], kv_pool.device) if turns_back else None,
         batch.block_tables.stride(0),
         max_blocks,
         block_size,
         kv_pool.stride(0),
         size,
-        TILE=_TILE,
+        TILE=tile,
         TURNED_SIZE=kv_pool.shape[5] // 2 if turns_back else 0,
         num_warps=8,
     )

@@ -9,7 +9,8 @@ from typing import IO
 import pytest
 import torch
 
-from engine import LLM
+from engine.config import EngineConfig
+from engine.engine import Engine
 from protocol.errors import StartupError
 
 SHARE = 0.3
@@ -87,8 +88,11 @@ def test_two_workers_share_a_card(model_dir: Path, *, at_once: bool) -> None:
 
 
 def test_what_does_not_fit_is_said_with_its_numbers(model_dir: Path) -> None:
+    # Of a large card it's less than a caller may ask for.
     utilization = TOO_FEW_BYTES / torch.cuda.mem_get_info()[1]
     with pytest.raises(StartupError) as error:
-        LLM(str(model_dir), gpu_memory_utilization=utilization)
+        Engine.load(
+            EngineConfig(str(model_dir), gpu_memory_utilization=utilization), progress=False
+        )
     for part in ("weights need 0.0", "the largest step 0.", "CUDA graphs 0.", "Allow more than"):
         assert part in str(error.value)

@@ -142,3 +142,21 @@ def test_settings_that_are_not_there_are_named(model_dir: Path) -> None:
         LLM(str(model_dir), tensor_parallel_size=2)
     with pytest.raises(StartupError, match="no setting max_modle_len, only"):
         LLM(str(model_dir), max_modle_len=5)
+
+
+@pytest.mark.parametrize(
+    ("option", "must_be"),
+    [
+        ({"attention_backend": "flash_attn"}, "one of auto, native, flash-attn"),
+        ({"kv_cache_dtype": "nvfp4"}, "one of auto, bfloat16"),
+        ({"block_size": 0}, "from 1 to 256"),
+        ({"max_num_seqs": "many"}, "1 or more"),
+        ({"gpu_memory_utilization": float("nan")}, "from 0"),
+    ],
+)
+def test_values_out_of_bounds_are_named(
+    model_dir: Path, option: dict[str, object], must_be: str
+) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(StartupError, match=f"{name} is {value!r}, but must be {must_be}"):
+        LLM(str(model_dir), **option)
