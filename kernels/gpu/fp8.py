@@ -18,9 +18,11 @@ from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
 LARGEST = tl.constexpr(FP8_MAX)
+ROOT_2 = tl.constexpr(2**0.5)
 SMALLEST_SCALE = tl.constexpr(1e-12 / FP8_MAX)
 # Far beyond a decode step's tokens, where a row's time counts, and below a prompt step's.
 _MANY_TOKENS = 1024
+_MOST_WARPS = 32
 
 
 @triton.jit
@@ -32,6 +34,19 @@ def quantize(values, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _quantize_row(values):
+    """A row, and its scale, as `kernels.fp8.quantize_rows` has them."""
+    scale = tl.maximum(tl.max(tl.abs(values), 0, keep_dims=True) / LARGEST, SMALLEST_SCALE)
+    scaled = values * (1.0 / scale)
+    error = scaled - scaled.to(tl.float8e4nv).to(tl.float32)
+    other_error = scaled - ROOT_2 * (scaled * (1.0 / ROOT_2)).to(tl.float8e4nv).to(tl.float32)
+    is_other = tl.sum(error * error - other_error * other_error, 0, keep_dims=True) > 0.0
+    # Rounded again: to keep both would need more registers.
+    quantized = (scaled * tl.where(is_other, 1.0 / ROOT_2, 1.0)).to(tl.float8e4nv)
+    return quantized, tl.where(is_other, scale * ROOT_2, scale)
+
+
+@triton.jit
 def store_fp8_row(values, out, scales, static_scale, row, size, columns) -> None:
     """Stores a row's float32 `values`, which are 0 where `columns` is not below `size`."""
     if static_scale is not None:
@@ -40,7 +55,7 @@ def store_fp8_row(values, out, scales, static_scale, row, size, columns) -> None
         quantized = scaled.to(tl.float8e4nv)
         tl.store(scales + row, scale)
     else:
-        quantized, row_scale = quantize(values, axis=0)
+        quantized, row_scale = _quantize_row(values)
         tl.store(scales + row + tl.arange(0, 1), row_scale)
     tl.store(out + row * size + columns, quantized, mask=columns < size)
 
@@ -95,7 +110,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
             size,
             x.stride(0),
             BLOCK=block,
-            num_warps=fp8_row_warps(block, num_rows),
+            **fp8_row_options(block, num_rows),
             **launch_options(x.device),
         )
     return out
@@ -108,7 +123,7 @@ def saturate_rows(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=FP8, device=x.device)
     block = next_power_of_2(size)
     launch(_saturate_rows_kernel, (num_rows,))(
-        x, out, size, x.stride(0), BLOCK=block, num_warps=fp8_row_warps(block, num_rows)
+        x, out, size, x.stride(0), BLOCK=block, **fp8_row_options(block, num_rows)
     )
     return out
 
@@ -118,7 +133,11 @@ def row_warps(block: int) -> int:
     return max(1, min(block // 256, 16))
 
 
-def fp8_row_warps(block: int, num_rows: int) -> int:
-    """`row_warps` where rows are few; where they are many, and wait for threads, 16 elements a
-    thread are faster (benchmarks/gpu/rows.py)."""
-    return row_warps(block) if num_rows < _MANY_TOKENS else max(1, min(block // 512, 32))
+def fp8_row_options(block: int, num_rows: int) -> dict[str, int | None]:
+    """For launches: `row_warps` where rows are few; where they are many, and wait for threads, 16
+    elements a thread are faster (benchmarks/gpu/rows.py)."""
+    if num_rows < _MANY_TOKENS:
+        return {"num_warps": row_warps(block)}
+    num_warps = max(1, min(block // 512, _MOST_WARPS))
+    # Two programs fit in a multiprocessor, whose registers the compiler else gives to one.
+    return {"num_warps": num_warps, "maxnreg": 32 if num_warps == _MOST_WARPS else None}
