@@ -89,20 +89,16 @@ def microseconds(call: Callable[[Tensor], object], inputs: list[Tensor]) -> floa
 
 
 def bench(inputs: Inputs) -> Iterator[dict[str, Any]]:
-    for warps, registers in ((4, None), (8, None), (16, None), (32, None), (32, 32)):
-        options = {
-            "fp8_row_options": lambda *_, w=warps, r=registers: {"num_warps": w, "maxnreg": r}
-        }
-        with mock.patch.multiple(fp8, **options):
+    for warps in (4, 8, 16, 32):
+        with mock.patch.multiple(fp8, fp8_row_warps=lambda *_, w=warps: w):
             quantize_us = microseconds(lambda x: fp8.quantize_rows(x, None), inputs.rows)
-        with mock.patch.multiple(norm, **options):
+        with mock.patch.multiple(norm, fp8_row_warps=lambda *_, w=warps: w):
             norm_us = microseconds(inputs.norm, inputs.rows)
-        with mock.patch.multiple(activation, **options):
+        with mock.patch.multiple(activation, fp8_row_warps=lambda *_, w=warps: w):
             silu_us = microseconds(
                 lambda x: activation.silu_and_mul_fp8(x, scale=None), inputs.gate_up
             )
-        times = {"norm_us": norm_us, "quantize_us": quantize_us, "silu_us": silu_us}
-        yield {"warps": warps, "registers": registers, **times}
+        yield {"warps": warps, "norm_us": norm_us, "quantize_us": quantize_us, "silu_us": silu_us}
     for heads in (8, 16, 32):
         for warps in (2, 4, 8):
             sizes = {"_QUERY_HEADS_PER_PROGRAM": heads, "_QUERY_WARPS": warps}

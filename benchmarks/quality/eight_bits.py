@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
-from benchmarks.quality.rows import add_row, write_rows
+from benchmarks.quality.rows import add_row, add_variants_argument, wanted, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
@@ -144,6 +144,7 @@ class Attention:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=32768)
+    add_variants_argument(parser, [variant.name for variant in VARIANTS])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     attention = Attention()
@@ -160,7 +161,7 @@ def main() -> None:
         perplexity(model, others)
         attention.means = {layer: x / len(others) for layer, x in attention.sums.items()}
         attention.sums = None
-        for attention.variant in VARIANTS:
+        for attention.variant in wanted(VARIANTS, args.variants):
             found = perplexity(model, windows)
             add_row(rows, "of_8_bits", attention.variant.name, found)
     write_rows(args.out, rows, len(windows) * (WINDOW - 1))

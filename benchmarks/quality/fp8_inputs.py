@@ -4,8 +4,8 @@
 
 Perplexity of the text that `fp8_perplexity` reads, on a CPU, by the products that `kernels` have as
 references. Weights are of 8 bits throughout. A variant quantizes the inputs of some products of
-each layer, with a scale for each token, for each 128 of its channels, or with the one of eight
-scales that leaves the least squared error.
+each layer: with a scale for each token by its largest number, or for each 128 of its channels; or
+with the one of eight scales, or of two, that leaves the least squared error. The last is served.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
-from benchmarks.quality.rows import add_row, write_rows
+from benchmarks.quality.rows import add_row, add_variants_argument, wanted, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
 from engine.weights.model_dir import resolve_model
-from kernels.fp8 import Fp8Rows, quantize_rows_reference, quantize_weight
+from kernels.fp8 import Fp8Rows, quantize_rows_reference
 
 # A layer's products in their order, in which it quantizes.
 PRODUCTS = ("qkv", "output", "gate and up", "down")
@@ -37,25 +37,25 @@ def exact(x: Tensor) -> Fp8Rows:
     return Fp8Rows(x.float(), torch.ones(len(x)))
 
 
-def by_row(x: Tensor) -> Fp8Rows:
-    return quantize_rows_reference(x)
+def by_largest(x: Tensor) -> Fp8Rows:
+    return quantize_rows_reference(x, num_tried=1)
 
 
 def by_block(x: Tensor) -> Fp8Rows:
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    blocks = quantize_rows_reference(padded.flatten(0, 1)).dequantized(torch.float32)
+    blocks = by_largest(padded.flatten(0, 1)).dequantized(torch.float32)
     return exact(blocks.view(len(x), -1)[:, : x.shape[1]])
 
 
 def by_best_scale(x: Tensor) -> Fp8Rows:
-    return quantize_weight(x)
+    return quantize_rows_reference(x, num_tried=8, sample_step=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     name: str
     products: tuple[str, ...]
-    quantize: Callable[[Tensor], Fp8Rows] = by_row
+    quantize: Callable[[Tensor], Fp8Rows] = by_largest
 
 
 VARIANTS = (
@@ -65,6 +65,7 @@ VARIANTS = (
     Variant("all but down", PRODUCTS[:3]),
     Variant("all, by blocks of 128", PRODUCTS, by_block),
     Variant("all, by the best of eight scales", PRODUCTS, by_best_scale),
+    Variant("all, by the better of two scales", PRODUCTS, quantize_rows_reference),
 )
 
 
@@ -90,6 +91,7 @@ class Quantizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, default=16384)
+    add_variants_argument(parser, [variant.name for variant in VARIANTS])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model_dir = resolve_model(None)
@@ -107,7 +109,7 @@ def main() -> None:
     with ExitStack() as patches:
         for module in ("kernels.norm", "kernels.activation", "kernels.fp8"):
             patches.enter_context(mock.patch(f"{module}.quantize_rows_reference", quantizer))
-        for quantizer.variant in VARIANTS:
+        for quantizer.variant in wanted(VARIANTS, args.variants):
             found = perplexity(model, windows)
             quantizer.check(len(windows))
             add_row(rows, "inputs_of_8_bits", quantizer.variant.name, found)

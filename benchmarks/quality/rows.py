@@ -1,11 +1,32 @@
 """What scripts here that compare variants of one model write."""
 
+import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from benchmarks.commit import current_commit
+
+
+class Named(Protocol):
+    """A variant."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyVariant = TypeVar("AnyVariant", bound=Named)
+
+
+def add_variants_argument(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    parser.add_argument("--variants", nargs="+", choices=names, help="beside the first one")
+
+
+def wanted(variants: Sequence[AnyVariant], names: list[str] | None) -> list[AnyVariant]:
+    """The first, to which others are compared, and those of these names; all without any."""
+    return [variants[0], *(each for each in variants[1:] if names is None or each.name in names)]
 
 
 def add_row(rows: list[dict[str, Any]], key: str, name: str, perplexity: float) -> None:

@@ -11,7 +11,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.fp8 import empty_rows, fp8_row_options, store_fp8_row
+from kernels.gpu.fp8 import empty_rows, fp8_row_warps, store_fp8_row
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div, next_power_of_2
 
@@ -88,7 +88,7 @@ def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None) -> Fp8Rows:
             scale,
             size,
             BLOCK=block,
-            **fp8_row_options(block, num_tokens),
+            num_warps=fp8_row_warps(block, num_tokens),
             **launch_options(gate_up.device),
         )
     return out

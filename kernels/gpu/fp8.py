@@ -22,7 +22,6 @@ ROOT_2 = tl.constexpr(2**0.5)
 SMALLEST_SCALE = tl.constexpr(1e-12 / FP8_MAX)
 # Far beyond a decode step's tokens, where a row's time counts, and below a prompt step's.
 _MANY_TOKENS = 1024
-_MOST_WARPS = 32
 
 
 @triton.jit
@@ -35,13 +34,16 @@ def quantize(values, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def _quantize_row(values):
-    """A row, and its scale, as `kernels.fp8.quantize_rows` has them."""
+    """A row, and its scale, as `kernels.fp8.quantize_rows` has them.
+
+    To err by all of its numbers would take more instructions than there are while a row is read.
+    """
     scale = tl.maximum(tl.max(tl.abs(values), 0, keep_dims=True) / LARGEST, SMALLEST_SCALE)
     scaled = values * (1.0 / scale)
-    error = scaled - scaled.to(tl.float8e4nv).to(tl.float32)
-    other_error = scaled - ROOT_2 * (scaled * (1.0 / ROOT_2)).to(tl.float8e4nv).to(tl.float32)
+    sample, _ = tl.split(tl.reshape(scaled, (scaled.shape[0] // 2, 2)))
+    error = sample - sample.to(tl.float8e4nv).to(tl.float32)
+    other_error = sample - ROOT_2 * (sample * (1.0 / ROOT_2)).to(tl.float8e4nv).to(tl.float32)
     is_other = tl.sum(error * error - other_error * other_error, 0, keep_dims=True) > 0.0
-    # Rounded again: to keep both would need more registers.
     quantized = (scaled * tl.where(is_other, 1.0 / ROOT_2, 1.0)).to(tl.float8e4nv)
     return quantized, tl.where(is_other, scale * ROOT_2, scale)
 
@@ -110,7 +112,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None) -> Fp8Rows:
             size,
             x.stride(0),
             BLOCK=block,
-            **fp8_row_options(block, num_rows),
+            num_warps=fp8_row_warps(block, num_rows),
             **launch_options(x.device),
         )
     return out
@@ -123,7 +125,7 @@ def saturate_rows(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=FP8, device=x.device)
     block = next_power_of_2(size)
     launch(_saturate_rows_kernel, (num_rows,))(
-        x, out, size, x.stride(0), BLOCK=block, **fp8_row_options(block, num_rows)
+        x, out, size, x.stride(0), BLOCK=block, num_warps=fp8_row_warps(block, num_rows)
     )
     return out
 
@@ -133,11 +135,7 @@ def row_warps(block: int) -> int:
     return max(1, min(block // 256, 16))
 
 
-def fp8_row_options(block: int, num_rows: int) -> dict[str, int | None]:
-    """For launches: `row_warps` where rows are few; where they are many, and wait for threads, 16
-    elements a thread are faster (benchmarks/gpu/rows.py)."""
-    if num_rows < _MANY_TOKENS:
-        return {"num_warps": row_warps(block)}
-    num_warps = max(1, min(block // 512, _MOST_WARPS))
-    # Two programs fit in a multiprocessor, whose registers the compiler else gives to one.
-    return {"num_warps": num_warps, "maxnreg": 32 if num_warps == _MOST_WARPS else None}
+def fp8_row_warps(block: int, num_rows: int) -> int:
+    """`row_warps` where rows are few; where they are many, and wait for threads, 32 elements a
+    thread are faster (benchmarks/gpu/rows.py)."""
+    return row_warps(block) if num_rows < _MANY_TOKENS else max(1, min(block // 1024, 16))

@@ -11,7 +11,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.fp8 import empty_rows, fp8_row_options, row_warps, store_fp8_row
+from kernels.gpu.fp8 import empty_rows, fp8_row_warps, row_warps, store_fp8_row
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 
@@ -156,7 +156,7 @@ def add_rms_norm_fp8(
             size,
             eps,
             BLOCK=block,
-            **fp8_row_options(block, num_rows),
+            num_warps=fp8_row_warps(block, num_rows),
             **launch_options(residual.device),
         )
     return out, residual
