@@ -255,6 +255,37 @@ def test_rope_and_store_kv(
         assert (actual_pool.cpu().float() != pool.float()).float().mean() < share
 
 
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_heads_of_several_tokens_are_turned_together(
+    monkeypatch: pytest.MonkeyPatch, *, has_norms: bool
+) -> None:
+    """Of 21 tokens, in programs of 8; one has no slot."""
+    torch.manual_seed(0)
+    heads, kv_heads, head_dim, dtype = 9, 3, 64, torch.float16
+    batch = make_batch([(3, 20), (1, 5), (17, 17)], 8)
+    batch.slots[4] = -1
+    shape = (int(batch.block_tables.max()) + 1, 2, 2, kv_heads, 8, head_dim)
+    qkv = torch.randn(21, heads + 2 * kv_heads, head_dim).to(DEVICE, dtype)
+    cos_sin = torch.randn(64, head_dim, device=DEVICE)
+    norms = None
+    if has_norms:
+        weights = (torch.rand(2, head_dim) + 0.5).to(DEVICE, dtype)
+        norms = HeadNorms(weights[0], weights[1], 0.1)
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for many_tokens in (1000, 1):
+        monkeypatch.setattr(rope, "_MANY_TOKENS", many_tokens)
+        pool = torch.zeros(shape, dtype=FP8_DTYPES[0], device=DEVICE)
+        heads_of_tokens = qkv.clone()
+        split = heads_of_tokens.split([heads, kv_heads, kv_heads], 1)
+        rope.rope_and_store_kv(*split, cos_sin, moved(batch), pool, 1, norms=norms)
+        made.append((heads_of_tokens.float(), pool.float()))
+    (apart, apart_pool), (together, pool) = made
+    assert apart_pool.count_nonzero() > 19 * 2 * kv_heads * head_dim
+    torch.testing.assert_close(together, apart, atol=2e-3, rtol=2e-3)
+    # Sums of another order may fall to another of so few numbers.
+    assert (pool != apart_pool).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("kv_dtype", FP8_DTYPES)
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2])
 def test_widened_blocks(kv_dtype: torch.dtype, dtype: torch.dtype) -> None:
