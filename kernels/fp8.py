@@ -31,9 +31,9 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> Fp8Rows:
     """`x` [num_rows, size] in 8 bits, each row with a scale of its own.
 
     Scaled so that a row's largest value is the largest there is, or to 1 / sqrt(2) of that: what
-    leaves the less squared error, of every second number, since what a number loses depends on
-    where it falls between two powers of two. With `scale`, a float32 tensor of one element, all
-    rows have that one, and what lies outside of its range becomes the largest value.
+    leaves the less squared error, since what a number loses depends on where it falls between two
+    powers of two. With `scale`, a float32 tensor of one element, all rows have that one, and what
+    lies outside of its range becomes the largest value.
     """
     if x.is_cuda and x.stride(1) == 1:
         from kernels.gpu import fp8 as gpu
@@ -43,22 +43,20 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> Fp8Rows:
 
 
 def quantize_rows_reference(
-    x: Tensor, scale: Tensor | None = None, *, num_tried: int = _TRIED_SCALES, sample_step: int = 2
+    x: Tensor, scale: Tensor | None = None, *, num_tried: int = _TRIED_SCALES
 ) -> Fp8Rows:
     """`quantize_rows` in torch, with the best of `num_tried` scales: the least, and that times 2 to
-    the power of 1 / num_tried, 2 / num_tried, and so on; by every `sample_step`-th number."""
+    the power of 1 / num_tried, 2 / num_tried, and so on."""
     x = x.float()
     if scale is not None:
         return _scaled(x, scale.reshape(1).expand(x.shape[0]).contiguous())
     least = x.abs().amax(dim=1).clamp_(min=_MIN_LARGEST) / FP8_MAX
     best, least_error = least, torch.full_like(least, torch.inf)
-    sample = x[:, ::sample_step]
     for i in range(num_tried):
         scales = least * 2 ** (i / num_tried)
-        error = _scaled(sample, scales).dequantized(torch.float32).sub_(sample)
-        squared = error.square_().sum(dim=1)
-        best = torch.where(squared < least_error, scales, best)
-        least_error = torch.minimum(squared, least_error)
+        error = (_scaled(x, scales).dequantized(torch.float32) - x).square_().sum(dim=1)
+        best = torch.where(error < least_error, scales, best)
+        least_error = torch.minimum(error, least_error)
     return _scaled(x, best)
 
 
@@ -68,9 +66,9 @@ def _scaled(x: Tensor, scales: Tensor) -> Fp8Rows:
 
 def quantize_weight(weight: Tensor) -> Fp8Rows:
     """`weight` [out_features, in_features] in 8 bits, with the best of more scales than inputs
-    have, by all numbers: it runs once, when a model is loaded."""
+    have: it runs once, when a model is loaded."""
     parts = [
-        quantize_rows_reference(rows, num_tried=_TRIED_SCALES_OF_WEIGHTS, sample_step=1)
+        quantize_rows_reference(rows, num_tried=_TRIED_SCALES_OF_WEIGHTS)
         for rows in weight.split(_ROWS_AT_ONCE)
     ]
     # Not every operation knows float8; bytes are as good.

@@ -56,14 +56,14 @@ def moved(scale: Tensor | None) -> Tensor | None:
 
 
 class TestReferences:
-    def test_a_row_has_the_better_of_two_scales_by_every_second_number(self) -> None:
+    def test_a_row_has_the_better_of_two_scales(self) -> None:
         x = torch.randn(50, 40)
         rows = quantize_rows(x)
         largest = x.abs().amax(1) / FP8_MAX
         errors = []
         for scale in (largest, largest * 2**0.5):
             rounded = (x / scale[:, None]).to(FP8).float() * scale[:, None]
-            errors.append((rounded - x)[:, ::2].square().sum(1))
+            errors.append((rounded - x).square().sum(1))
         is_first = errors[0] <= errors[1]
         assert is_first.any()
         assert not is_first.all()
