@@ -10,7 +10,8 @@ a variant rounds, each number to the nearest with a scale of 1:
   (weights of up to 256, their sum unrounded);
 - keys less their mean over another text, for each head and channel, which no weight depends on;
 - keys turned by a Hadamard matrix, and queries as well, so that no channel is much larger: whole
-  heads, or each half of a head on its own, which is what `kernels.turning` does for an fp8 cache.
+  heads, or each half of a head on its own, which is what `kernels.turning` does for an fp8 cache,
+  or just the pairs that RoPE rotates.
 """
 
 import argparse
@@ -38,9 +39,14 @@ CALIBRATION_WINDOWS = 2
 LARGEST_WEIGHT = 256.0
 
 
-def wholly_turned(x: Tensor) -> Tensor:
-    first, second = turned(x).chunk(2, -1)
+def pairs_turned(x: Tensor) -> Tensor:
+    """The two elements that RoPE rotates, each."""
+    first, second = x.chunk(2, -1)
     return torch.cat((first + second, first - second), -1) * 2**-0.5
+
+
+def wholly_turned(x: Tensor) -> Tensor:
+    return pairs_turned(turned(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ VARIANTS = (
     ),
     Variant("keys less their mean", keys=True, is_centred=True),
     Variant("keys less their mean, and values", keys=True, values=True, is_centred=True),
+    Variant("keys, pairs turned", keys=True, turn=pairs_turned),
     Variant("keys, heads turned", keys=True, turn=wholly_turned),
     Variant("keys, halves turned", keys=True, turn=turned),
     Variant("keys, halves turned, and values", keys=True, values=True, turn=turned),
