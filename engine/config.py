@@ -1,7 +1,7 @@
 """Settings of one model replica, frozen after start."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from engine.grammar import BACKEND_NAMES
@@ -123,12 +123,19 @@ class EngineConfig:
 def engine_config(given: Mapping[str, Any]) -> EngineConfig:
     """From what a caller gave by name. Raises StartupError for a name that there isn't, one of
     vLLM's with a value that can't be had, or a value out of bounds."""
-    known = {field.name: setting_info(field) for field in fields(EngineConfig)}
+    known = {field.name: field for field in fields(EngineConfig)}
     for name, value in given.items():
         if name in _ONE_ANSWER and value not in _ONE_ANSWER[name]:
             raise StartupError(f"{name} can't be {value!r}: a model runs whole, on one device.")
         if name not in known and name not in _ONE_ANSWER:
             raise StartupError(f"There is no setting {name}, only {', '.join(sorted(known))}.")
-        if name in known and value is not None and not known[name].allows(value):
-            raise StartupError(f"{name} is {value!r}, but must be {known[name].allowed}.")
+        if name in known:
+            _check(known[name], value)
     return EngineConfig(**{name: value for name, value in given.items() if name in known})
+
+
+def _check(field: Field[Any], value: object) -> None:
+    info = setting_info(field)
+    is_fine = field.default is None if value is None else info.allows(value)
+    if info.allowed and not is_fine:
+        raise StartupError(f"{field.name} is {value!r}, but must be {info.allowed}.")

@@ -145,7 +145,8 @@ def paged_attention(
 
     `q` is [num_tokens, num_heads, head_dim] with a contiguous last dimension; the result has its
     shape, contiguous. `kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size,
-    head_dim], of q's type or one of 8 bits, whose values are multiplied with `kv_scales`.
+    head_dim], of q's type or one of 8 bits, whose values are multiplied with `kv_scales`; `q` is as
+    `kernels.rope.rope_and_store_kv` leaves it, turned if the pool's keys are.
     `sliding_window` counts the tokens seen, the query's own included. `softcap` bounds scores as
     `softcap * tanh(score / softcap)`.
     """

@@ -22,13 +22,13 @@ def turns(kv_pool: Tensor, rotary_dim: int) -> bool:
 
     All workers must agree, whatever they run on: those that compute prompts, and those that go on.
     """
-    head_dim = kv_pool.shape[-1]
-    return kv_pool.dtype in FP8_DTYPES and head_dim == rotary_dim and can_turn(head_dim)
+    return kv_pool.dtype in FP8_DTYPES and can_turn(kv_pool.shape[-1], rotary_dim)
 
 
-def can_turn(head_dim: int) -> bool:
-    """Whether halves of heads have a matrix: powers of two do."""
-    return head_dim >= _MIN_HEAD_DIM and head_dim & (head_dim - 1) == 0
+def can_turn(head_dim: int, rotary_dim: int) -> bool:
+    """Whether all of a head rotates, and its halves have a matrix: powers of two do."""
+    is_power_of_2 = head_dim & (head_dim - 1) == 0
+    return head_dim == rotary_dim and head_dim >= _MIN_HEAD_DIM and is_power_of_2
 
 
 def turned(x: Tensor) -> Tensor:

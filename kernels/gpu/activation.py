@@ -17,7 +17,7 @@ from kernels.gpu.sizes import ceil_div, next_power_of_2
 
 _BLOCK = 1024
 # The hardware's exponential is to base 2.
-MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @triton.jit
@@ -27,8 +27,9 @@ def _gated(gate_up, row, columns, size):
     start = gate_up + row * 2 * size + columns
     gate = tl.load(start, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(start + size, mask=mask, other=0.0).to(tl.float32)
-    # The sigmoid's quotient, as the hardware has it: of numbers above 1 there's no other case.
-    root = tl.rsqrt(1.0 + tl.exp2(gate * MINUS_LOG2_E))
+    # A root squared instead of the sigmoid's quotient, which has cases for divisors that these,
+    # of 1 and more, are not.
+    root = tl.rsqrt(1.0 + tl.exp2(gate * _MINUS_LOG2_E))
     return gate * up * root * root
 
 

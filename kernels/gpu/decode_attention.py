@@ -28,7 +28,6 @@ from kernels.gpu.decode_rope import (
     NewTokens,
     joined_halves,
     load_halves,
-    rotated_halves,
     store_new_token,
 )
 from kernels.gpu.dependent_launch import (
@@ -38,8 +37,9 @@ from kernels.gpu.dependent_launch import (
 )
 from kernels.gpu.launching import launch
 from kernels.gpu.merge_attention import merge_parts
+from kernels.gpu.rope import rotated_halves
 from kernels.gpu.sizes import next_power_of_2
-from kernels.gpu.turning import load_signs, signs_of
+from kernels.gpu.turning import LARGEST_FLOAT16, load_signs, signs_of
 from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 from kernels.turning import turns
@@ -48,7 +48,6 @@ from kernels.turning import turns
 _MIN_COLUMNS = 8
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
-LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 # Steps with prompts have block tables of any width.
@@ -115,7 +114,7 @@ def _decode_kernel(
     if k is not None:
         position = tl.load(planned + POSITION).to(tl.int64)
         angles = cos_sin + position * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)
-        cos, sin = tl.load(angles), tl.load(angles + HEAD_DIM // 2)
+        cos, sin = tl.load(angles)[None, :], tl.load(angles + HEAD_DIM // 2)[None, :]
         slot = tl.load(planned + SLOT).to(tl.int64)
         if TURNS:
             signs = load_signs(signs, HEAD_DIM // 2)

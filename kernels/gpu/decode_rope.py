@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kernels.gpu.norm import normalised
 from kernels.gpu.rope import bounded
-from kernels.gpu.turning import turned_rows
 from kernels.kv_format import KVScales
 from kernels.norm import HeadNorms
 
@@ -50,17 +49,6 @@ def load_halves(source, weight, eps, mask, HALF: tl.constexpr):
         first = normalised(first, scale, weight, columns, None, dtype)
         second = normalised(second, scale, weight + HALF, columns, None, dtype)
     return first, second
-
-
-@triton.jit
-def rotated_halves(first, second, cos, sin, signs, dtype: tl.constexpr, TURNS: tl.constexpr):
-    """Heads of a token rotated, and turned for keys that are; in float32."""
-    cos, sin = cos[None, :], sin[None, :]
-    left = first * cos - second * sin
-    right = second * cos + first * sin
-    if TURNS:
-        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
-    return left, right
 
 
 @triton.jit

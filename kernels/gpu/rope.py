@@ -1,5 +1,8 @@
 """RoPE of q in place, and of k on its way into the paged pool, with v beside it; norms before."""
 
+# What kernels call is compiled with them, whatever types its decorator has.
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +39,17 @@ def bounded(values, factor, largest, IS_FP8: tl.constexpr):
 
 
 @triton.jit
+def rotated_halves(first, second, cos, sin, signs, dtype: tl.constexpr, TURNS: tl.constexpr):
+    """Halves of heads, [num_rows, half], rotated, and turned for keys that are; in float32. Angles
+    are of each row, or [1, half]."""
+    left = first * cos - second * sin
+    right = second * cos + first * sin
+    if TURNS:
+        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
+    return left, right
+
+
+@triton.jit
 def _rotate(
     source, target, weight, cos, sin, signs, is_row, head_dim, half, eps, factor, largest,
     HALF: tl.constexpr, DIM: tl.constexpr, HAS_REST: tl.constexpr, TURNS: tl.constexpr,
@@ -65,10 +79,7 @@ def _rotate(
             rest = normalised(rest, scale, weight, whole, in_rest, dtype)
             rest = bounded(rest, factor, largest, IS_FP8)
             tl.store(target + whole[None, :], rest, mask=is_rest)
-    left = first * cos - second * sin
-    right = second * cos + first * sin
-    if TURNS:
-        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
+    left, right = rotated_halves(first, second, cos, sin, signs, dtype, TURNS)
     left = bounded(left, factor, largest, IS_FP8)
     right = bounded(right, factor, largest, IS_FP8)
     tl.store(target + columns[None, :], left, mask=mask)
@@ -218,7 +229,7 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=FP8, device=q.device)
     half = cos_sin.shape[1] // 2
-    is_turned = 2 * half == head_dim and can_turn(head_dim)
+    is_turned = can_turn(head_dim, 2 * half)
     launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _QUERY_HEADS_PER_PROGRAM)))(
         q,
         out,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernels.turning import turned
 
-_LARGEST_FLOAT16 = tl.constexpr(65504.0)
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 @functools.cache
 def signs_of(head_dim: int, device: torch.device) -> Tensor:
-    """The Hadamard matrix for halves of heads, of 1 and -1: float16 [half, half]. A kernel takes
-    longer to make than to read it. Its address never changes, as graphs hold it."""
+    """The Hadamard matrix for halves of heads, of 1 and -1: float16 [half, half]. Kernels that make
+    it take longer than those that read it. Its address never changes, as graphs hold it."""
     half = head_dim // 2
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a kernel that turns heads must run once before it's captured")
@@ -38,7 +38,7 @@ def turned_rows(x, signs, dtype: tl.constexpr):
     """Halves of heads as rows, [num_rows, half], turned, in float32; `dtype` is what they are made
     of. Types of 16 bits are multiplied as float16, whose fraction is the longer one."""
     if dtype == tl.bfloat16:
-        x = tl.clamp(x, -_LARGEST_FLOAT16, _LARGEST_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.clamp(x, -LARGEST_FLOAT16, LARGEST_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
     factor_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
     # Rows are columns of the product, which needn't be many.
     columns = tl.trans(x.to(factor_dtype))

@@ -149,6 +149,7 @@ def test_settings_that_are_not_there_are_named(model_dir: Path) -> None:
     [
         ({"attention_backend": "flash_attn"}, "one of auto, native, flash-attn"),
         ({"kv_cache_dtype": "nvfp4"}, "one of auto, bfloat16"),
+        ({"dtype": None}, "one of auto, bfloat16"),
         ({"block_size": 0}, "from 1 to 256"),
         ({"max_num_seqs": "many"}, "1 or more"),
         ({"gpu_memory_utilization": float("nan")}, "from 0"),
