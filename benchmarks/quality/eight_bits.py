@@ -1,6 +1,6 @@
 """Which of attention's numbers cost how much when they have 8 bits (e4m3), with the built-in model.
 
-    python -m benchmarks.quality.eight_bits [--tokens 32768] [--out benchmarks/results/FILE.json]
+    python -m benchmarks.quality.eight_bits [--tokens 32768] [--variants NAME ...] [--out FILE.json]
 
 Perplexity of the text that `fp8_perplexity` reads. Attention runs in torch, in 16 bits but for what
 a variant rounds, each number to the nearest with a scale of 1:
@@ -14,10 +14,8 @@ a variant rounds, each number to the nearest with a scale of 1:
   or just the pairs that RoPE rotates.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
-from benchmarks.quality.rows import add_row, add_variants_argument, wanted, write_rows
+from benchmarks.quality.rows import add_row, read_arguments, wanted, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
@@ -149,11 +147,7 @@ class Attention:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=32768)
-    add_variants_argument(parser, [variant.name for variant in VARIANTS])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = read_arguments(__doc__, VARIANTS, num_tokens=32768)
     attention = Attention()
     rows: list[dict[str, Any]] = []
     model_dir = resolve_model(None)

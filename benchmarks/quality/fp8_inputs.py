@@ -1,6 +1,6 @@
 """Which products' inputs cost how much when they have 8 bits (e4m3), with the built-in model.
 
-    python -m benchmarks.quality.fp8_inputs [--tokens 16384] [--out benchmarks/results/FILE.json]
+    python -m benchmarks.quality.fp8_inputs [--tokens 16384] [--variants NAME ...] [--out FILE.json]
 
 Perplexity of the text that `fp8_perplexity` reads, on a CPU, by the products that `kernels` have as
 references. Weights are of 8 bits throughout. A variant quantizes the inputs of some products of
@@ -8,11 +8,9 @@ each layer: with a scale for each token by its largest number, or for each 128 o
 with the one of eight scales, or of two, that leaves the least squared error. The last is served.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.fp8_perplexity import WINDOW, perplexity, read_windows
-from benchmarks.quality.rows import add_row, add_variants_argument, wanted, write_rows
+from benchmarks.quality.rows import add_row, read_arguments, wanted, write_rows
 from engine.models.config import read_model_config
 from engine.models.registry import load_model
 from engine.tokenizer import Tokenizer
@@ -89,11 +87,7 @@ class Quantizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, default=16384)
-    add_variants_argument(parser, [variant.name for variant in VARIANTS])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = read_arguments(__doc__, VARIANTS, num_tokens=16384)
     model_dir = resolve_model(None)
     config = read_model_config(model_dir)
     model = load_model(

@@ -20,8 +20,17 @@ class Named(Protocol):
 AnyVariant = TypeVar("AnyVariant", bound=Named)
 
 
-def add_variants_argument(parser: argparse.ArgumentParser, names: list[str]) -> None:
-    parser.add_argument("--variants", nargs="+", choices=names, help="beside the first one")
+def read_arguments(
+    about: str | None, variants: Sequence[Named], *, num_tokens: int
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(about or "").split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, default=num_tokens)
+    names = [variant.name for variant in variants]
+    parser.add_argument(
+        "--variants", nargs="+", choices=names, metavar="NAME", help="beside the first one"
+    )
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 def wanted(variants: Sequence[AnyVariant], names: list[str] | None) -> list[AnyVariant]:
