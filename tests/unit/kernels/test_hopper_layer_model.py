@@ -109,5 +109,5 @@ def test_who_does_not_come_is_missed(monkeypatch: pytest.MonkeyPatch, which: str
     weights, following = random_weights()
     attended, stream = torch.randn(2, HEADS), torch.randn(2, HIDDEN)
     tile = LayerTile(tokens=8)
-    with pytest.raises(AssertionError, match=r"in vain|another thread has failed"):
+    with pytest.raises(AssertionError, match="in vain"):
         layer.layer_products(attended, stream, weights, following, EPS, tile=tile)
