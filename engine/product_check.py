@@ -13,7 +13,14 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from kernels.fp8 import FP8, Fp8Rows
-from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fits_fp8, fp8_linear, multiplies_fp8
+from kernels.fp8_linear import (
+    Fp8Linear,
+    add_fp8_linear,
+    fits_fp8,
+    fp8_linear,
+    multiplies_fp8,
+    unscaled_sums,
+)
 from protocol.errors import StartupError
 
 _VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -34,7 +41,8 @@ def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: to
         return
     shapes = _layer_shapes(config)
     # Those that add to the residual stream.
-    adding = [shape for shape in shapes if shape[0] == config.hidden_size]
+    hidden = config.hidden_size
+    adding = [shape for shape in shapes if shape[0] == hidden]
     products: list[tuple[str, Product, list[Shape]]] = [
         ("", torch.nn.functional.linear, shapes),
         ("adding ", _added_product, adding),
@@ -43,6 +51,7 @@ def check_products_under_mps(config: ModelConfig, dtype: torch.dtype, device: to
         products += [
             ("fp8 ", _fp8_product, shapes),
             ("adding fp8 ", _added_fp8_product, adding),
+            ("unscaled fp8 ", _unscaled_fp8_product, [(2 * config.intermediate_size, hidden)]),
         ]
     for kind, product, its_shapes in products:
         wrong = wrong_product(its_shapes, product, dtype, device)
@@ -93,6 +102,11 @@ def _added_fp8_product(x: Tensor, weight: Tensor) -> Tensor:
         if add_fp8_linear(_fp8_rows(x), Fp8Linear(_fp8_rows(weight), None, None), out):
             return out
     return _fp8_product(x, weight)
+
+
+def _unscaled_fp8_product(x: Tensor, weight: Tensor) -> Tensor:
+    out = unscaled_sums(_fp8_rows(x), _fp8_rows(weight)) if fits_fp8(*weight.shape) else None
+    return _fp8_product(x, weight) if out is None else out
 
 
 def _fp8_rows(x: Tensor) -> Fp8Rows:

@@ -34,15 +34,24 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def silu_and_mul_fp8(gate_up: Tensor, *, scale: Tensor | None = None) -> Fp8Rows:
-    """`silu_and_mul`, quantized without rounding before; `scale` is `quantize_rows`'."""
+def silu_and_mul_fp8(
+    gate_up: Tensor,
+    *,
+    scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Fp8Rows:
+    """`silu_and_mul`, quantized without rounding before; `scale` is `quantize_rows`'.
+
+    With `scales`, float32 [num_tokens] and [2 * intermediate], `gate_up` still lacks those of its
+    rows and columns.
+    """
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has an odd last dimension: {tuple(gate_up.shape)}")
     if gate_up.is_cuda and gate_up.is_contiguous():
         from kernels.gpu import activation as gpu
 
-        return gpu.silu_and_mul_fp8(gate_up, scale=scale)
-    return silu_and_mul_fp8_reference(gate_up, scale=scale)
+        return gpu.silu_and_mul_fp8(gate_up, scale=scale, scales=scales)
+    return silu_and_mul_fp8_reference(gate_up, scale=scale, scales=scales)
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
@@ -51,6 +60,15 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def silu_and_mul_fp8_reference(gate_up: Tensor, *, scale: Tensor | None = None) -> Fp8Rows:
+def silu_and_mul_fp8_reference(
+    gate_up: Tensor,
+    *,
+    scale: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Fp8Rows:
     """`silu_and_mul_fp8` in torch."""
-    return quantize_rows_reference(silu_and_mul_reference(gate_up.float()), scale)
+    gate_up = gate_up.float()
+    if scales is not None:
+        row_scales, column_scales = scales
+        gate_up = gate_up * row_scales[:, None] * column_scales
+    return quantize_rows_reference(silu_and_mul_reference(gate_up), scale)

@@ -2,9 +2,8 @@
 
 Rows "added" have what follows the output and down projections: torch's product and the norm that
 adds, or the product that adds and the norm alone. Rows "choices" have each of the algorithms that
-cuBLASLt thinks fastest, the first of which is torch's if both are asked alike, and torch's with one
-scale for a matrix instead of one a row. All is timed for a second each, since the card's power
-binds.
+cuBLASLt thinks fastest, the first of which is torch's if both are asked alike; "unscaled" ones
+leave scales to what comes next. All is timed for a second each, since the card's power binds.
 """
 
 import functools
@@ -33,13 +32,18 @@ LINEARS = {
 ADDED = ("output", "down")
 ADDED_TOKENS = (2048, 16384)
 CHOICES_TOKENS = 16384
+UNSCALED_TOKENS = (2048, 4096, 8192, 16384)
 NUM_CHOICES = 8
 NUM_WEIGHTS = 4
 EPS = 1e-5
 DTYPE = torch.bfloat16
 
 
-def bench() -> Iterator[dict[str, Any]]:
+def bench(*, only_unscaled: bool) -> Iterator[dict[str, Any]]:
+    for num_tokens in UNSCALED_TOKENS:
+        yield Case("gate_up", num_tokens, has_scales=False).choices(adds=False)
+    if only_unscaled:
+        return
     for name in ADDED:
         for num_tokens in ADDED_TOKENS:
             yield Case(name, num_tokens).added()
@@ -52,15 +56,13 @@ def bench() -> Iterator[dict[str, Any]]:
 class Case:
     """A product's operands. The residual is as large as the product: one that's missing shows."""
 
-    def __init__(self, name: str, num_tokens: int) -> None:
+    def __init__(self, name: str, num_tokens: int, *, has_scales: bool = True) -> None:
+        """Without scales, cuBLASLt's products have none, and torch's ones."""
         torch.manual_seed(0)
-        self._name, self._num_tokens = name, num_tokens
+        self._name, self._num_tokens, self._has_scales = name, num_tokens, has_scales
         self._out_features, self._in_features = LINEARS[name]
-        self._x = quantize_rows(_random(num_tokens, self._in_features))
-        self._weights = [
-            quantize_rows(_random(self._out_features, self._in_features))
-            for _ in range(NUM_WEIGHTS)
-        ]
+        self._x = self._rows_of(num_tokens)
+        self._weights = [self._rows_of(self._out_features) for _ in range(NUM_WEIGHTS)]
         self._residual = _random(num_tokens, self._out_features) * self._in_features**0.5
         self._norm = torch.ones(self._out_features, device="cuda", dtype=DTYPE)
         self._rows = sampled_rows(num_tokens, torch.device("cuda"))
@@ -97,7 +99,8 @@ class Case:
         return row
 
     def choices(self, *, adds: bool) -> dict[str, Any]:
-        row = self._row("choices that add" if adds else "choices")
+        kind = "choices that add" if adds else "choices"
+        row = self._row(kind if self._has_scales else f"unscaled {kind}")
         self._check(adds=False)("torch's", self._library(self._weights[0]))
         first_us = _us(self._libraries)
         found: list[dict[str, Any]] = []
@@ -113,10 +116,12 @@ class Case:
         # Once more: a card that gets warmer gets slower.
         row["torch_us"] = [first_us, _us(self._libraries)]
         row["torch_tflops"] = self._tflops(min(row["torch_us"]))
-        row["one_scale_us"] = _us(self._one_scale)
-        row["one_scale_tflops"] = self._tflops(row["one_scale_us"])
         row["choices"] = found
         return row
+
+    def _rows_of(self, num_rows: int) -> Fp8Rows:
+        rows = quantize_rows(_random(num_rows, self._in_features))
+        return rows if self._has_scales else Fp8Rows(rows.values, torch.ones_like(rows.scales))
 
     def _row(self, kind: str) -> dict[str, Any]:
         return {"kind": kind, "linear": self._name, "tokens": self._num_tokens}
@@ -124,23 +129,6 @@ class Case:
     @property
     def _libraries(self) -> list[Call]:
         return [functools.partial(self._library, weight) for weight in self._weights]
-
-    @property
-    def _one_scale(self) -> list[Call]:
-        """torch's products with a scale for each matrix instead of each row."""
-        scale = torch.ones(1, device="cuda")
-        return [
-            functools.partial(
-                torch._scaled_mm,  # noqa: SLF001
-                self._x.values,
-                weight.values.T,
-                scale_a=scale,
-                scale_b=scale,
-                out_dtype=DTYPE,
-                use_fast_accum=True,
-            )
-            for weight in self._weights
-        ]
 
     def _library(self, weight: Fp8Rows) -> Tensor:
         return library_linear(self._x, weight, None, dtype=DTYPE)
@@ -150,7 +138,12 @@ class Case:
 
     def _products(self, most: int, *, adds: bool) -> Sequence[Product]:
         shape = Shape(
-            self._num_tokens, self._out_features, self._in_features, has_bias=False, adds=adds
+            self._num_tokens,
+            self._out_features,
+            self._in_features,
+            has_bias=False,
+            adds=adds,
+            has_scales=self._has_scales,
         )
         return products(shape, self._residual.device, most)
 

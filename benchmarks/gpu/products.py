@@ -1,7 +1,7 @@
 """Times products of a step's tokens on a GPU, whole and in two parts, at Llama-3.1-8B's shapes.
 
     python -m benchmarks.gpu.products [--quantization fp8] [--tokens 1024 1088 ...] [--out FILE]
-    python -m benchmarks.gpu.products --cublaslt [--out FILE]
+    python -m benchmarks.gpu.products --cublaslt {all,unscaled} [--out FILE]
 
 The library cuts a product into tiles that run in waves, one tile a multiprocessor: a few tokens
 more can cost a whole wave. "parts" are the library's product of the most tokens that are a multiple
@@ -115,14 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quantization", choices=("fp8",))
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--cublaslt", action="store_true", help="torch's fp8 and cuBLASLt's own")
+    parser.add_argument(
+        "--cublaslt", choices=("all", "unscaled"), help="torch's fp8 and cuBLASLt's own"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
     is_fp8 = args.quantization == "fp8"
     cases = (bench(name, tokens, is_fp8=is_fp8) for name in LINEARS for tokens in args.tokens)
     rows: list[dict[str, Any]] = []
-    for row in cublaslt.bench() if args.cublaslt else cases:
+    if args.cublaslt is not None:
+        cases = cublaslt.bench(only_unscaled=args.cublaslt == "unscaled")
+    for row in cases:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.out:

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.rows [--out benchmarks/results/gpu-rows.json]
 
 16,384 rows of Llama-3.1-8B's sizes: a norm of 4,096 values, quantizing as many, SiLU · mul of
-2 x 14,336; and rotating the queries of 32 heads into 8 bits, by how many heads a program has, too.
+2 x 14,336, by chunks and elements of a thread, with scales before and without; and rotating the
+queries of 32 heads into 8 bits, by how many heads a program has, too.
 Each is compared with its reference in torch first; an error over its bound ends the run.
 """
 
@@ -55,12 +56,19 @@ class Inputs:
         torch.manual_seed(0)
         self.rows = [self._random(HIDDEN) for _ in range(3)]
         self.gate_up = [self._random(2 * INTERMEDIATE) for _ in range(2)]
+        self.scales = (
+            torch.rand(NUM_ROWS, device="cuda") + 0.5,
+            torch.rand(2 * INTERMEDIATE, device="cuda") + 0.5,
+        )
         self.weight = torch.randn(HIDDEN, device="cuda", dtype=DTYPE)
         self.positions = torch.arange(NUM_ROWS, device="cuda")
         self.cos_sin = torch.randn(NUM_ROWS, HEAD_DIM, device="cuda")
 
     def _random(self, size: int) -> Tensor:
         return torch.randn(NUM_ROWS, size, device="cuda", dtype=DTYPE)
+
+    def scaled_silu(self, x: Tensor) -> Fp8Rows:
+        return activation.silu_and_mul_fp8(x, scale=None, scales=self.scales)
 
     def norm(self, x: Tensor) -> Fp8Rows:
         return norm.add_rms_norm_fp8(None, x, self.weight, EPS, scale=None)[0]
@@ -77,6 +85,12 @@ class Inputs:
         gated = activation.silu_and_mul_fp8(gate_up, scale=None).dequantized(torch.float32)
         expected = silu_and_mul_fp8_reference(gate_up).dequantized(torch.float32)
         check("silu", gated, expected)
+        expected = silu_and_mul_fp8_reference(gate_up, scales=self.scales)
+        check(
+            "scaled silu",
+            self.scaled_silu(gate_up).dequantized(torch.float32),
+            expected.dequantized(torch.float32),
+        )
         rotated = self.rotated(x)
         assert rotated.dtype is FP8
         heads = x.view(NUM_ROWS, HEADS, HEAD_DIM)
@@ -94,14 +108,22 @@ def bench(inputs: Inputs) -> Iterator[dict[str, Any]]:
             quantize_us = microseconds(lambda x: fp8.quantize_rows(x, None), inputs.rows)
         with mock.patch.multiple(norm, fp8_row_warps=lambda *_, w=warps: w):
             norm_us = microseconds(inputs.norm, inputs.rows)
-        with mock.patch.multiple(activation, fp8_row_warps=lambda *_, w=warps: w):
+        yield {"warps": warps, "norm_us": norm_us, "quantize_us": quantize_us}
+    for chunk, elements in ((1024, 4), (2048, 4), (2048, 8), (4096, 8)):
+        with mock.patch.multiple(activation, _CHUNK=chunk, _ELEMENTS=elements):
             silu_us = microseconds(
                 lambda x: activation.silu_and_mul_fp8(x, scale=None), inputs.gate_up
             )
-        yield {"warps": warps, "norm_us": norm_us, "quantize_us": quantize_us, "silu_us": silu_us}
-    for heads in (8, 16, 32):
+            scaled_us = microseconds(inputs.scaled_silu, inputs.gate_up)
+        yield {
+            "chunk": chunk,
+            "elements": elements,
+            "silu_us": silu_us,
+            "scaled_silu_us": scaled_us,
+        }
+    for heads in (16, 32):
         for warps in (2, 4, 8):
-            sizes = {"_QUERY_HEADS_PER_PROGRAM": heads, "_QUERY_WARPS": warps}
+            sizes = {"_QUERY_HEADS": heads, "_QUERY_WARPS": warps}
             with mock.patch.multiple(rope, **sizes):
                 rotate_us = microseconds(inputs.rotated, inputs.rows)
             yield {"heads": heads, "warps": warps, "rotate_us": rotate_us}

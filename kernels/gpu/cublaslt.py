@@ -16,6 +16,7 @@ from kernels.fp8 import Fp8Rows
 from kernels.gpu.cards import is_hopper_card
 from kernels.gpu.cublaslt_library import (
     CLUSTER_1_BY_2,
+    TILE_176_BY_128,
     TILE_256_BY_128,
     Choice,
     CublasLtError,
@@ -38,15 +39,23 @@ _WORKSPACE_BYTES = 32 << 20
 _MOST_SHAPES = 512
 # What the library assumes of matrices unless told otherwise.
 _MATRIX_ALIGNMENT = 256
-# For many tokens and long sums this is 5 % faster than what the library names, where the card's
-# power binds (H100, benchmarks/gpu/products.py --cublaslt). It isn't named for products that scale
-# each row, but does them, to the same bits; what its option means is the release's own affair.
+# What measured faster than what the library names for products that scale each row, where the
+# card's power binds (H100, benchmarks/gpu/products.py --cublaslt all). What an option means is the
+# release's own affair.
 _MEASURED_RELEASE = range(130100, 130200)
+# For long sums of many tokens by 5 %, to the same bits.
 _MANY_TOKENS, _LONG_SUM = 8192, 8192
 _FOR_LONG_SUMS = {
     Choice.TILE: TILE_256_BY_128,
     Choice.CLUSTER_SHAPE: CLUSTER_1_BY_2,
     Choice.OPTION: 7,
+}
+# By 5 to 10 %. No such tile scales rows.
+_MANY_UNSCALED_TOKENS = 2048
+_UNSCALED = {
+    Choice.TILE: TILE_176_BY_128,
+    Choice.CLUSTER_SHAPE: CLUSTER_1_BY_2,
+    Choice.OPTION: 2,
 }
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
 # A descriptor has one call's pointers at a time.
@@ -71,6 +80,8 @@ class Product:
 
     def __call__(self, x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, out: Tensor) -> bool:
         """False, and nothing written, if the library refuses; then it won't be asked again.
+
+        Scales are read if the shape has some.
 
         `x` is [num_tokens, in_features], `weight` [out_features, in_features], `bias` bfloat16
         [out_features] and `out` bfloat16 [num_tokens, out_features]; sums are rounded once.
@@ -98,7 +109,7 @@ class Product:
         """On the current device. Raises CublasLtError."""
         stream = torch.cuda.current_stream().cuda_stream
         of = self._descriptors
-        of.point_to(weight.scales.data_ptr(), x.scales.data_ptr(), bias)
+        of.point_to(weight.scales, x.scales, bias)
         check(
             self._library.cublasLtMatmul(
                 # Documented to be one of cuBLASLt's as well.
@@ -138,6 +149,22 @@ def adding_product(
     return found[0] if found else None
 
 
+def unscaled_product(num_tokens: int, weight: Fp8Rows, out: Tensor) -> Product | None:
+    """What makes the sums `x.values @ weight.values.T`, without scales, for so many tokens.
+
+    None where that is no faster than with scales, or as for `adding_product`.
+    """
+    library = _library_for(out.device)
+    out_features, in_features = weight.values.shape
+    shape = Shape(
+        num_tokens, out_features, in_features, has_bias=False, adds=False, has_scales=False
+    )
+    if library is None or not _measured_choices(library, shape) or not _takes(weight, None, out):
+        return None
+    found = products(shape, out.device)
+    return found[0] if found else None
+
+
 @functools.lru_cache(_MOST_SHAPES)
 def products(shape: Shape, device: torch.device, most: int = 1) -> tuple[Product, ...]:
     """By up to `most` algorithms, the fastest first: one that was measured, or what the library
@@ -150,9 +177,10 @@ def products(shape: Shape, device: torch.device, most: int = 1) -> tuple[Product
         with torch.cuda.device(device):
             descriptors = Descriptors(library, shape)
             estimates = _estimates(library, descriptors, most)
-            if estimates and _is_measured(library, shape):
-                measured = _measured(library, descriptors, estimates[0])
-                estimates = [*measured, *estimates][:most]
+            measured = _measured_choices(library, shape)
+            if estimates and measured:
+                preferred = _preferred(library, descriptors, estimates[0], measured)
+                estimates = [*preferred, *estimates][:most]
     except CublasLtError as error:
         if not error.is_refusal:
             raise
@@ -190,17 +218,24 @@ def _estimates(library: Library, of: Descriptors, most: int) -> list[Estimate]:
     return [each for each in found[: num_found.value] if each.status == 0]
 
 
-def _is_measured(library: Library, shape: Shape) -> bool:
-    is_large = shape.num_tokens >= _MANY_TOKENS and shape.in_features >= _LONG_SUM
-    return is_large and library.cublasLtGetVersion() in _MEASURED_RELEASE
+def _measured_choices(library: Library, shape: Shape) -> dict[Choice, int] | None:
+    """Of the algorithm that measured faster than what the library names."""
+    if library.cublasLtGetVersion() not in _MEASURED_RELEASE:
+        return None
+    if not shape.has_scales:
+        return _UNSCALED if shape.num_tokens >= _MANY_UNSCALED_TOKENS else None
+    is_long = shape.num_tokens >= _MANY_TOKENS and shape.in_features >= _LONG_SUM
+    return _FOR_LONG_SUMS if is_long else None
 
 
-def _measured(library: Library, of: Descriptors, named: Estimate) -> list[Estimate]:
-    """What measured faster than `named`; nothing where this release of the library refuses it. On
-    the current device."""
+def _preferred(
+    library: Library, of: Descriptors, named: Estimate, measured: dict[Choice, int]
+) -> list[Estimate]:
+    """The algorithm `named`, with choices that measured faster; nothing where this release of the
+    library refuses them. On the current device."""
     estimate = Estimate()
     try:
-        algorithm = chosen(library, named.algorithm, _FOR_LONG_SUMS)
+        algorithm = chosen(library, named.algorithm, measured)
         check(
             library.cublasLtMatmulAlgoCheck(
                 torch.cuda.current_blas_handle(),

@@ -70,10 +70,10 @@ class Choice(IntEnum):
 
 
 _SHORT_CHOICES = (Choice.INNER_SHAPE, Choice.CLUSTER_SHAPE)
-TILE_256_BY_128 = 24
-"""CUBLASLT_MATMUL_TILE_256x128."""
+TILE_256_BY_128, TILE_176_BY_128 = 24, 201
+"""Of cublasLtMatmulTile_t."""
 CLUSTER_1_BY_2 = 5
-"""CUBLASLT_CLUSTER_SHAPE_1x2x1."""
+"""Of cublasLtClusterShape_t."""
 
 
 class Algorithm(ctypes.Structure):

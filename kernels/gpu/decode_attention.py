@@ -26,20 +26,22 @@ from kernels.gpu.decode_plan import (
 )
 from kernels.gpu.decode_rope import (
     NewTokens,
-    joined_halves,
     load_halves,
+    rotated_heads,
     store_new_token,
 )
 from kernels.gpu.dependent_launch import (
+    LINE_BITS,
     launch_options,
     let_successor_start,
+    prefetch_to_l2,
     wait_for_predecessor,
 )
 from kernels.gpu.launching import launch
 from kernels.gpu.merge_attention import merge_parts
-from kernels.gpu.rope import rotated_halves
+from kernels.gpu.saturating import bound_of, to_float16
 from kernels.gpu.sizes import next_power_of_2
-from kernels.gpu.turning import LARGEST_FLOAT16, load_signs, signs_of
+from kernels.gpu.turning import load_matrix, matrix_of
 from kernels.gpu.widening import widened, widens_in_assembly
 from kernels.kv_format import FP8_DTYPES
 from kernels.turning import turns
@@ -59,7 +61,7 @@ def _decode_kernel(
     q_weight,
     k_weight,
     cos_sin,
-    signs,
+    matrix,
     pool,
     out,
     partial_out,
@@ -117,7 +119,16 @@ def _decode_kernel(
         cos, sin = tl.load(angles)[None, :], tl.load(angles + HEAD_DIM // 2)[None, :]
         slot = tl.load(planned + SLOT).to(tl.int64)
         if TURNS:
-            signs = load_signs(signs, HEAD_DIM // 2)
+            matrix = load_matrix(matrix, HEAD_DIM // 2)
+    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
+    if PDL:
+        # What the first turn of the loop reads was there before this step.
+        line: tl.constexpr = LINE_BITS // pool.dtype.element_ty.primitive_bitwidth
+        tokens = start + tl.arange(0, TOKENS)
+        at = block.to(tl.int64) * block_stride + (tokens % BLOCK_SIZE) * HEAD_DIM
+        for offset in tl.static_range(0, HEAD_DIM, line):
+            prefetch_to_l2(head_pool + at + offset)
+            prefetch_to_l2(head_pool + at + kv_stride + offset)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
 
@@ -128,7 +139,6 @@ def _decode_kernel(
     is_head = in_group < GROUP
     is_column = columns < HEAD_DIM
     mask = is_head[:, None] & is_column[None, :]
-    head_pool = pool + kv_head * BLOCK_SIZE * HEAD_DIM
     query_of_token = q + row * q_stride
     if k is None:
         query = tl.load(
@@ -151,20 +161,19 @@ def _decode_kernel(
         if is_beside:
             first_half += key_first
             second_half += key_second
-        left, right = rotated_halves(first_half, second_half, cos, sin, signs, dtype, TURNS)
-        query = joined_halves(left, right, dtype)
+        keys = rotated_heads(first_half, second_half, cos, sin, matrix, dtype, IS_FP8, TURNS)
+        query = keys.to(dtype)
         # A padded row of a captured graph has no slot.
         if piece == first_piece + num_parts - 1 and slot >= 0:
             if not is_beside:
-                left, right = rotated_halves(key_first, key_second, cos, sin, signs, dtype, TURNS)
+                keys = rotated_heads(key_first, key_second, cos, sin, matrix, dtype, IS_FP8, TURNS)
             target = head_pool + (slot // BLOCK_SIZE) * block_stride
             store_new_token(
-                left, right, is_key, new_value, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride,
+                keys, is_key, new_value, target + (slot % BLOCK_SIZE) * HEAD_DIM, kv_stride,
                 k_factor, v_factor, largest, IS_FP8,
             )  # fmt: skip
     if USES_FLOAT16:
-        scaled = tl.clamp(query.to(tl.float32) * scale, -LARGEST_FLOAT16, LARGEST_FLOAT16)
-        query = scaled.to(tl.float16)
+        query = to_float16(query.to(tl.float32) * scale)
         scale = 1.0
     highest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -267,7 +276,8 @@ def decode_attention(
     num_parts = num_pieces - num_seqs
     dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     num_columns = max(_MIN_COLUMNS, padded_group)
-    uses_float16 = kv_pool.dtype in FP8_DTYPES and q.element_size() == 2
+    uses_8_bits = kv_pool.dtype in FP8_DTYPES
+    uses_float16 = uses_8_bits and q.element_size() == 2
     norms = new and new.norms
     is_turned = new is not None and turns(kv_pool, head_dim)
     launch(_decode_kernel, (num_kv_heads, num_pieces))(
@@ -277,7 +287,7 @@ def decode_attention(
         norms and norms.q,
         norms and norms.k,
         new and new.cos_sin,
-        signs_of(head_dim, q.device) if is_turned else None,
+        matrix_of(head_dim, q.device) if is_turned else None,
         kv_pool.select(1, layer),
         out,
         torch.empty((num_parts, num_heads, head_dim), dtype=torch.float32, device=q.device),
@@ -297,7 +307,7 @@ def decode_attention(
         norms and norms.eps,
         1.0 / new.kv_scales.k if new else 0.0,
         1.0 / new.kv_scales.v if new else 0.0,
-        torch.finfo(kv_pool.dtype).max,
+        bound_of(kv_pool.dtype, kv_pool.device) if uses_8_bits else None,
         num_heads,
         GROUP=group,
         PADDED_GROUP=padded_group,
@@ -311,7 +321,7 @@ def decode_attention(
         # The hardware widens 8 bits to float16 in one instruction, to bfloat16 in several.
         USES_FLOAT16=uses_float16,
         IN_ASSEMBLY=uses_float16 and widens_in_assembly(head_dim, num_columns, tile.num_warps),
-        IS_FP8=kv_pool.dtype in FP8_DTYPES,
+        IS_FP8=uses_8_bits,
         TURNS=is_turned,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.norm import normalised
-from kernels.gpu.rope import bounded
+from kernels.gpu.rope import rotated_halves
+from kernels.gpu.saturating import bounded
+from kernels.gpu.turning import turned_rows
 from kernels.kv_format import KVScales
 from kernels.norm import HeadNorms
 
@@ -52,24 +54,31 @@ def load_halves(source, weight, eps, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def joined_halves(left, right, dtype: tl.constexpr):
-    """[num_rows, 2 * half]."""
-    halves = tl.permute(tl.join(left.to(dtype), right.to(dtype)), (0, 2, 1))
-    return tl.reshape(halves, (left.shape[0], 2 * left.shape[1]))
+def rotated_heads(
+    first, second, cos, sin, matrix, dtype: tl.constexpr, IS_FP8: tl.constexpr, TURNS: tl.constexpr
+):
+    """Halves of heads, [num_rows, half], rotated, turned for keys that are, and joined: in `dtype`,
+    or float32 for keys of 8 bits, which aren't rounded twice."""
+    left, right = rotated_halves(first, second, cos, sin)
+    if not IS_FP8:
+        left, right = left.to(dtype), right.to(dtype)
+    heads = tl.permute(tl.join(left, right), (0, 2, 1))
+    if TURNS:
+        # Both halves by one product.
+        halves = tl.reshape(heads, (2 * left.shape[0], left.shape[1]))
+        heads = turned_rows(halves, matrix, dtype)
+    return tl.reshape(heads, (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
 def store_new_token(
-    left, right, is_key, value, target, kv_stride, k_factor, v_factor, largest,
-    IS_FP8: tl.constexpr,
-):  # fmt: skip
-    """Writes one head's key, which is the halves' row where `is_key` [num_rows, 1] is, and value to
+    keys, is_key, value, target, kv_stride, k_factor, v_factor, largest, IS_FP8: tl.constexpr
+):
+    """Writes one head's key, which is the row where `is_key` [num_rows, 1] is, and value to
     `target`, for this program's threads to read."""
-    half: tl.constexpr = left.shape[1]
+    columns = tl.arange(0, keys.shape[1])
     # The same address in each row: one of them is written.
-    at = tl.zeros_like(is_key).to(tl.int32) + tl.arange(0, half)[None, :]
-    tl.store(target + at, bounded(left, k_factor, largest, IS_FP8), mask=is_key)
-    tl.store(target + half + at, bounded(right, k_factor, largest, IS_FP8), mask=is_key)
-    copied = bounded(value, v_factor, largest, IS_FP8)
-    tl.store(target + kv_stride + tl.arange(0, 2 * half), copied)
+    at = tl.zeros_like(is_key).to(tl.int32) + columns[None, :]
+    tl.store(target + at, bounded(keys, k_factor, largest, IS_FP8), mask=is_key)
+    tl.store(target + kv_stride + columns, bounded(value, v_factor, largest, IS_FP8))
     tl.debug_barrier()

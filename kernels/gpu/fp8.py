@@ -33,30 +33,34 @@ def quantize(values, axis: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _quantize_row(values):
-    """A row, and its scale, as `kernels.fp8.quantize_rows` has them."""
-    scale = tl.maximum(tl.max(tl.abs(values), 0, keep_dims=True) / LARGEST, SMALLEST_SCALE)
-    scaled = values * (1.0 / scale)
-    error = scaled - scaled.to(tl.float8e4nv).to(tl.float32)
-    other_error = scaled - ROOT_2 * (scaled * (1.0 / ROOT_2)).to(tl.float8e4nv).to(tl.float32)
-    is_other = tl.sum(error * error - other_error * other_error, 0, keep_dims=True) > 0.0
-    # Rounded again: to keep both would need more registers.
-    quantized = (scaled * tl.where(is_other, 1.0 / ROOT_2, 1.0)).to(tl.float8e4nv)
-    return quantized, tl.where(is_other, scale * ROOT_2, scale)
+def _row_scale(chunks):
+    """That of `kernels.fp8.quantize_rows` for a row in chunks: [1]."""
+    largest = tl.abs(chunks[0])
+    for i in tl.static_range(1, len(chunks)):
+        largest = tl.maximum(largest, tl.abs(chunks[i]))
+    scale = tl.maximum(tl.max(largest, 0, keep_dims=True) / LARGEST, SMALLEST_SCALE)
+    difference = tl.zeros_like(chunks[0])
+    for i in tl.static_range(len(chunks)):
+        scaled = chunks[i] * (1.0 / scale)
+        error = scaled - scaled.to(tl.float8e4nv).to(tl.float32)
+        other_error = scaled - ROOT_2 * (scaled * (1.0 / ROOT_2)).to(tl.float8e4nv).to(tl.float32)
+        difference += error * error - other_error * other_error
+    return tl.where(tl.sum(difference, 0, keep_dims=True) > 0.0, scale * ROOT_2, scale)
 
 
 @triton.jit
-def store_fp8_row(values, out, scales, static_scale, row, size, columns) -> None:
-    """Stores a row's float32 `values`, which are 0 where `columns` is not below `size`."""
-    if static_scale is not None:
-        scale = tl.load(static_scale)
-        scaled = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
-        quantized = scaled.to(tl.float8e4nv)
-        tl.store(scales + row, scale)
-    else:
-        quantized, row_scale = _quantize_row(values)
-        tl.store(scales + row + tl.arange(0, 1), row_scale)
-    tl.store(out + row * size + columns, quantized, mask=columns < size)
+def store_fp8_row(chunks, out, scales, static_scale, row, size) -> None:
+    """Stores a row's float32 values, a tuple of chunks of one length, which are 0 past `size`."""
+    columns = tl.arange(0, chunks[0].shape[0])
+    scale = _row_scale(chunks) if static_scale is None else tl.load(static_scale + tl.arange(0, 1))
+    tl.store(scales + row + tl.arange(0, 1), scale)
+    for i in tl.static_range(len(chunks)):
+        # Rounded again: to keep what was tried would need more registers.
+        scaled = chunks[i] * (1.0 / scale)
+        if static_scale is not None:
+            scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+        tl.store(out + row * size + columns, scaled.to(tl.float8e4nv), mask=columns < size)
+        columns += chunks[0].shape[0]
 
 
 @triton.jit
@@ -75,7 +79,7 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     values = tl.load(x + row * x_stride + columns, mask=columns < size, other=0.0).to(tl.float32)
-    store_fp8_row(values, out, scales, static_scale, row, size, columns)
+    store_fp8_row((values,), out, scales, static_scale, row, size)
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def _add_rms_norm_fp8_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     values = _add_and_normalise(x, residual, weight, row, columns, size, eps)
-    store_fp8_row(values, out, scales, static_scale, row, size, columns)
+    store_fp8_row((values,), out, scales, static_scale, row, size)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
-from kernels.fp8 import FP8, FP8_MAX
+from kernels.fp8 import FP8
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -17,52 +17,44 @@ from kernels.gpu.dependent_launch import (
 )
 from kernels.gpu.launching import launch
 from kernels.gpu.norm import normalised
+from kernels.gpu.saturating import bound_of, bounded
 from kernels.gpu.sizes import ceil_div, next_power_of_2
-from kernels.gpu.turning import load_signs, signs_of, turned_rows
+from kernels.gpu.turning import load_matrix, matrix_of, turned_rows
 from kernels.kv_format import FP8_DTYPES, UNSCALED, KVScales
 from kernels.norm import HeadNorms
 from kernels.turning import can_turn, turns
 
 _HEADS_PER_PROGRAM = 8
-_QUERY_HEADS_PER_PROGRAM, _QUERY_WARPS = 32, 4
+_QUERY_HEADS, _QUERY_WARPS = 32, 4
 # Heads are turned faster together than each token's on their own; few tokens leave a card idle.
 _TURNED_TOKENS, _MANY_TOKENS = 8, 2048
 
 
 @triton.jit
-def bounded(values, factor, largest, IS_FP8: tl.constexpr):
-    """What an 8-bit pool stores for `values`, as floats: what is too large as the largest."""
-    if IS_FP8:
-        values = values.to(tl.float32) * factor
-        values = tl.clamp(values, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
-    return values
-
-
-@triton.jit
-def rotated_halves(first, second, cos, sin, signs, dtype: tl.constexpr, TURNS: tl.constexpr):
-    """Halves of heads, [num_rows, half], rotated, and turned for keys that are; in float32. Angles
-    are of each row, or [1, half]."""
-    left = first * cos - second * sin
-    right = second * cos + first * sin
-    if TURNS:
-        left, right = turned_rows(left, signs, dtype), turned_rows(right, signs, dtype)
-    return left, right
+def rotated_halves(first, second, cos, sin):
+    """Halves of heads, [num_rows, half], rotated; angles are of each row, or [1, half]."""
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
 def _rotate(
-    source, target, weight, cos, sin, signs, is_row, head_dim, half, eps, factor, largest,
+    source, target, weight, angles, matrix, is_row, head_dim, half, eps, factor, largest,
     HALF: tl.constexpr, DIM: tl.constexpr, HAS_REST: tl.constexpr, TURNS: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    IS_FP8: tl.constexpr, has_angles,
 ):  # fmt: skip
     """Writes the rotated first 2 * half elements of heads, whose addresses are [num_rows, 1], from
-    `source` to `target`; with the `weight` of a norm the rest, too."""
+    `source` to `target`; with the `weight` of a norm the rest, too. `angles` are the addresses of
+    rows' cosines and sines, or of one for all, and read where `has_angles`."""
     dtype: tl.constexpr = source.dtype.element_ty
     columns = tl.arange(0, HALF)
     in_half = columns < half
     mask = is_row & in_half[None, :]
     first = tl.load(source + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + half + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    # Behind these, since their addresses are waited for.
+    is_angle = has_angles & in_half[None, :]
+    cos = tl.load(angles + columns[None, :], mask=is_angle, other=0.0)
+    sin = tl.load(angles + half + columns[None, :], mask=is_angle, other=0.0)
     if weight is not None:
         # In place, each part is read only by the threads that write it.
         whole = tl.arange(0, DIM)
@@ -79,7 +71,9 @@ def _rotate(
             rest = normalised(rest, scale, weight, whole, in_rest, dtype)
             rest = bounded(rest, factor, largest, IS_FP8)
             tl.store(target + whole[None, :], rest, mask=is_rest)
-    left, right = rotated_halves(first, second, cos, sin, signs, dtype, TURNS)
+    left, right = rotated_halves(first, second, cos, sin)
+    if TURNS:
+        left, right = turned_rows(left, matrix, dtype), turned_rows(right, matrix, dtype)
     left = bounded(left, factor, largest, IS_FP8)
     right = bounded(right, factor, largest, IS_FP8)
     tl.store(target + columns[None, :], left, mask=mask)
@@ -97,15 +91,6 @@ def _copy_heads(
 
 
 @triton.jit
-def _load_angles(cos_sin, position, half, HALF: tl.constexpr):
-    """Cosines and sines of one position, or of [num_rows, 1]: as many rows."""
-    columns = tl.arange(0, HALF)[None, :]
-    angles = cos_sin + position * 2 * half + columns
-    cos = tl.load(angles, mask=columns < half, other=0.0)
-    return cos, tl.load(angles + half, mask=columns < half, other=0.0)
-
-
-@triton.jit
 def _rope_and_store_kv_kernel(
     q,
     k,
@@ -114,7 +99,7 @@ def _rope_and_store_kv_kernel(
     k_weight,
     pool,
     cos_sin,
-    signs,
+    matrix,
     positions,
     slots,
     num_tokens,
@@ -142,7 +127,7 @@ def _rope_and_store_kv_kernel(
     PDL: tl.constexpr,
 ):
     if TURNS:
-        signs = load_signs(signs, HALF)
+        matrix = load_matrix(matrix, HALF)
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
     # A row is a head of a token.
@@ -151,16 +136,15 @@ def _rope_and_store_kv_kernel(
     if TOKENS > 1:
         token += (rows // HEADS)[:, None]
     is_token = token < num_tokens
-    position = tl.load(positions + token, mask=is_token, other=0)
-    cos, sin = _load_angles(cos_sin, position, half, HALF)
+    angles = cos_sin + tl.load(positions + token, mask=is_token, other=0) * 2 * half
     group = tl.program_id(1)
     num_q_groups = tl.cdiv(num_heads, HEADS)
     if group < num_q_groups:
         head = (group * HEADS + rows % HEADS)[:, None]
         source = q + token * q_stride + head * head_dim
         _rotate(
-            source, source, q_weight, cos, sin, signs, is_token & (head < num_heads), head_dim,
-            half, eps, 1.0, 0.0, HALF, DIM, HAS_REST, TURNS, IS_FP8=False,
+            source, source, q_weight, angles, matrix, is_token & (head < num_heads), head_dim,
+            half, eps, 1.0, 0.0, HALF, DIM, HAS_REST, TURNS, IS_FP8=False, has_angles=is_token,
         )  # fmt: skip
     else:
         head = ((group - num_q_groups) * HEADS + rows % HEADS)[:, None]
@@ -171,8 +155,8 @@ def _rope_and_store_kv_kernel(
         target += head * block_size * head_dim
         source = k + token * k_stride + head * head_dim
         _rotate(
-            source, target, k_weight, cos, sin, signs, is_stored, head_dim, half, eps, k_factor,
-            largest, HALF, DIM, HAS_REST, TURNS, IS_FP8,
+            source, target, k_weight, angles, matrix, is_stored, head_dim, half, eps, k_factor,
+            largest, HALF, DIM, HAS_REST, TURNS, IS_FP8, has_angles=is_token,
         )  # fmt: skip
         whole = tl.arange(0, DIM)
         if HAS_REST and k_weight is None:
@@ -188,7 +172,7 @@ def _rotated_fp8_kernel(
     q,
     out,
     cos_sin,
-    signs,
+    matrix,
     positions,
     num_heads,
     q_stride,
@@ -203,18 +187,18 @@ def _rotated_fp8_kernel(
     PDL: tl.constexpr,
 ):
     if TURNS:
-        signs = load_signs(signs, HALF)
+        matrix = load_matrix(matrix, HALF)
+    token = tl.program_id(0).to(tl.int64)
+    angles = cos_sin + tl.load(positions + token) * 2 * half
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    cos, sin = _load_angles(cos_sin, tl.load(positions + token), half, HALF)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     is_head = head < num_heads
     source = q + token * q_stride + head * head_dim
     target = out + (token * num_heads + head) * head_dim
     _rotate(
-        source, target, None, cos, sin, signs, is_head, head_dim, half, 0.0, 1.0, largest, HALF,
-        DIM, HAS_REST, TURNS, IS_FP8=True,
+        source, target, None, angles, matrix, is_head, head_dim, half, 0.0, 1.0, largest, HALF,
+        DIM, HAS_REST, TURNS, IS_FP8=True, has_angles=True,
     )  # fmt: skip
     if HAS_REST:
         whole = tl.arange(0, DIM)
@@ -230,18 +214,18 @@ def rotated_fp8(q: Tensor, cos_sin: Tensor, positions: Tensor) -> Tensor:
     out = torch.empty(q.shape, dtype=FP8, device=q.device)
     half = cos_sin.shape[1] // 2
     is_turned = can_turn(head_dim, 2 * half)
-    launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _QUERY_HEADS_PER_PROGRAM)))(
+    launch(_rotated_fp8_kernel, (num_tokens, ceil_div(num_heads, _QUERY_HEADS)))(
         q,
         out,
         cos_sin,
-        signs_of(head_dim, q.device) if is_turned else None,
+        matrix_of(head_dim, q.device) if is_turned else None,
         positions,
         num_heads,
         q.stride(0),
         head_dim,
         half,
-        FP8_MAX,
-        HEADS=_QUERY_HEADS_PER_PROGRAM,
+        bound_of(FP8, q.device),
+        HEADS=_QUERY_HEADS,
         HALF=next_power_of_2(half),
         DIM=next_power_of_2(head_dim),
         HAS_REST=2 * half < head_dim,
@@ -283,7 +267,7 @@ def rope_and_store_kv(
         norms and norms.k,
         kv_pool.select(1, layer),
         cos_sin,
-        signs_of(head_dim, q.device) if is_turned else None,
+        matrix_of(head_dim, q.device) if is_turned else None,
         batch.positions,
         batch.slots,
         num_tokens,
@@ -300,7 +284,7 @@ def rope_and_store_kv(
         norms and norms.eps,
         1.0 / kv_scales.k,
         1.0 / kv_scales.v,
-        torch.finfo(kv_pool.dtype).max,
+        bound_of(kv_pool.dtype, kv_pool.device),
         TOKENS=tokens,
         HEADS=_HEADS_PER_PROGRAM,
         HALF=next_power_of_2(half),

@@ -16,7 +16,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.block_memory import block_memory
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
-from kernels.gpu.turning import load_signs, signs_of, turned_rows
+from kernels.gpu.turning import load_matrix, matrix_of, turned_rows
 
 _TILE = 4096
 _TURNED_TILE = 8192
@@ -28,7 +28,7 @@ def _widen_blocks_kernel(
     widened,
     kv_lens,
     block_tables,
-    signs,
+    matrix,
     table_stride,
     max_blocks,
     block_size,
@@ -56,8 +56,12 @@ def _widen_blocks_kernel(
         # One is for the compiler, the other for each tile. Keys come first.
         if TURNED_SIZE:  # noqa: SIM102
             if first < size // 2:
-                matrix = load_signs(signs, TURNED_SIZE)
-                turned = turned_rows(stored.to(tl.float16), matrix, tl.float16)
+                turned = turned_rows(
+                    stored.to(tl.float16),
+                    load_matrix(matrix, TURNED_SIZE),
+                    tl.float16,
+                    AS_ROWS=True,
+                )
                 values = tl.where(first + elements < size // 2, turned.to(dtype), values)
         tl.store(result + elements, values, mask=mask)
 
@@ -87,7 +91,7 @@ def widen_blocks(
         widened,
         batch.kv_lens,
         batch.block_tables,
-        signs_of(kv_pool.shape[5], kv_pool.device) if turns_back else None,
+        matrix_of(kv_pool.shape[5], kv_pool.device) if turns_back else None,
         batch.block_tables.stride(0),
         max_blocks,
         block_size,

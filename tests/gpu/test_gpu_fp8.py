@@ -63,9 +63,12 @@ def test_quantizing(size: int, scale: float | None) -> None:
     assert_rows_equal(actual, expected)
     assert torch.equal(actual_stream, stream)
     gate_up = random(70, 2 * size)
-    assert_rows_equal(
-        silu_and_mul_fp8(gate_up, scale=static), silu_and_mul_fp8_reference(gate_up, scale=static)
-    )
+    scales = torch.rand(70, device="cuda") + 0.1, torch.rand(2 * size, device="cuda") + 0.1
+    for each in (None, scales):
+        assert_rows_equal(
+            silu_and_mul_fp8(gate_up, scale=static, scales=each),
+            silu_and_mul_fp8_reference(gate_up, scale=static, scales=each),
+        )
 
 
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (960, 576), (48, 80)])
@@ -83,7 +86,7 @@ def test_products(shape: tuple[int, int], num_tokens: int) -> None:
     assert relative_error(fp8_linear(x, static, dtype=DTYPE), unquantized) < INPUT_ERROR
 
 
-@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("num_tokens", [*NUM_TOKENS, 2100])
 def test_gated_products(num_tokens: int) -> None:
     rows = quantize_rows(random(num_tokens, 512))
     packed = Fp8Linear(quantize_rows(0.05 * random(1920, 512)), None, None)

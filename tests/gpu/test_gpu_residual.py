@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows, quantize_rows
-from kernels.fp8_linear import Fp8Linear, add_fp8_linear, fp8_linear_reference
+from kernels.fp8_linear import (
+    Fp8Linear,
+    add_fp8_linear,
+    fp8_linear_reference,
+    unscaled_sums,
+)
 from kernels.gpu import cublaslt
 from kernels.gpu.cublaslt_library import loaded_library
 from kernels.gpu.cublaslt_shapes import Shape
@@ -140,6 +145,25 @@ class TestLibrary:
             stream = residual.clone()
             assert product(x, packed.weight, bias, stream)
             assert relative_error(stream, expected) < ERROR
+
+    @pytest.mark.parametrize("num_tokens", [2048, 2500])
+    def test_the_tile_that_was_measured_without_scales(self, num_tokens: int) -> None:
+        x, weight = quantize_rows(random(num_tokens, 4096)), quantize_rows(random(3072, 4096))
+        shape = Shape(num_tokens, 3072, 4096, has_bias=False, adds=False, has_scales=False)
+        found = cublaslt.products(shape, x.values.device, 2)
+        library = loaded_library()
+        assert library is not None
+        is_known = library.cublasLtGetVersion() // 100 == 1301
+        if is_known:
+            assert found[0].choices["tile"] == 201
+        expected = x.values.double() @ weight.values.double().T
+        for product in found:
+            out = torch.full((num_tokens, 3072), torch.nan, dtype=DTYPE, device="cuda")
+            assert product(x, weight, None, out)
+            assert relative_error(out, expected) < ERROR
+        sums = unscaled_sums(x, weight)
+        assert (sums is not None) == is_known
+        assert sums is None or relative_error(sums, expected) < ERROR
 
     def test_what_is_overwritten_may_be_no_numbers(self) -> None:
         x, weight = quantize_rows(random(300, 256)), quantize_rows(random(512, 256))

@@ -32,6 +32,7 @@ def test_what_is_right_passes(config: ModelConfig, dtype: torch.dtype) -> None:
         product_check._added_product,
         product_check._fp8_product,
         product_check._added_fp8_product,
+        product_check._unscaled_fp8_product,
     ):
         shapes = product_check._layer_shapes(config)
         assert product_check.wrong_product(shapes, product, dtype, CPU) is None

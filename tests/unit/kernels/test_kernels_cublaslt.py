@@ -120,14 +120,20 @@ class Multiplier:
         of = self.alive[operation.value]
         assert of[Operation.TRANSPOSE_A] == 1
         assert of[Operation.FAST_ACCUMULATION] == 1
-        assert of[Operation.A_SCALE_MODE] == of[Operation.B_SCALE_MODE] == 3
+        has_scales = Operation.A_SCALE_MODE in of
         a, b, c, d = (
             at(address, *self._layout(layout))
             for address, layout in ((a, a_layout), (b, b_layout), (c, c_layout), (d, d_layout))
         )
-        a_scales = at(of[Operation.A_SCALE_POINTER], torch.float32, len(d), 1, 1)
-        b_scales = at(of[Operation.B_SCALE_POINTER], torch.float32, d.shape[1], 1, 1)
-        sums = alpha._obj.value * a.float().T @ b.float() * a_scales * b_scales.T
+        sums = alpha._obj.value * a.float().T @ b.float()
+        if has_scales:
+            assert of[Operation.A_SCALE_MODE] == of[Operation.B_SCALE_MODE] == 3
+            a_scales = at(of[Operation.A_SCALE_POINTER], torch.float32, len(d), 1, 1)
+            b_scales = at(of[Operation.B_SCALE_POINTER], torch.float32, d.shape[1], 1, 1)
+            sums *= a_scales * b_scales.T
+        else:
+            # A pointer to none is a scale of 1.
+            assert of.keys().isdisjoint((Operation.A_SCALE_POINTER, Operation.B_SCALE_POINTER))
         if beta._obj.value:
             sums += beta._obj.value * c.float()
         if of.get(Operation.EPILOGUE) == 4:
@@ -161,7 +167,7 @@ def clear() -> None:
 
 def aligned(x: Tensor) -> Tensor:
     """A copy where torch's allocator for GPUs would put it."""
-    memory = torch.empty(x.nbytes + 512, dtype=torch.uint8)
+    memory = torch.zeros(x.nbytes + 512, dtype=torch.uint8)
     first = -memory.data_ptr() % 512
     copy = memory[first : first + x.nbytes].view(x.dtype).view(x.shape)
     return copy.copy_(x)
@@ -242,6 +248,31 @@ def test_long_sums_of_many_tokens_have_a_tile_that_was_measured(
     monkeypatch.setattr(cublaslt, "_MANY_TOKENS", NUM_TOKENS + 1)
     assert Case().add()
     assert library.last_choices == none
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_sums_of_many_tokens_have_no_scales(
+    library: Multiplier, monkeypatch: pytest.MonkeyPatch, *, is_refused: bool
+) -> None:
+    case = Case()
+    x, weight = case.x, case.packed.weight
+    # Of fewer tokens the product with scales is as fast.
+    assert fp8_linear.unscaled_sums(x, weight) is None
+    monkeypatch.setattr(cublaslt, "_MANY_UNSCALED_TOKENS", NUM_TOKENS)
+    library.check_status = 15 if is_refused else 0
+    monkeypatch.setattr(torch, "empty", lambda *shape, **of: aligned(torch.zeros(*shape, **of)))
+    sums = fp8_linear.unscaled_sums(x, weight)
+    assert sums is not None
+    torch.testing.assert_close(sums, (x.values.float() @ weight.values.float().T).bfloat16())
+    none = dict.fromkeys(range(1, 7), 0)
+    # The tile, the cluster and the option.
+    assert library.last_choices == (none if is_refused else none | {1: 201, 3: 5, 5: 2})
+    library.status = 15
+    assert fp8_linear.unscaled_sums(x, weight) is None
+    library.version = 130200
+    clear()
+    library.status = 0
+    assert fp8_linear.unscaled_sums(x, weight) is None
 
 
 def test_nothing_is_done_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,10 +146,23 @@ class TestQuantizing:
             assert_rows_close(actual, expected)
             assert torch.equal(actual_stream.cpu(), stream)
 
-    def test_after_silu(self, scale: Tensor | None, dtype: torch.dtype) -> None:
-        gate_up = torch.randn(5, 192).to(dtype)
-        actual = activation.silu_and_mul_fp8(gate_up.to(DEVICE), scale=moved(scale))
-        assert_rows_close(actual, silu_and_mul_fp8_reference(gate_up, scale=scale))
+    @pytest.mark.parametrize("size", [96, 2048, 5000])
+    @pytest.mark.parametrize("is_scaled", [False, True])
+    def test_after_silu(
+        self, scale: Tensor | None, dtype: torch.dtype, size: int, *, is_scaled: bool
+    ) -> None:
+        """In one chunk and in several, whole and not."""
+        gate_up, scales = torch.randn(5, 2 * size), None
+        if is_scaled:
+            scales = torch.rand(5) + 0.01, torch.rand(2 * size) + 0.01
+            gate_up /= scales[0][:, None] * scales[1]
+        gate_up = gate_up.to(dtype)
+        actual = activation.silu_and_mul_fp8(
+            gate_up.to(DEVICE),
+            scale=moved(scale),
+            scales=scales and (scales[0].to(DEVICE), scales[1].to(DEVICE)),
+        )
+        assert_rows_close(actual, silu_and_mul_fp8_reference(gate_up, scale=scale, scales=scales))
 
 
 SMALL = LinearTile(rows=16, inner=32, num_warps=1, num_stages=1)
