@@ -56,12 +56,8 @@ def _widen_blocks_kernel(
         # One is for the compiler, the other for each tile. Keys come first.
         if TURNED_SIZE:  # noqa: SIM102
             if first < size // 2:
-                turned = turned_rows(
-                    stored.to(tl.float16),
-                    load_matrix(matrix, TURNED_SIZE),
-                    tl.float16,
-                    AS_ROWS=True,
-                )
+                signs = load_matrix(matrix, TURNED_SIZE)
+                turned = turned_rows(stored.to(tl.float16), signs, tl.float16)
                 values = tl.where(first + elements < size // 2, turned.to(dtype), values)
         tl.store(result + elements, values, mask=mask)
 
