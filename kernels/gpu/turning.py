@@ -47,9 +47,18 @@ def turned_rows(x, matrix, dtype: tl.constexpr):
     of. Types of 16 bits are multiplied as float16, whose fraction is the longer one."""
     if dtype == tl.float32:
         matrix = matrix.to(tl.float32)
-    elif x.dtype == tl.float32:
+    else:
         x = to_float16(x)
     # Rows are columns of the product, which needn't be many.
     product = tl.trans(tl.dot(matrix, tl.trans(x), input_precision="ieee"))
     factor: tl.constexpr = _missing_factor_of(x.shape[1])
+    return product if factor == 1.0 else product * factor
+
+
+@triton.jit
+def turned_many_rows(x, matrix):
+    """`turned_rows` of float16 numbers: faster for 64 and more, but it takes more registers where
+    rows are rotated, too."""
+    factor: tl.constexpr = _missing_factor_of(x.shape[1])
+    product = tl.dot(x, matrix)
     return product if factor == 1.0 else product * factor

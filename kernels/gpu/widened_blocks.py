@@ -16,7 +16,7 @@ from kernels.attention import AttentionBatch
 from kernels.gpu.block_memory import block_memory
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
-from kernels.gpu.turning import load_matrix, matrix_of, turned_rows
+from kernels.gpu.turning import load_matrix, matrix_of, turned_many_rows
 
 _TILE = 4096
 _TURNED_TILE = 8192
@@ -57,7 +57,7 @@ def _widen_blocks_kernel(
         if TURNED_SIZE:  # noqa: SIM102
             if first < size // 2:
                 signs = load_matrix(matrix, TURNED_SIZE)
-                turned = turned_rows(stored.to(tl.float16), signs, tl.float16)
+                turned = turned_many_rows(stored.to(tl.float16), signs)
                 values = tl.where(first + elements < size // 2, turned.to(dtype), values)
         tl.store(result + elements, values, mask=mask)
 
