@@ -1,8 +1,8 @@
 """Keeps a stack's processes alive: starts them together, restarts crashed ones, ends them all.
 
 A process is STARTING until the probe says it is ready. One that ends before its first READY has
-a reason that a restart won't cure, so it fails the stack; one that ends later is started again,
-after a pause that doubles with each quick death.
+a reason that a restart won't cure, so it fails the stack; one that ends later is started again: at
+once, since requests wait for it, and from its second quick death on after a pause that doubles.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ class Supervisor:
                 one.child.signal(signal.SIGKILL)
 
     async def _keep(self, one: Supervised) -> None:
-        backoff_s = _FIRST_BACKOFF_S
+        backoff_s = 0.0
         while not self._stopping.is_set():
             started_s = time.monotonic()
             one.child = child = await Child.start(one.service.spec)
@@ -130,16 +130,17 @@ class Supervisor:
             if not one.became_ready.is_set():
                 raise StartupError(_start_failure(one.name, child, status))
             if time.monotonic() - started_s > _STEADY_S:
-                backoff_s = _FIRST_BACKOFF_S
+                backoff_s = 0.0
             one.num_restarts += 1
+            when = f" in {backoff_s:g} s" if backoff_s else ""
             self._change(
                 one,
                 State.RESTARTING,
-                f"ended ({_reason(child, status)}); starting it again in {backoff_s:g} s",
+                f"ended ({_reason(child, status)}); starting it again{when}",
             )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            backoff_s = min(max(2 * backoff_s, _FIRST_BACKOFF_S), _MAX_BACKOFF_S)
         self._change(one, State.STOPPED, "")
 
     async def _wait_for_end(self, one: Supervised, child: Child) -> int:
