@@ -82,7 +82,7 @@ def _silu_and_mul_fp8_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_scale = None if row_scales is None else tl.load(row_scales + row)
     # Columns' scales are the same in each program: they alone are to stay in a multiprocessor's
-    # cache. All of the row is on its way before any of them is asked for.
+    # cache. All of the row is on its way before the first of them is asked for.
     cache: tl.constexpr = "" if row_scales is None else ".cg"
     pairs = ()
     for i in tl.static_range(NUM_CHUNKS):
@@ -90,7 +90,7 @@ def _silu_and_mul_fp8_kernel(
         mask = (columns < size) | (i < WHOLE_CHUNKS)
         pair = _load_pair(gate_up + row * 2 * size, size, columns, mask, cache)
         pairs = pairs + (pair,)  # noqa: RUF005  (Triton has no unpacking)
-    # The compiler would have it otherwise.
+    # Without it, the compiler puts loads off for want of registers.
     tl.debug_barrier()
     chunks = ()
     for i in tl.static_range(NUM_CHUNKS):

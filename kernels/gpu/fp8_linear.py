@@ -53,9 +53,11 @@ def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dty
 def unscaled_sums(x: Fp8Rows, weight: Fp8Rows) -> Tensor | None:
     """`kernels.fp8_linear.unscaled_sums`."""
     num_tokens, out_features = len(x.values), len(weight.values)
+    product = cublaslt.unscaled_product(num_tokens, weight)
+    if product is None:
+        return None
     out = torch.empty((num_tokens, out_features), dtype=torch.bfloat16, device=x.values.device)
-    product = cublaslt.unscaled_product(num_tokens, weight, out)
-    return out if product is not None and product(x, weight, None, out) else None
+    return out if product(x, weight, None, out) else None
 
 
 def library_linear(
