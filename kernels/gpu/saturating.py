@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-LARGEST_FLOAT16 = tl.constexpr(65504.0)
+_LARGEST_FLOAT16 = tl.constexpr(65504.0)
 _IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 # From here on instructions that round to 8 bits do so.
 _FIRST_CAPABILITY = (8, 9)
@@ -20,7 +20,7 @@ _FIRST_CAPABILITY = (8, 9)
 def to_float16(x):
     """Of float32."""
     if _IS_INTERPRETED:
-        x = tl.clamp(x, -LARGEST_FLOAT16, LARGEST_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.clamp(x, -_LARGEST_FLOAT16, _LARGEST_FLOAT16, propagate_nan=tl.PropagateNan.ALL)
         x = x.to(tl.float16)
     else:
         x = tl.inline_asm_elementwise(

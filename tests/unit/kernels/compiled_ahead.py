@@ -4,6 +4,7 @@ is made up. `test_kernels_launching.py` runs these in a process of its own."""
 import errno
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -269,11 +270,24 @@ def test_decode_attention_compiles_for_cards_and_groups(
 
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(32, torch.float32), (128, torch.bfloat16), (256, torch.bfloat16)]
+    ("head_dim", "dtype", "kv_dtype"),
+    [
+        (32, torch.float32, torch.float8_e4m3fn),
+        (128, torch.bfloat16, torch.float8_e4m3fn),
+        (256, torch.bfloat16, torch.float8_e5m2),
+    ],
 )
 def test_turning_compiles_for_cards_and_heads(
-    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int, head_dim: int, dtype: torch.dtype
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    arch: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
 ) -> None:
+    """And what is too large for 8 bits is left to their instructions, which see to it."""
+    for module in (rope_module, decode_module):
+        monkeypatch.setattr(module, "bound_of", lambda *_: None)
     monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
     kernels = (
         (decode_module, "_decode_kernel"),
@@ -287,7 +301,7 @@ def test_turning_compiles_for_cards_and_heads(
     def launch_all() -> None:
         q = torch.zeros(3, 8, head_dim, dtype=dtype)
         k, v = torch.zeros(2, 3, 2, head_dim, dtype=dtype)
-        pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=torch.float8_e4m3fn)
+        pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=kv_dtype)
         batch, cos_sin = make_batch([(1, 9)] * 3, 16), torch.zeros(9, head_dim)
         rope_module.rope_and_store_kv(q, k, v, cos_sin, batch, pool, 0)
         rope_module.rotated_fp8(q, cos_sin, batch.positions)
@@ -302,6 +316,10 @@ def test_turning_compiles_for_cards_and_heads(
         compiled = memory_of(getattr(module, name))
         assert all(isinstance(each, CompiledKernel) for each in compiled)
         assert len(compiled) == (1 if dtype.itemsize == 2 or module is not widened_module else 0)
+        if module is not widened_module:
+            rounded = re.findall(r"cvt\.rn\.(\S*e[45]m[23]x2)\.f", compiled[0].asm["ptx"])
+            assert rounded
+            assert all(each.startswith("satfinite.") for each in rounded)
 
 
 def fresh(kernel: Any) -> Any:
