@@ -19,6 +19,7 @@ from engine.models.shortened import shortened
 from engine.prompt_graphs import PromptGraphs, graph_shapes
 from engine.runner import ModelRunner
 from kernels.choice import CHUNK, Filters, choose_tokens
+from kernels.sampling import penalize, rule_out
 from protocol.layout import KVLayout
 
 
@@ -31,6 +32,14 @@ def compile_kernels(
 
     few = shortened(model)
     compile_ahead(lambda: _launch_all(few, layout, config), progress=progress)
+
+
+def watch_kernels() -> None:
+    """From now on it's logged if a kernel is compiled, since somebody waits for it."""
+    # Imported here, as above.
+    from kernels.gpu.launching import warn_of_compilations
+
+    warn_of_compilations()
 
 
 def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None:
@@ -72,16 +81,27 @@ def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None
 
 def _choose(model: CausalLM) -> None:
     """From the logits as they come and from those that something is done to before, as the
-    sampler does."""
+    sampler does: penalties, tokens ruled out."""
     device, width = model.device, model.config.vocab_size
-    temperature, top_p, min_p = (torch.ones(1, device=device) for _ in range(3))
+    logits = torch.zeros((1, width), dtype=model.dtype, device=device)
+    scores = torch.zeros((1, -(-width // CHUNK) * CHUNK), device=device)
+    places = torch.zeros(1, dtype=torch.int64, device=device)
+    ones = torch.ones(1, device=device)
+    penalize(
+        scores,
+        places=places,
+        slots=places,
+        output_counts=torch.zeros((1, width), dtype=torch.int32, device=device),
+        in_prompt=torch.zeros((1, width), dtype=torch.bool, device=device),
+        repetition=ones,
+        presence=ones,
+        frequency=ones,
+    )
+    allowed = torch.zeros((1, -(-width // 32)), dtype=torch.int32, device=device)
+    rule_out(scores, places=places, allowed=allowed)
     uniforms = torch.zeros(1, dtype=torch.float64, device=device)
-    filters = Filters(torch.zeros(1, dtype=torch.int64, device=device), top_p, min_p)
-    padded_width = -(-width // CHUNK) * CHUNK
-    for scores in (
-        torch.zeros((1, width), dtype=model.dtype, device=device),
-        torch.zeros((1, padded_width), device=device),
-    ):
-        choose_tokens(scores)
-        choose_tokens(scores, temperature=temperature, uniforms=uniforms)
-        choose_tokens(scores, temperature=temperature, uniforms=uniforms, filters=filters)
+    filters = Filters(places, ones, ones)
+    for each in (logits, scores):
+        choose_tokens(each)
+        choose_tokens(each, temperature=ones, uniforms=uniforms)
+        choose_tokens(each, temperature=ones, uniforms=uniforms, filters=filters)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.attention_backend import check_flash_attention
 from engine.block_pool import BlockPool
+from engine.compiling import watch_kernels
 from engine.config import EngineConfig
 from engine.decode_graphs import graph_sizes
 from engine.device import resolve_device
@@ -114,6 +115,8 @@ class Engine:
                 graph_shapes(config.max_num_seqs, config.max_num_batched_tokens),
                 progress=progress,
             )
+        if self.kv_pool.is_cuda:
+            watch_kernels()
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool) -> "Engine":

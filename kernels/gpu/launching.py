@@ -63,6 +63,8 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
         logger.info("this Triton compiles kernels one by one, as they are launched")
         return
     started_s = time.perf_counter()
+    if knobs.compilation.listener is _warn:
+        knobs.compilation.listener = None
     later = _Later()
     with _asking() as kernels, AsyncCompileMode(later, ignore_errors=True) as mode:
         try:
@@ -88,6 +90,20 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
             len(futures) - len(new),
             time.perf_counter() - started_s,
             asked_s,
+        )
+
+
+def warn_of_compilations() -> None:
+    """From now on, until kernels are compiled ahead again, logs which one a launch compiles."""
+    knobs.compilation.listener = _warn
+
+
+def _warn(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:  # noqa: ANN401
+    if not cache_hit:
+        constants = (f"{src.fn.arg_names[at]}={it}" for (at, *_), it in src.constants.items())
+        seconds = times.total / 1e6
+        logger.warning(
+            "a step waited %.2f s for a kernel: %s(%s)", seconds, src.name, ", ".join(constants)
         )
 
 

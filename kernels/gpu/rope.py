@@ -90,7 +90,7 @@ def _copy_heads(
     tl.store(target + columns[None, :], values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rope_and_store_kv_kernel(
     q,
     k,

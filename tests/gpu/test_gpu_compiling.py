@@ -1,6 +1,7 @@
 """An engine's kernels are compiled before its start launches them, all of them, and do the same."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import write_tiny_model
+from tiny_models import TINY_MODELS, write_tiny_model
 
+from benchmarks.gpu.llama_8b import LLAMA_8B
 from engine import LLM, SamplingParams
 
 # In a process of its own, since kernels stay in memory.
@@ -17,11 +19,12 @@ SCRIPT = """
 import sys
 import torch, triton
 import engine.profiling
-from engine import LLM
+from engine import LLM, SamplingParams
 
 events = []
 def listen(*, src, cache_hit, **_):
-    events.append((src.fn.__name__, cache_hit))
+    kernel = f"{src.name}:{src.constants}:{src.attrs}:{src.signature}"
+    events.append((kernel.replace(" ", ""), cache_hit))
 triton.knobs.compilation.listener = listen
 compile_kernels = engine.profiling.compile_kernels
 
@@ -33,11 +36,31 @@ def compile_and_count(*arguments, **options):
 
 engine.profiling.compile_kernels = compile_and_count
 quantization = None if sys.argv[2] == "none" else sys.argv[2]
-LLM(
+llm = LLM(
     sys.argv[1], dtype="bfloat16", quantization=quantization, kv_cache_dtype=sys.argv[3],
-    gpu_memory_utilization=0.1,
+    gpu_memory_utilization=0.1, load_format=sys.argv[4],
 )
 print("later", *(name for name, _ in events))
+events.clear()
+triton.knobs.compilation.listener = listen
+choices = [
+    {"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"seed": 1},
+    {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}, {"logprobs": 2},
+    {"prompt_logprobs": 1}, {"logit_bias": {5: 2.0}}, {"allowed_token_ids": (3, 4, 5)},
+]
+lengths = [1, 2, 15, 16, 17, 64, 100, 299, 500, 700, 1000, 1024, 1500, 2000]
+for num_prompts in (1, 2, 7, 50, 150):
+    prompts = [
+        {"prompt_token_ids": [at % 250 + 2] * lengths[(at + num_prompts) % len(lengths)]}
+        for at in range(num_prompts)
+    ]
+    for some in (choices[:1], choices[:3], choices):
+        sampling = [
+            SamplingParams(max_tokens=4 + 5 * at % 23, ignore_eos=True, **some[at % len(some)])
+            for at in range(num_prompts)
+        ]
+        llm.generate(prompts, sampling, use_tqdm=False)
+print("serving", *(name for name, _ in events))
 """
 
 
@@ -53,20 +76,32 @@ def start(model_dir: Path, cache: Path, *formats: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("formats", [("none", "auto"), ("fp8", "fp8"), ("fp8", "auto")])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
-def test_warm_up_and_capture_find_all_compiled(
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "llama-3.1-8b"])
+def test_nothing_is_compiled_behind_the_start(
     tmp_path: Path, kind: str, formats: tuple[str, str]
 ) -> None:
-    model_dir = write_tiny_model(kind, tmp_path / "model")
-    ahead, later = start(model_dir, tmp_path / "cache", *formats)
+    """Neither by warming up and capturing nor by requests of all kinds."""
+    if kind in TINY_MODELS:
+        model_dir, load_format = write_tiny_model(kind, tmp_path / "model"), "auto"
+    else:
+        # Its sizes have kernels of their own.
+        model_dir, load_format = write_tiny_model("llama", tmp_path / "model"), "dummy"
+        config = LLAMA_8B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}
+        (model_dir / "config.json").write_text(json.dumps(config))
+    ahead, later, serving = start(model_dir, tmp_path / "cache", *formats, load_format)
     assert ahead[0] == "ahead"
     # Forks compile into the cache, where this process then finds what they made.
-    num_kernels = sum(map(int, ahead[1:]))
-    assert num_kernels > 10
+    assert sum(map(int, ahead[1:])) > 10
     assert later == ["later"]
-    again, later = start(model_dir, tmp_path / "cache", *formats)
-    assert again == ["ahead", "0", str(num_kernels)]
-    assert later == ["later"]
+    assert serving == ["serving"]
+
+
+@pytest.mark.parametrize("formats", [("none", "auto"), ("fp8", "fp8")])
+def test_another_start_finds_all_on_disk(tmp_path: Path, formats: tuple[str, str]) -> None:
+    model_dir = write_tiny_model("llama", tmp_path / "model")
+    first, *_ = start(model_dir, tmp_path / "cache", *formats, "auto")
+    again, *_ = start(model_dir, tmp_path / "cache", *formats, "auto")
+    assert again == ["ahead", "0", str(sum(map(int, first[1:])))]
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8"])

@@ -244,6 +244,45 @@ def test_other_batches_make_no_other_kernel(log: Log) -> None:
     assert log.names("forked") == ["_decode_kernel", "_plan_kernel", "_prefill_kernel"]
 
 
+def test_other_numbers_of_tokens_make_no_other_kernel(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["_rope_and_store_kv_kernel", "_rotated_fp8_kernel"]
+    for name in names:
+        monkeypatch.setattr(rope_module, name, fresh(getattr(rope_module, name)))
+    pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=torch.float8_e4m3fn)
+    cos_sin = torch.zeros(32, 128)
+
+    def launch_all() -> None:
+        for num_tokens in (1, 3, 16, 30):
+            batch = make_batch([(num_tokens, num_tokens)], 16)
+            q = torch.zeros(num_tokens, 8, 128, dtype=torch.bfloat16)
+            k, v = torch.zeros(2, num_tokens, 2, 128, dtype=torch.bfloat16)
+            rope_module.rope_and_store_kv(q, k, v, cos_sin, batch, pool, 0)
+            rope_module.rotated_fp8(q, cos_sin, batch.positions)
+
+    compile_ahead(launch_all, progress=False)
+    assert log.names("forked") == names
+
+
+def test_a_kernel_that_a_launch_compiles_is_named(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = JITFunction(_fill)
+    launching.warn_of_compilations()
+    kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=1, grid=(1,), warmup=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a step waited 0." in caplog.text
+    assert "for a kernel: _fill(VALUE=1)" in caplog.text
+    caplog.clear()
+    found = JITFunction(_fill)
+    found.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=1, grid=(1,), warmup=True)
+    # An engine's start, the next one's in this process, isn't what anybody is told of.
+    compile_ahead(lambda: fill(kernel, 2, 3), progress=False)
+    kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=4, grid=(1,), warmup=True)
+    assert not caplog.records
+
+
 # Ada, Hopper, and Blackwell for datacenters and for desks.
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])
 def test_decode_attention_compiles_for_cards_and_groups(
