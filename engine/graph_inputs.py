@@ -50,7 +50,13 @@ class GraphInputs:
         return self._rows.view(-1).index_select(0, places)
 
     def batch(
-        self, *, num_seqs: int, num_tokens: int, max_query_len: int, max_kv_len: int
+        self,
+        *,
+        num_seqs: int,
+        num_tokens: int,
+        max_query_len: int,
+        max_kv_len: int,
+        usual_kv_len: int | None = None,
     ) -> AttentionBatch:
         rows = self._rows[_FIRST_ON_DEVICE:]
         return AttentionBatch(
@@ -62,6 +68,7 @@ class GraphInputs:
             max_query_len=max_query_len,
             max_kv_len=max_kv_len,
             num_seqs=num_seqs,
+            usual_kv_len=usual_kv_len,
         )
 
     def write(

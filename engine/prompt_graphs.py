@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,10 +27,12 @@ SINGLES = (0, 16, 64, 128, 256)
 _TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 _MANY_SINGLES = 128
 _TOKENS_WITH_MANY = (256, 384, 512, 1024, 2048, 2304)
-# Sequences with several tokens in a step, and their contexts: beyond, it's attention that takes
-# the time.
+# Sequences with several tokens in a step.
 MAX_CHUNKS = 16
-_MAX_KV_LEN = 4096
+# The context that kernels are chosen for, and how many tokens a step's may look at in all, those
+# of the longest step at such a context: beyond, it's attention that takes the time.
+_USUAL_KV_LEN = 4096
+_MAX_ATTENDED = _TOKENS_WITH_MANY[-1] * _USUAL_KV_LEN
 # A step is worth a graph if launching it takes this share of the time in which it's through.
 _LAUNCH_SHARE = 0.75
 
@@ -49,6 +52,14 @@ def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> list[tuple[i
 def _up_to(most: int, ladder: tuple[int, ...]) -> tuple[int, ...]:
     """With the first that has room for `most`."""
     return ladder[: bisect_left(ladder, most) + 1]
+
+
+def num_attended(arrays: StepArrays) -> int:
+    """Tokens that those of sequences with several attend to, all together; at most, since a token
+    doesn't attend to what follows it."""
+    first = arrays.num_decodes
+    num_queries = np.diff(arrays.query_starts[first:]).astype(np.int64)
+    return int(num_queries @ arrays.kv_lens[first:])
 
 
 class PromptGraphs:
@@ -102,7 +113,8 @@ class PromptGraphs:
 
     def hidden(self, arrays: StepArrays, sampled: Tensor) -> Tensor | None:
         """Hidden states of the sequences that sample, [num_samples, hidden_size]; None if the step
-        isn't captured: no, too many or too long prompts, or more sequences than the largest size.
+        isn't captured: no or too many prompts, more sequences or tokens than the largest size, or
+        too many tokens over too long contexts.
 
         `sampled` are the tokens of the step before, which `arrays.sources` speaks of.
         """
@@ -113,7 +125,7 @@ class PromptGraphs:
         if (
             shape is None
             or not 0 < num_prompts <= MAX_CHUNKS
-            or arrays.kv_lens[num_decodes:].max() > _MAX_KV_LEN
+            or num_attended(arrays) > _MAX_ATTENDED
         ):
             return None
         singles, tokens = shape
@@ -157,15 +169,16 @@ class PromptGraphs:
         return (launched_s - started_s) / (time.perf_counter() - started_s)
 
     def _forward(self, model: CausalLM, num_singles: int, num_tokens: int) -> Tensor:
+        longest = model.config.max_model_len
         batch = self._inputs.batch(
             num_seqs=num_singles + MAX_CHUNKS,
             num_tokens=num_singles + num_tokens,
             max_query_len=num_tokens,
-            max_kv_len=_MAX_KV_LEN,
+            max_kv_len=longest,
+            usual_kv_len=_USUAL_KV_LEN,
         )
-        longest = model.config.max_model_len
         last = batch.last_tokens(longest)
         if num_singles:
-            batch = batch.divided(num_singles, (longest, _MAX_KV_LEN), attends_in_parts=True)
+            batch = batch.divided(num_singles, (longest, longest), attends_in_parts=True)
         token_ids = self._inputs.token_ids(num_singles + num_tokens)
         return model.forward(token_ids, batch, self._kv_pool, last)

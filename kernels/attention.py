@@ -36,6 +36,8 @@ class AttentionBatch:
     max_query_len: int
     max_kv_len: int
     num_seqs: int
+    usual_kv_len: int | None = None
+    """What work is ordered for, where `max_kv_len` is far beyond what is to be expected."""
     parts: "tuple[AttentionBatch, AttentionBatch] | None" = None
     """The same rows in two, if the first sequences have one query each and others more."""
     attends_in_parts: bool = False

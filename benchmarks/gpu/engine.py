@@ -148,6 +148,7 @@ def make_engine(
     quantization: str | None,
     kv_cache_dtype: str,
     max_num_batched_tokens: int = BATCHED_TOKENS,
+    enable_prefix_caching: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Engine, CausalLM]:
     """Llama-3.1-8B's shape with random weights; `options` are `EngineConfig`'s."""
@@ -155,7 +156,7 @@ def make_engine(
     config = EngineConfig(
         model=str(model_dir),
         max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=False,
+        enable_prefix_caching=enable_prefix_caching,
         kv_cache_dtype=kv_cache_dtype,
         **options,
     )

@@ -4,7 +4,8 @@
 
 The model has Llama-3.1-8B's shape and random weights. "alone" is a prompt on an idle engine until
 its token is known; "beside" is a step that computes a prompt beside running sequences, a new prompt
-each step. Prompts of 1 token stand for decode steps.
+each step. Prompts of 1 token stand for decode steps. Those behind a context find it in the cache,
+as a chat's next turn does.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from protocol.request import Request
 from protocol.sampling import SamplingParams
 
 PROMPT_LENS = (64, 256, 600, 1000, 2000)
+CACHED_CONTEXT = 8192
+TURN_LENS = (64, 256, 1000)
 NUM_RUNNING = 32
 RUNNING_LEN = 1000
 NUM_ALONE = 6
@@ -36,22 +39,28 @@ NUM_BESIDE = 16
 NUM_WARM_UP = 4
 
 
-def make_prompt(engine: Engine, number: int, length: int, num_outputs: int) -> Sequence:
-    rng = random.Random(number)
+def make_prompt(
+    engine: Engine, number: int, length: int, num_outputs: int, context: int = 0
+) -> Sequence:
+    """Different in all but the first `context` tokens."""
+    before, rng = random.Random("context"), random.Random(number)
+    token_ids = [before.randrange(1000, 100_000) for _ in range(context)]
+    token_ids += [rng.randrange(1000, 100_000) for _ in range(length)]
     request = Request(
         key=RequestKey(f"prompt {number}", 0),
-        token_ids=[rng.randrange(1000, 100_000) for _ in range(length)],
-        num_prompt_tokens=length,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
         sampling=SamplingParams(temperature=0.0, max_tokens=num_outputs, ignore_eos=True),
     )
     return Sequence(request=request, root=engine.root_hash(None), arrival_s=1e6 + number)
 
 
-def alone_ms(engine: Engine, length: int) -> float:
+def alone_ms(engine: Engine, length: int, context: int = 0) -> float:
     loop = StepLoop(engine)
     times: list[float] = []
     for number in range(NUM_WARM_UP + NUM_ALONE):
-        loop.add(make_prompt(engine, number, length, 1))
+        # Numbered by length, too: no prompt but its context is in the cache.
+        loop.add(make_prompt(engine, 1000 * length + number, length, 1, context))
         started_s = time.perf_counter()
         while loop.has_work:
             run_step(loop)
@@ -59,7 +68,7 @@ def alone_ms(engine: Engine, length: int) -> float:
     return 1e3 * median(times[NUM_WARM_UP:])
 
 
-def beside_ms(engine: Engine, length: int) -> float:
+def beside_ms(engine: Engine, length: int, context: int = 0) -> float:
     loop = StepLoop(engine)
     add_requests(loop, NUM_RUNNING, RUNNING_LEN, NUM_WARM_UP + NUM_BESIDE + NUM_RUNNING)
     while loop.scheduler.queued_tokens:
@@ -70,7 +79,7 @@ def beside_ms(engine: Engine, length: int) -> float:
             torch.cuda.synchronize()
             started_s = time.perf_counter()
         # The second of its tokens is a running sequence's.
-        loop.add(make_prompt(engine, number, length, 2))
+        loop.add(make_prompt(engine, 1000 * length + 500 + number, length, 2, context))
         run_step(loop)
     spent_s = time.perf_counter() - started_s
     while loop.has_work:
@@ -95,14 +104,18 @@ def main() -> None:
                 quantization=args.quantization,
                 kv_cache_dtype=args.kv_cache_dtype,
                 enforce_eager=enforce_eager,
+                enable_prefix_caching=True,
             )
-        for length in (1, *PROMPT_LENS):
+        cases = [(0, length) for length in (1, *PROMPT_LENS)]
+        cases += [(CACHED_CONTEXT, length) for length in TURN_LENS]
+        for context, length in cases:
             rows.append(
                 {
                     "graphs": not enforce_eager,
+                    "context": context,
                     "prompt_len": length,
-                    "alone_ms": round(alone_ms(engine, length), 2),
-                    "beside_32_ms": round(beside_ms(engine, length), 2),
+                    "alone_ms": round(alone_ms(engine, length, context), 2),
+                    "beside_32_ms": round(beside_ms(engine, length, context), 2),
                 }
             )
             print(rows[-1], flush=True)

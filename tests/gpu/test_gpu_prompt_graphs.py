@@ -1,6 +1,7 @@
 """Steps with prompts give the same captured as launched kernel by kernel."""
 
 import gc
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,38 @@ def test_16_bits_are_near_what_kernel_by_kernel_gives(
         del llm
         gc.collect()
     assert captured
+    assert tops[0] == pytest.approx(tops[1], abs=0.1)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_few_tokens_behind_a_long_context(
+    tmp_path: Path, captured: list[tuple[int, int]], kv_cache_dtype: str
+) -> None:
+    """A chat's next turn is captured, and so is the end of a long prompt, but not its middle."""
+    model_dir = write_tiny_model("llama", tmp_path)
+    config = json.loads((model_dir / "config.json").read_text())
+    config["max_position_embeddings"] = 9000
+    (model_dir / "config.json").write_text(json.dumps(config))
+    (long,) = make_prompts([8200])
+    turn = {"prompt_token_ids": long["prompt_token_ids"] + [7] * 40}
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1, ignore_eos=True)
+    tops: list[list[float]] = []
+    for enforce_eager in (False, True):
+        llm = LLM(
+            str(model_dir),
+            dtype="bfloat16",
+            kv_cache_dtype=kv_cache_dtype,
+            gpu_memory_utilization=0.1,
+            max_num_batched_tokens=2048,
+            enforce_eager=enforce_eager,
+        )
+        answers = [llm.generate(prompt, sampling, use_tqdm=False)[0] for prompt in (long, turn)]
+        logprobs = [answer.outputs[0].logprobs for answer in answers]
+        tops.append([max(value.logprob for value in each[0].values()) for each in logprobs if each])
+        del llm
+        gc.collect()
+    # The cached blocks of 16 hold 8,192 tokens of the prompt.
+    assert captured == [(0, 2048), (0, 2048), (0, 8), (0, 48)]
     assert tops[0] == pytest.approx(tops[1], abs=0.1)
 
 

@@ -190,7 +190,7 @@ def hopper_attention(
         num_tiles,
         num_blocks,
         layer * 2 * num_kv_heads,
-        num_kv_heads if batch.max_kv_len <= _LONG_CONTEXT else 1,
+        num_kv_heads if (batch.usual_kv_len or batch.max_kv_len) <= _LONG_CONTEXT else 1,
         scale * _LOG2_E,
         v_scale,
         num_heads,

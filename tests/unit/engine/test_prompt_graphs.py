@@ -1,8 +1,10 @@
 """The ladder of steps with prompts; captured ones themselves are tested on a GPU (tests/gpu)."""
 
+import numpy as np
 import pytest
 
-from engine.prompt_graphs import graph_shapes
+from engine.batch import StepArrays
+from engine.prompt_graphs import graph_shapes, num_attended
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [1, 16, 100, 1024, 8192])
@@ -31,3 +33,25 @@ def test_whole_steps_fill_the_tiles_of_products() -> None:
 
 def test_a_small_worker_captures_little() -> None:
     assert graph_shapes(8, 64) == [(16, 112), (0, 64), (16, 48)]
+
+
+@pytest.mark.parametrize(("counts", "kv_lens"), [([1, 1, 3, 5], [900, 7, 10, 40]), ([70], [70])])
+def test_attended_tokens_are_those_of_prompts(counts: list[int], kv_lens: list[int]) -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    arrays = StepArrays(
+        token_ids=nothing,
+        sources=None,
+        query_starts=np.cumsum([0, *counts], dtype=np.int32),
+        kv_lens=np.array(kv_lens, dtype=np.int32),
+        block_tables=np.zeros((len(counts), 1), dtype=np.int32),
+        slots=nothing,
+        positions=nothing,
+        max_query_len=max(counts),
+        max_kv_len=max(kv_lens),
+        num_decodes=counts.count(1),
+        samples=nothing,
+        sample_rows=nothing,
+        sample_positions=nothing,
+    )
+    longer = (pair for pair in zip(counts, kv_lens, strict=True) if pair[0] > 1)
+    assert num_attended(arrays) == sum(count * kv_len for count, kv_len in longer)
