@@ -12,7 +12,8 @@ _TILE_WORDS = 4096
 _WORDS_PER_VECTOR = tl.constexpr(4)
 
 
-@triton.jit
+# The second ids are behind the first ones, at any address.
+@triton.jit(do_not_specialize_on_alignment=["source_ids", "target_ids"])
 def _copy_blocks_kernel(
     source, source_ids, target, target_ids, num_vectors, tiles_per_block, TILE: tl.constexpr
 ):

@@ -17,6 +17,11 @@ def is_hopper_card(device: torch.device) -> bool:
 
 
 @functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def shares_multiprocessors() -> bool:
     """Whether other processes' kernels may run beside this one's at once, by NVIDIA's
     Multi-Process Service: a kernel then can't tell how many of its programs do."""

@@ -1,9 +1,10 @@
 """How attention of one query a sequence is cut into programs."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
+
+from kernels.gpu.cards import num_multiprocessors
 
 # Pairs of a sequence and a KV head, up to which programs have several warps.
 _ONE_SEQUENCE, _FEW_PAIRS = 8, 64
@@ -49,9 +50,4 @@ def programs_at_once(tile: DecodeTile, device: torch.device) -> int:
     """As many as the card holds: with more, the last ones would start when others end."""
     if device.type != "cuda":
         return _PROGRAMS_IN_INTERPRETER
-    return tile.programs * _num_processors(device)
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tile.programs * num_multiprocessors(device)

@@ -3,9 +3,14 @@
 A program takes a tile of rows: some consecutive queries of one sequence, each with all the query
 heads that share a KV head, so that keys and values are read once for the group. It walks the
 context in tiles of tokens, first those that every row sees, without a mask, then the rest.
+
+A few queries are too few tiles for a card. Those of a long context are then walked in parts, by a
+program each, of whom the last merges what all have found. A step's tokens decide that, so only
+pools of 8 bits have it: where keys are as wide as queries, nobody's result depends on who else is
+in a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.arrivals import arrival_counters
+from kernels.gpu.cards import num_multiprocessors
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
@@ -20,20 +27,29 @@ from kernels.gpu.dependent_launch import (
 )
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
+from kernels.kv_format import FP8_DTYPES
 
 _MIN_ROWS = 16
+# A context's parts at most, and the sequences of a step whose contexts have some.
+_MAX_PARTS = 8
+_MAX_SEQS = tl.constexpr(64)
+_MAX_ROWS_IN_PARTS = 64
+_PROGRAMS_OF_A_MULTIPROCESSOR = 2
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """Rows and tokens of a tile, and how it is compiled."""
+    """Rows and tokens of a tile, and how it is compiled; and how many parts a context has at most,
+    of `part_tokens` at least, a multiple of `tokens`."""
 
     rows: int
     tokens: int
     num_warps: int
     num_stages: int
+    parts: int = 1
+    part_tokens: int = 1024
 
 
 def _tile(head_dim: int, element_bytes: int) -> PrefillTile:
@@ -42,6 +58,24 @@ def _tile(head_dim: int, element_bytes: int) -> PrefillTile:
     if head_dim > 128:
         return PrefillTile(rows=64, tokens=64, num_warps=8, num_stages=2)
     return PrefillTile(rows=128, tokens=64, num_warps=4, num_stages=3)
+
+
+def _in_parts(tile: PrefillTile, kv_pool: Tensor, batch: AttentionBatch, group: int) -> PrefillTile:
+    """The tile with so many parts that there is work for a card, if it needs any."""
+    is_possible = (
+        kv_pool.dtype in FP8_DTYPES
+        and kv_pool.device.type == "cuda"
+        and batch.num_seqs <= _MAX_SEQS.value
+    )
+    if not is_possible:
+        return tile
+    # Fewer rows leave registers for what parts need besides.
+    rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
+    # By tokens: of a padded graph's sequences most have none.
+    num_programs = max(1, batch.num_tokens * group // rows) * kv_pool.shape[3]
+    wanted = _PROGRAMS_OF_A_MULTIPROCESSOR * num_multiprocessors(kv_pool.device)
+    parts = min(_MAX_PARTS, wanted // num_programs)
+    return replace(tile, rows=rows, parts=parts) if parts > 1 else tile
 
 
 @triton.jit
@@ -128,15 +162,19 @@ def _attend_tiles(
     return highest, total, sums
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_stride"])
 def _prefill_kernel(
     q,
     pool,
     out,
+    partial_out,
+    partial_lse,
+    arrivals,
     query_starts,
     kv_lens,
     block_tables,
     num_seqs,
+    num_tokens,
     table_stride,
     q_stride,
     block_stride,
@@ -153,12 +191,20 @@ def _prefill_kernel(
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_predecessor(PDL)
     let_successor_start(PDL)
+    part = tl.program_id(2)
+    if PART_TOKENS:
+        # Most steps have no long context, and then there is one part.
+        seqs = tl.arange(0, _MAX_SEQS)
+        longest = tl.max(tl.load(kv_lens + seqs, mask=seqs < num_seqs, other=0))
+        if part * PART_TOKENS >= longest:
+            return
     # Late tiles see the longest contexts: they start first, short ones fill the gaps at the end.
     # Tiles of one head run side by side, so that its keys and values are read once into the L2.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -193,23 +239,79 @@ def _prefill_kernel(
     sums = tl.zeros([ROWS, DIM], tl.float32)
     first_position = context_len + first_query
     end = tl.minimum(first_position + QUERIES, kv_len)
+    start = 0
+    num_parts = 1
+    if PART_TOKENS:
+        share = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), TOKENS) * TOKENS
+        share = tl.maximum(share, PART_TOKENS)
+        num_parts = tl.cdiv(end, share)
+        start = part * share
+        if start >= end:
+            return
+        end = tl.minimum(start + share, end)
     if HAS_WINDOW:
         masked_start = tl.maximum(first_position - window + 1, 0) // TOKENS * TOKENS
     else:
         masked_start = (first_position + 1) // TOKENS * TOKENS
         highest, total, sums = _attend_tiles(
-            query, head_pool, table, highest, total, sums, 0, masked_start, kv_len, positions,
-            columns, block_stride, kv_stride, window, scale, softcap, HEAD_DIM, BLOCK_SIZE, TOKENS,
+            query, head_pool, table, highest, total, sums, start, tl.minimum(masked_start, end),
+            kv_len, positions, columns, block_stride, kv_stride, window, scale, softcap,
+            HEAD_DIM, BLOCK_SIZE, TOKENS,
             IS_MASKED=False, HAS_WINDOW=HAS_WINDOW, HAS_SOFTCAP=HAS_SOFTCAP,
         )  # fmt: skip
+    masked_start = tl.maximum(masked_start, start)
     highest, total, sums = _attend_tiles(
         query, head_pool, table, highest, total, sums, masked_start, end, kv_len, positions,
         columns, block_stride, kv_stride, window, scale, softcap, HEAD_DIM, BLOCK_SIZE, TOKENS,
         IS_MASKED=True, HAS_WINDOW=HAS_WINDOW, HAS_SOFTCAP=HAS_SOFTCAP,
     )  # fmt: skip
-    result = sums * (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
-    at = (tokens[:, None] * num_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
+    total_or_one = tl.where(total > 0.0, total, 1.0)
+    result = sums * (v_scale / total_or_one)[:, None]
+    of_heads = tokens * num_heads + heads
+    at = of_heads[:, None] * HEAD_DIM + columns[None, :]
+    # One is for the compiler, the other for each tile.
+    if PART_TOKENS:  # noqa: SIM102
+        if num_parts > 1:
+            head_rows = num_tokens.to(tl.int64) * num_heads
+            tl.store(partial_out + part * head_rows * HEAD_DIM + at, result, mask=mask)
+            lse = tl.where(total > 0.0, highest + tl.log2(total_or_one), float("-inf"))
+            tl.store(partial_lse + part * head_rows + of_heads, lse, mask=is_row)
+            # Every thread's part is written before the one that counts says so.
+            tl.debug_barrier()
+            counter = arrivals + tile * tl.num_programs(1) + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel") < num_parts - 1:
+                return
+            tl.debug_barrier()
+            result = _merged(
+                partial_out + at, partial_lse + of_heads, mask, is_row, head_rows, num_parts,
+                HEAD_DIM, ROWS, DIM,
+            )  # fmt: skip
+            tl.store(counter, 0)
     tl.store(out + at, result, mask=mask)
+
+
+@triton.jit
+def _merged(
+    partial_out, partial_lse, mask, is_row, head_rows, num_parts,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """A tile's result from those of its parts, in their order, whoever came last: each at
+    `partial_out`, normalised, and the logarithm to base 2 of its sum of exponentials."""
+    # Finite: rows that see nothing of their first parts have no weight there.
+    highest = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    for _ in range(num_parts):
+        lse = tl.load(partial_lse, mask=is_row, other=float("-inf"), cache_modifier=".cg")
+        found = tl.load(partial_out, mask=mask, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, lse)
+        faded, weight = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+        total = total * faded + weight
+        sums = sums * faded[:, None] + found * weight[:, None]
+        highest = new_highest
+        partial_out += head_rows * HEAD_DIM
+        partial_lse += head_rows
+    return sums / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
 def prefill_attention(
@@ -228,25 +330,34 @@ def prefill_attention(
     """`kernels.attention.paged_attention`; heads of a token lie side by side.
 
     `scale` includes that of keys in an 8-bit pool, the result is multiplied with `v_scale`,
-    and written to `out` if it is given. `tile` is for benchmarks.
+    and written to `out` if it is given. `tile` is for benchmarks and tests.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
-    tile = tile or _tile(head_dim, q.element_size())
+    if tile is None:
+        tile = _tile(head_dim, q.element_size())
+        if sliding_window is None:
+            tile = _in_parts(tile, kv_pool, batch, group)
     rows = max(_MIN_ROWS, tile.rows, next_power_of_2(group))
     queries = rows // group
+    has_parts = tile.parts > 1
+    num_rows = tile.parts * num_tokens * num_heads if has_parts else 0
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tiles = num_tokens // queries + batch.num_seqs
-    launch(_prefill_kernel, (num_tiles, num_kv_heads))(
+    launch(_prefill_kernel, (num_tiles, num_kv_heads, tile.parts))(
         q,
         kv_pool.select(1, layer),
         out,
+        torch.empty((num_rows, head_dim), dtype=torch.float32, device=q.device),
+        torch.empty(num_rows, dtype=torch.float32, device=q.device),
+        arrival_counters(num_tiles * num_kv_heads, q.device) if has_parts else None,
         batch.query_starts,
         batch.kv_lens,
         batch.block_tables,
         batch.num_seqs,
+        num_tokens,
         batch.block_tables.stride(0),
         q.stride(0),
         kv_pool.stride(0),
@@ -263,6 +374,7 @@ def prefill_attention(
         DIM=next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
         TOKENS=tile.tokens,
+        PART_TOKENS=tile.part_tokens if has_parts else 0,
         HAS_WINDOW=sliding_window is not None,
         HAS_SOFTCAP=softcap is not None,
         num_warps=tile.num_warps,

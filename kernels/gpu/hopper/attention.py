@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.attention import AttentionBatch
+from kernels.gpu.cards import num_multiprocessors
 from kernels.gpu.hopper.attending import attend
 from kernels.gpu.hopper.loading import LINE, NUM_SCALARS, ROWS, load
-from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.gpu.widened_blocks import widen_blocks

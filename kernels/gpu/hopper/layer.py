@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.fp8 import FP8
+from kernels.gpu.cards import num_multiprocessors
 from kernels.gpu.dependent_launch import launch_options
 from kernels.gpu.hopper.layer_loading import (
     GROUP,
@@ -34,7 +35,6 @@ from kernels.gpu.hopper.layer_multiplying import multiply_layer
 from kernels.gpu.hopper.layer_rows import WARPS
 from kernels.gpu.hopper.layer_shapes import GATES, MAX_TOKENS, LayerTile
 from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS
-from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.layer import LayerWeights, NextWeights

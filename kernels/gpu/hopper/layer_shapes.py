@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.gpu.cards import shares_multiprocessors
-from kernels.gpu.hopper.support import is_hopper, num_multiprocessors
+from kernels.gpu.cards import num_multiprocessors, shares_multiprocessors
+from kernels.gpu.hopper.support import is_hopper
 from kernels.layer import ACTIVATION_BLOCK, LayerWeights, NextWeights
 
 # Bytes of a row in a tile, and tiles of tokens in a stage.

@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.fp8 import Fp8Rows
+from kernels.gpu.cards import num_multiprocessors
 from kernels.gpu.dependent_launch import launch_options
 from kernels.gpu.hopper.linear_loading import load
 from kernels.gpu.hopper.linear_tiles import LOADING_REGISTERS, HopperTile
 from kernels.gpu.hopper.multiplying import MAX_SPLITS, multiply
-from kernels.gpu.hopper.support import num_multiprocessors
 from kernels.gpu.launching import launch
 from kernels.gpu.sizes import ceil_div
 

@@ -51,11 +51,6 @@ def rotates_heads(head_dim: int, rotary_dim: int) -> bool:
 
 
 @functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether it's one, and Triton compiles for it what is in this folder."""
     return is_hopper_card(device) and triton.__version__.startswith(_TRITON_VERSIONS)

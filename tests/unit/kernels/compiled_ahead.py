@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from kernels.gpu import block_copy, launching
 from kernels.gpu import decode_attention as decode_module
-from kernels.gpu import launching
+from kernels.gpu import prefill_attention as prefill_module
 from kernels.gpu import rope as rope_module
 from kernels.gpu import widened_blocks as widened_module
 from kernels.gpu.decode_attention import decode_attention
@@ -265,6 +266,23 @@ def test_other_numbers_of_tokens_make_no_other_kernel(
     assert log.names("forked") == names
 
 
+def test_other_numbers_of_blocks_make_no_other_kernel(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_copy_blocks_kernel"
+    monkeypatch.setattr(block_copy, name, fresh(block_copy._copy_blocks_kernel))
+    pool = torch.zeros(8, 64, dtype=torch.uint8)
+
+    def launch_all() -> None:
+        for count in (1, 3, 4, 8):
+            # As the copier has them.
+            ids = torch.arange(2 * count, dtype=torch.int32)
+            block_copy.copy_blocks(pool, ids[:count], pool, ids[count:])
+
+    compile_ahead(launch_all, progress=False)
+    assert log.names("forked", "here") == [name]
+
+
 def test_a_kernel_that_a_launch_compiles_is_named(
     log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,6 +323,27 @@ def test_decode_attention_compiles_for_cards_and_groups(
     compile_ahead(launch_all, progress=False)
     assert all(isinstance(each, CompiledKernel) for each in memory_of(decode_module._decode_kernel))
     assert log.names("forked", "here").count("_decode_kernel") == 6
+
+
+@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+def test_prompts_over_contexts_in_parts_compile_for_cards(
+    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int
+) -> None:
+    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
+    monkeypatch.setattr(prefill_module, "_prefill_kernel", fresh(prefill_module._prefill_kernel))
+
+    def launch_all() -> None:
+        for head_dim in (128, 256):
+            q = torch.zeros(3, 8, head_dim, dtype=torch.bfloat16)
+            pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=torch.float8_e4m3fn)
+            tile = replace(prefill_module._tile(head_dim, 2), rows=64, parts=2)
+            options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
+            prefill_attention(q, pool, 0, make_batch([(3, 9)], 16), tile=tile, **options)
+
+    compile_ahead(launch_all, progress=False)
+    compiled = memory_of(prefill_module._prefill_kernel)
+    assert len(compiled) == 2
+    assert all(isinstance(each, CompiledKernel) for each in compiled)
 
 
 @pytest.mark.parametrize("arch", [89, 90, 100, 120])
@@ -363,4 +402,8 @@ def test_turning_compiles_for_cards_and_heads(
 
 def fresh(kernel: Any) -> Any:
     """That has nothing in memory."""
-    return JITFunction(kernel.fn, do_not_specialize=kernel.do_not_specialize)
+    return JITFunction(
+        kernel.fn,
+        do_not_specialize=kernel.do_not_specialize,
+        do_not_specialize_on_alignment=kernel.do_not_specialize_on_alignment,
+    )

@@ -104,12 +104,13 @@ def divided_attention(
 
 
 SMALL_TILE = PrefillTile(rows=16, tokens=16, num_warps=1, num_stages=1)
+IN_PARTS = replace(SMALL_TILE, parts=3, part_tokens=32)
 KERNELS = [
     pytest.param(on_device(decode_attention), DECODE, id="decode"),
     pytest.param(on_device(planned_attention, num_shares=1), DECODE, id="decode-undivided"),
     pytest.param(on_device(planned_attention, num_shares=40), DECODE, id="decode-divided"),
     pytest.param(on_device(prefill_attention), MIXED, id="prefill"),
-    pytest.param(on_device(prefill_attention, tile=SMALL_TILE), MIXED, id="prefill-small-tiles"),
+    pytest.param(on_device(prefill_attention, tile=IN_PARTS), MIXED, id="prefill-in-parts"),
     pytest.param(
         on_device(divided_attention), [*DECODE, (7, 7), (20, 50), (64, 129)], id="divided"
     ),
@@ -196,6 +197,32 @@ def test_contexts_in_parts(num_shares: int, sliding_window: int | None) -> None:
     assert not arrival_counters(12, q.device).any()
     for _ in range(3):
         assert torch.equal(planned_attention(q, pool, 1, batch, **options), first)
+
+
+def test_prompts_over_contexts_in_parts() -> None:
+    """A padded graph's sequences without tokens among them."""
+    torch.manual_seed(0)
+    batch = make_batch([(9, 300), (20, 70), (33, 33)], 16)
+    pool = make_pool(batch, 2, 16, 80).to(DEVICE)
+    q = torch.randn(batch.num_tokens + 5, 6, 80, device=DEVICE)
+    starts = torch.cat((batch.query_starts, batch.query_starts[-1:].expand(2)))
+    padded = replace(
+        moved(batch),
+        query_starts=starts.to(DEVICE),
+        kv_lens=torch.tensor([300, 70, 33, 0, 0], dtype=torch.int32, device=DEVICE),
+        block_tables=torch.nn.functional.pad(batch.block_tables, (0, 0, 0, 2)).to(DEVICE),
+        num_seqs=5,
+    )
+    options: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None}
+    whole = prefill_attention(q, pool, 1, padded, tile=SMALL_TILE, **options)
+    num_tokens = batch.num_tokens
+    for parts in (2, 5, 8):
+        tile = replace(IN_PARTS, parts=parts)
+        first = prefill_attention(q, pool, 1, padded, tile=tile, **options)
+        close(first[:num_tokens], whole[:num_tokens].cpu())
+        assert not arrival_counters(128, q.device).any()
+        again = prefill_attention(q, pool, 1, padded, tile=tile, **options)
+        assert torch.equal(again[:num_tokens], first[:num_tokens])
 
 
 def test_more_sequences_than_are_looked_at_together() -> None:
