@@ -71,10 +71,11 @@ def _in_parts(tile: PrefillTile, kv_pool: Tensor, batch: AttentionBatch, group: 
         return tile
     # Fewer rows leave registers for what parts need besides.
     rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
-    # By tokens: of a padded graph's sequences most have none.
+    # By tokens: of a padded graph's sequences most have none. Some tokens are padding, too, so
+    # parts are rounded.
     num_programs = max(1, batch.num_tokens * group // rows) * kv_pool.shape[3]
     wanted = _PROGRAMS_OF_A_MULTIPROCESSOR * num_multiprocessors(kv_pool.device)
-    parts = min(_MAX_PARTS, wanted // num_programs)
+    parts = min(_MAX_PARTS, round(wanted / num_programs))
     return replace(tile, rows=rows, parts=parts) if parts > 1 else tile
 
 
