@@ -100,7 +100,9 @@ def warn_of_compilations() -> None:
 
 def _warn(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:  # noqa: ANN401
     if not cache_hit:
-        constants = (f"{src.fn.arg_names[at]}={it}" for (at, *_), it in src.constants.items())
+        # What is no function has none.
+        constants = getattr(src, "constants", {})
+        constants = (f"{src.fn.arg_names[at]}={it}" for (at, *_), it in constants.items())
         seconds = times.total / 1e6
         logger.warning(
             "a step waited %.2f s for a kernel: %s(%s)", seconds, src.name, ", ".join(constants)
