@@ -1,4 +1,4 @@
-"""Steps with short prompts captured as CUDA graphs.
+"""Steps with few new tokens of prompts captured as CUDA graphs.
 
 Launched kernel by kernel, a step takes the host longer than its few hundred tokens take the
 device, and everybody in it waits. So there is a graph for some numbers of running sequences and,
@@ -29,8 +29,8 @@ _MANY_SINGLES = 128
 _TOKENS_WITH_MANY = (256, 384, 512, 1024, 2048, 2304)
 # Sequences with several tokens in a step.
 MAX_CHUNKS = 16
-# The context that kernels are chosen for, and how many tokens a step's may look at in all, those
-# of the longest step at such a context: beyond, it's attention that takes the time.
+# The context that kernels' work is ordered for, and how many tokens a step's may look at in all,
+# those of the longest step at such a context: beyond, it's attention that takes the time.
 _USUAL_KV_LEN = 4096
 _MAX_ATTENDED = _TOKENS_WITH_MANY[-1] * _USUAL_KV_LEN
 # A step is worth a graph if launching it takes this share of the time in which it's through.

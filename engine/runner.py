@@ -44,7 +44,7 @@ class ModelRunner:
     ) -> None:
         """`kv_pool` is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
 
-        `uses_flash_attention` is for steps that aren't captured: those that are have short prompts.
+        `uses_flash_attention` is for steps that aren't captured: those have few new tokens.
         """
         self._model = model
         self._kv_pool = kv_pool

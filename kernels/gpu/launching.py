@@ -51,6 +51,11 @@ def launch(kernel: Kernel, grid: tuple[int, ...]) -> Callable[..., Any]:
     return functools.partial(kernel.run, grid=grid, warmup=asked is not None)
 
 
+def compiles_ahead() -> bool:
+    """Whether this thread's launches only compile: the time to ask for other variants, too."""
+    return _asked.get() is not None
+
+
 def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
     """Compiles the kernels that `launch_all` launches on this thread, without running any.
 
@@ -63,10 +68,12 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
         logger.info("this Triton compiles kernels one by one, as they are launched")
         return
     started_s = time.perf_counter()
-    if knobs.compilation.listener is _warn:
-        knobs.compilation.listener = None
     later = _Later()
-    with _asking() as kernels, AsyncCompileMode(later, ignore_errors=True) as mode:
+    with (
+        _without_warning(),
+        _asking() as kernels,
+        AsyncCompileMode(later, ignore_errors=True) as mode,
+    ):
         try:
             launch_all()
             asked_s = time.perf_counter() - started_s
@@ -94,7 +101,7 @@ def compile_ahead(launch_all: Callable[[], object], *, progress: bool) -> None:
 
 
 def warn_of_compilations() -> None:
-    """From now on, until kernels are compiled ahead again, logs which one a launch compiles."""
+    """From now on logs which kernel a launch compiles; those compiled ahead are none."""
     knobs.compilation.listener = _warn
 
 
@@ -107,6 +114,17 @@ def _warn(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:  # noq
         logger.warning(
             "a step waited %.2f s for a kernel: %s(%s)", seconds, src.name, ", ".join(constants)
         )
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    listener = knobs.compilation.listener
+    if listener is _warn:
+        knobs.compilation.listener = None
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = listener
 
 
 class _Later(Executor):

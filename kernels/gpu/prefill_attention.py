@@ -25,7 +25,7 @@ from kernels.gpu.dependent_launch import (
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.launching import launch
+from kernels.gpu.launching import compiles_ahead, launch
 from kernels.gpu.sizes import next_power_of_2
 from kernels.kv_format import FP8_DTYPES
 
@@ -60,23 +60,38 @@ def _tile(head_dim: int, element_bytes: int) -> PrefillTile:
     return PrefillTile(rows=128, tokens=64, num_warps=4, num_stages=3)
 
 
+def _programs_at_once(device: torch.device) -> int:
+    """As many as a card holds; elsewhere nobody would gain from more of them."""
+    if device.type != "cuda":
+        return 0
+    return _PROGRAMS_OF_A_MULTIPROCESSOR * num_multiprocessors(device)
+
+
 def _in_parts(tile: PrefillTile, kv_pool: Tensor, batch: AttentionBatch, group: int) -> PrefillTile:
     """The tile with so many parts that there is work for a card, if it needs any."""
-    is_possible = (
-        kv_pool.dtype in FP8_DTYPES
-        and kv_pool.device.type == "cuda"
-        and batch.num_seqs <= _MAX_SEQS.value
-    )
-    if not is_possible:
+    if batch.num_seqs > _MAX_SEQS.value:
         return tile
     # Fewer rows leave registers for what parts need besides.
     rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
     # By tokens: of a padded graph's sequences most have none. Some tokens are padding, too, so
     # parts are rounded.
     num_programs = max(1, batch.num_tokens * group // rows) * kv_pool.shape[3]
-    wanted = _PROGRAMS_OF_A_MULTIPROCESSOR * num_multiprocessors(kv_pool.device)
-    parts = min(_MAX_PARTS, round(wanted / num_programs))
+    parts = min(_MAX_PARTS, round(_programs_at_once(kv_pool.device) / num_programs))
     return replace(tile, rows=rows, parts=parts) if parts > 1 else tile
+
+
+def _tiles(
+    q: Tensor, kv_pool: Tensor, batch: AttentionBatch, sliding_window: int | None
+) -> list[PrefillTile]:
+    """The one that this batch is best computed in; ahead of that, of each kind that others want."""
+    tile = _tile(q.shape[2], q.element_size())
+    if sliding_window is not None or kv_pool.dtype not in FP8_DTYPES:
+        return [tile]
+    if not compiles_ahead():
+        return [_in_parts(tile, kv_pool, batch, q.shape[1] // kv_pool.shape[3])]
+    # Parts of many tokens would take memory.
+    rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
+    return [tile, replace(tile, rows=rows, parts=2)] if len(q) <= rows else [tile]
 
 
 @triton.jit
@@ -247,7 +262,8 @@ def _prefill_kernel(
         share = tl.maximum(share, PART_TOKENS)
         num_parts = tl.cdiv(end, share)
         start = part * share
-        if start >= end:
+        # The first one writes what a padded row without a context gets, zeros.
+        if (start >= end) & (part > 0):
             return
         end = tl.minimum(start + share, end)
     if HAS_WINDOW:
@@ -333,19 +349,37 @@ def prefill_attention(
     `scale` includes that of keys in an 8-bit pool, the result is multiplied with `v_scale`,
     and written to `out` if it is given. `tile` is for benchmarks and tests.
     """
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    limits = {"sliding_window": sliding_window, "softcap": softcap}
+    scales = {"scale": scale, "v_scale": v_scale}
+    for each in [tile] if tile is not None else _tiles(q, kv_pool, batch, sliding_window):
+        _attend(q, kv_pool, layer, batch, out, each, **limits, **scales)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    batch: AttentionBatch,
+    out: Tensor,
+    tile: PrefillTile,
+    *,
+    scale: float,
+    v_scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = kv_pool.shape[3:5]
     group = num_heads // num_kv_heads
-    if tile is None:
-        tile = _tile(head_dim, q.element_size())
-        if sliding_window is None:
-            tile = _in_parts(tile, kv_pool, batch, group)
     rows = max(_MIN_ROWS, tile.rows, next_power_of_2(group))
     queries = rows // group
     has_parts = tile.parts > 1
+    if has_parts and (batch.num_seqs > _MAX_SEQS.value or tile.part_tokens % tile.tokens):
+        raise ValueError(f"{tile} can't have parts, or not for {batch.num_seqs} sequences")
     num_rows = tile.parts * num_tokens * num_heads if has_parts else 0
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_tiles = num_tokens // queries + batch.num_seqs
     launch(_prefill_kernel, (num_tiles, num_kv_heads, tile.parts))(
         q,
@@ -382,4 +416,3 @@ def prefill_attention(
         num_stages=tile.num_stages,
         **launch_options(q.device),
     )
-    return out

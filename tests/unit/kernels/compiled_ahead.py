@@ -242,7 +242,9 @@ def test_other_batches_make_no_other_kernel(log: Log) -> None:
                 plan_contexts(replace(batch, kv_lens=kv_lens), pool, window)
 
     compile_ahead(launch_all, progress=False)
-    assert log.names("forked") == ["_decode_kernel", "_plan_kernel", "_prefill_kernel"]
+    # Prompts have two, one for contexts in parts.
+    kernels = ["_decode_kernel", "_plan_kernel", "_prefill_kernel", "_prefill_kernel"]
+    assert log.names("forked") == kernels
 
 
 def test_other_numbers_of_tokens_make_no_other_kernel(
@@ -290,15 +292,15 @@ def test_a_kernel_that_a_launch_compiles_is_named(
     launching.warn_of_compilations()
     kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=1, grid=(1,), warmup=True)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "a step waited 0." in caplog.text
-    assert "for a kernel: _fill(VALUE=1)" in caplog.text
+    assert re.search(r"a step waited \d+\.\d\d s for a kernel: _fill\(VALUE=1\)", caplog.text)
     caplog.clear()
     found = JITFunction(_fill)
     found.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=1, grid=(1,), warmup=True)
-    # An engine's start, the next one's in this process, isn't what anybody is told of.
+    # Nobody waits for what another engine's start in this process compiles.
     compile_ahead(lambda: fill(kernel, 2, 3), progress=False)
-    kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=4, grid=(1,), warmup=True)
     assert not caplog.records
+    kernel.run(torch.zeros(16, dtype=torch.int32), 7, VALUE=4, grid=(1,), warmup=True)
+    assert "_fill(VALUE=4)" in caplog.text
 
 
 # Ada, Hopper, and Blackwell for datacenters and for desks.
@@ -329,6 +331,7 @@ def test_decode_attention_compiles_for_cards_and_groups(
 def test_prompts_over_contexts_in_parts_compile_for_cards(
     log: Log, monkeypatch: pytest.MonkeyPatch, arch: int
 ) -> None:
+    """And any step asks for both kinds, though a card may have too few programs for parts of it."""
     monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
     monkeypatch.setattr(prefill_module, "_prefill_kernel", fresh(prefill_module._prefill_kernel))
 
@@ -336,13 +339,12 @@ def test_prompts_over_contexts_in_parts_compile_for_cards(
         for head_dim in (128, 256):
             q = torch.zeros(3, 8, head_dim, dtype=torch.bfloat16)
             pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=torch.float8_e4m3fn)
-            tile = replace(prefill_module._tile(head_dim, 2), rows=64, parts=2)
             options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
-            prefill_attention(q, pool, 0, make_batch([(3, 9)], 16), tile=tile, **options)
+            prefill_attention(q, pool, 0, make_batch([(3, 9)], 16), **options)
 
     compile_ahead(launch_all, progress=False)
     compiled = memory_of(prefill_module._prefill_kernel)
-    assert len(compiled) == 2
+    assert len(compiled) == 4
     assert all(isinstance(each, CompiledKernel) for each in compiled)
 
 

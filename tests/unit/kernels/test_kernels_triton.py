@@ -29,6 +29,7 @@ from kernels.turning import turned
 
 pytest.importorskip("triton")
 from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
+from kernels.gpu import prefill_attention as prefill_module
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.block_memory import pays_off
 from kernels.gpu.decode_attention import decode_attention
@@ -223,6 +224,36 @@ def test_prompts_over_contexts_in_parts() -> None:
         assert not arrival_counters(128, q.device).any()
         again = prefill_attention(q, pool, 1, padded, tile=tile, **options)
         assert torch.equal(again[:num_tokens], first[:num_tokens])
+
+
+def test_few_queries_over_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tiles that steps have, on a card of whatever size."""
+    torch.manual_seed(0)
+    lengths = [(64, 8000), (3, 5000), (30, 1000), (2, 2100)]
+    if DEVICE != "cuda":
+        lengths = [(20, 1500), (3, 1100), (9, 100)]
+        monkeypatch.setattr(prefill_module, "_programs_at_once", lambda _: 6)
+    seen: list[PrefillTile] = []
+    in_parts = prefill_module._in_parts
+
+    def recorded(*arguments: Any) -> PrefillTile:
+        seen.append(in_parts(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(prefill_module, "_in_parts", recorded)
+    batch = make_batch(lengths, 16)
+    pool = make_pool(batch, 2, 16, 128).to(torch.float8_e4m3fn)
+    dtype = torch.bfloat16 if torch.bfloat16 in DOT_DTYPES else torch.float16
+    q = torch.randn(batch.num_tokens, 8, 128).to(dtype)
+    options: dict[str, Any] = {"scale": 0.09, "sliding_window": None, "softcap": None}
+    expected = attend_naively(q, pool, 1, batch, **options)
+    attend = on_device(prefill_attention)
+    first = attend(q, pool, 1, batch, **options)
+    assert seen[0].parts > 1
+    torch.testing.assert_close(first.double(), expected, atol=2e-2, rtol=2e-2)
+    for _ in range(50 if DEVICE == "cuda" else 1):
+        assert torch.equal(attend(q, pool, 1, batch, **options), first)
+    assert not arrival_counters(1, torch.device(DEVICE)).any()
 
 
 def test_more_sequences_than_are_looked_at_together() -> None:
