@@ -351,10 +351,19 @@ def prefill_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    limits = {"sliding_window": sliding_window, "softcap": softcap}
-    scales = {"scale": scale, "v_scale": v_scale}
     for each in [tile] if tile is not None else _tiles(q, kv_pool, batch, sliding_window):
-        _attend(q, kv_pool, layer, batch, out, each, **limits, **scales)
+        _attend(
+            q,
+            kv_pool,
+            layer,
+            batch,
+            out,
+            each,
+            scale=scale,
+            v_scale=v_scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
     return out
 
 
