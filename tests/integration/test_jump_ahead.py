@@ -93,8 +93,9 @@ def test_a_jump_streams_as_one_piece(stack: TandemStack, expected: list[list[lis
             pieces += [choice["token_ids"] for choice in event["choices"]]
             assert event["usage"]["completion_tokens"] == sum(map(len, pieces))
     assert [*itertools.chain(*pieces)] == expected[0][0]
-    # The keys: what makes the first piece is forced from the first token on.
-    assert sum(len(piece) > 4 for piece in pieces) >= 3
+    # A piece a step, of which there are ten, the keys being forced; where the machine is busy,
+    # pieces come joined, but never divided.
+    assert len(pieces) <= len(expected[0][0]) // 2
 
 
 def test_workers_count_them(stack: TandemStack) -> None:
