@@ -46,7 +46,8 @@ from kernels.gpu.flash_attention import library
 from kernels.gpu.hopper.support import is_supported
 from kernels.gpu.linear import linear
 from kernels.gpu.linear_tiles import LinearTile
-from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
+from kernels.gpu.prefill_attention import prefill_attention
+from kernels.gpu.prefill_tiles import PrefillTile
 
 # (out_features, in_features) of a layer's projections.
 LINEARS = {

@@ -10,8 +10,6 @@ pools of 8 bits have it: where keys are as wide as queries, nobody's result depe
 in a step.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
@@ -19,79 +17,19 @@ from torch import Tensor
 
 from kernels.attention import AttentionBatch
 from kernels.gpu.arrivals import arrival_counters
-from kernels.gpu.cards import num_multiprocessors
 from kernels.gpu.dependent_launch import (
     launch_options,
     let_successor_start,
     wait_for_predecessor,
 )
-from kernels.gpu.launching import compiles_ahead, launch
+from kernels.gpu.launching import launch
+from kernels.gpu.prefill_tiles import MAX_SEQS_IN_PARTS, PrefillTile, prefill_tiles
 from kernels.gpu.sizes import next_power_of_2
-from kernels.kv_format import FP8_DTYPES
 
 _MIN_ROWS = 16
-# A context's parts at most, and the sequences of a step whose contexts have some.
-_MAX_PARTS = 8
-_MAX_SEQS = tl.constexpr(64)
-_MAX_ROWS_IN_PARTS = 64
-_PROGRAMS_OF_A_MULTIPROCESSOR = 2
+_MAX_SEQS = tl.constexpr(MAX_SEQS_IN_PARTS)
 # The hardware's exponential is to base 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTile:
-    """Rows and tokens of a tile, and how it is compiled; and how many parts a context has at most,
-    of `part_tokens` at least, a multiple of `tokens`."""
-
-    rows: int
-    tokens: int
-    num_warps: int
-    num_stages: int
-    parts: int = 1
-    part_tokens: int = 1024
-
-
-def _tile(head_dim: int, element_bytes: int) -> PrefillTile:
-    if element_bytes > 2:
-        return PrefillTile(rows=32, tokens=32, num_warps=4, num_stages=1)
-    if head_dim > 128:
-        return PrefillTile(rows=64, tokens=64, num_warps=8, num_stages=2)
-    return PrefillTile(rows=128, tokens=64, num_warps=4, num_stages=3)
-
-
-def _programs_at_once(device: torch.device) -> int:
-    """As many as a card holds; elsewhere nobody would gain from more of them."""
-    if device.type != "cuda":
-        return 0
-    return _PROGRAMS_OF_A_MULTIPROCESSOR * num_multiprocessors(device)
-
-
-def _in_parts(tile: PrefillTile, kv_pool: Tensor, batch: AttentionBatch, group: int) -> PrefillTile:
-    """The tile with so many parts that there is work for a card, if it needs any."""
-    if batch.num_seqs > _MAX_SEQS.value:
-        return tile
-    # Fewer rows leave registers for what parts need besides.
-    rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
-    # By tokens: of a padded graph's sequences most have none. Some tokens are padding, too, so
-    # parts are rounded.
-    num_programs = max(1, batch.num_tokens * group // rows) * kv_pool.shape[3]
-    parts = min(_MAX_PARTS, round(_programs_at_once(kv_pool.device) / num_programs))
-    return replace(tile, rows=rows, parts=parts) if parts > 1 else tile
-
-
-def _tiles(
-    q: Tensor, kv_pool: Tensor, batch: AttentionBatch, sliding_window: int | None
-) -> list[PrefillTile]:
-    """The one that this batch is best computed in; ahead of that, of each kind that others want."""
-    tile = _tile(q.shape[2], q.element_size())
-    if sliding_window is not None or kv_pool.dtype not in FP8_DTYPES:
-        return [tile]
-    if not compiles_ahead():
-        return [_in_parts(tile, kv_pool, batch, q.shape[1] // kv_pool.shape[3])]
-    # Parts of many tokens would take memory.
-    rows = min(tile.rows, _MAX_ROWS_IN_PARTS)
-    return [tile, replace(tile, rows=rows, parts=2)] if len(q) <= rows else [tile]
 
 
 @triton.jit
@@ -351,7 +289,7 @@ def prefill_attention(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for each in [tile] if tile is not None else _tiles(q, kv_pool, batch, sliding_window):
+    for each in [tile] if tile is not None else prefill_tiles(q, kv_pool, batch, sliding_window):
         _attend(
             q,
             kv_pool,
@@ -386,17 +324,22 @@ def _attend(
     rows = max(_MIN_ROWS, tile.rows, next_power_of_2(group))
     queries = rows // group
     has_parts = tile.parts > 1
-    if has_parts and (batch.num_seqs > _MAX_SEQS.value or tile.part_tokens % tile.tokens):
+    if has_parts and (batch.num_seqs > MAX_SEQS_IN_PARTS or tile.part_tokens % tile.tokens):
         raise ValueError(f"{tile} can't have parts, or not for {batch.num_seqs} sequences")
-    num_rows = tile.parts * num_tokens * num_heads if has_parts else 0
     num_tiles = num_tokens // queries + batch.num_seqs
+    partial_out = partial_lse = arrivals = None
+    if has_parts:
+        shape = (tile.parts, num_tokens, num_heads, head_dim)
+        partial_out = torch.empty(shape, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(shape[:3], dtype=torch.float32, device=q.device)
+        arrivals = arrival_counters(num_tiles * num_kv_heads, q.device)
     launch(_prefill_kernel, (num_tiles, num_kv_heads, tile.parts))(
         q,
         kv_pool.select(1, layer),
         out,
-        torch.empty((num_rows, head_dim), dtype=torch.float32, device=q.device),
-        torch.empty(num_rows, dtype=torch.float32, device=q.device),
-        arrival_counters(num_tiles * num_kv_heads, q.device) if has_parts else None,
+        partial_out,
+        partial_lse,
+        arrivals,
         batch.query_starts,
         batch.kv_lens,
         batch.block_tables,

@@ -76,36 +76,45 @@ def test_float32_equals_transformers(
     assert all(num_tokens <= budget for _, num_tokens in captured)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_16_bits_are_near_what_kernel_by_kernel_gives(
-    tmp_path: Path,
-    captured: list[tuple[int, int]],
-    kv_cache_dtype: str,
-) -> None:
-    model_dir = write_tiny_model("llama", tmp_path)
-    prompts = make_prompts([700, 33, 90, 256, 1, 420, 16, 31])
+def largest_logprobs(
+    model_dir: Path, batches: list[list[dict[str, Any]]], **options: Any
+) -> tuple[list[float], list[float]]:
+    """Those of each answer's first token, captured and launched kernel by kernel; `batches` of
+    prompts come one after the other."""
     sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=1, ignore_eos=True)
-    tops: list[list[float]] = []
-    for enforce_eager in (False, True):
+    found: tuple[list[float], list[float]] = ([], [])
+    for enforce_eager, largest in zip((False, True), found, strict=True):
         llm = LLM(
             str(model_dir),
             dtype="bfloat16",
-            kv_cache_dtype=kv_cache_dtype,
             gpu_memory_utilization=0.1,
-            max_num_batched_tokens=256,
             enforce_eager=enforce_eager,
-            enable_prefix_caching=False,
+            **options,
         )
-        answers = llm.generate(prompts, sampling, use_tqdm=False)
-        first = [answer.outputs[0] for answer in answers]
-        assert all(output.logprobs is not None for output in first)
-        tops.append(
-            [max(value.logprob for value in output.logprobs[0].values()) for output in first]
-        )
+        for prompts in batches:
+            for answer in llm.generate(prompts, sampling, use_tqdm=False):
+                (output,) = answer.outputs
+                assert output.logprobs is not None
+                largest.append(max(value.logprob for value in output.logprobs[0].values()))
         del llm
         gc.collect()
+    return found
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_16_bits_are_near_what_kernel_by_kernel_gives(
+    tmp_path: Path, captured: list[tuple[int, int]], kv_cache_dtype: str
+) -> None:
+    model_dir = write_tiny_model("llama", tmp_path)
+    graphs, launched = largest_logprobs(
+        model_dir,
+        [make_prompts([700, 33, 90, 256, 1, 420, 16, 31])],
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_batched_tokens=256,
+        enable_prefix_caching=False,
+    )
     assert captured
-    assert tops[0] == pytest.approx(tops[1], abs=0.1)
+    assert graphs == pytest.approx(launched, abs=0.1)
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
@@ -119,25 +128,12 @@ def test_few_tokens_behind_a_long_context(
     (model_dir / "config.json").write_text(json.dumps(config))
     (long,) = make_prompts([8200])
     turn = {"prompt_token_ids": long["prompt_token_ids"] + [7] * 40}
-    sampling = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1, ignore_eos=True)
-    tops: list[list[float]] = []
-    for enforce_eager in (False, True):
-        llm = LLM(
-            str(model_dir),
-            dtype="bfloat16",
-            kv_cache_dtype=kv_cache_dtype,
-            gpu_memory_utilization=0.1,
-            max_num_batched_tokens=2048,
-            enforce_eager=enforce_eager,
-        )
-        answers = [llm.generate(prompt, sampling, use_tqdm=False)[0] for prompt in (long, turn)]
-        logprobs = [answer.outputs[0].logprobs for answer in answers]
-        tops.append([max(value.logprob for value in each[0].values()) for each in logprobs if each])
-        del llm
-        gc.collect()
+    graphs, launched = largest_logprobs(
+        model_dir, [[long], [turn]], kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=2048
+    )
     # The cached blocks of 16 hold 8,192 tokens of the prompt.
     assert captured == [(0, 2048), (0, 2048), (0, 8), (0, 48)]
-    assert tops[0] == pytest.approx(tops[1], abs=0.1)
+    assert graphs == pytest.approx(launched, abs=0.1)
 
 
 def test_a_prompt_that_is_read_is_launched(

@@ -28,14 +28,23 @@ from kernels.rope import rope_and_store_kv_reference
 from kernels.turning import turned
 
 pytest.importorskip("triton")
-from kernels.gpu import activation, attention, block_copy, linear, norm, rope, widened_blocks
-from kernels.gpu import prefill_attention as prefill_module
+from kernels.gpu import (
+    activation,
+    attention,
+    block_copy,
+    linear,
+    norm,
+    prefill_tiles,
+    rope,
+    widened_blocks,
+)
 from kernels.gpu.arrivals import arrival_counters
 from kernels.gpu.block_memory import pays_off
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.linear_tiles import LinearTile
-from kernels.gpu.prefill_attention import PrefillTile, prefill_attention
+from kernels.gpu.prefill_attention import prefill_attention
+from kernels.gpu.prefill_tiles import PrefillTile
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and version("triton") < "3.7",
@@ -232,15 +241,15 @@ def test_few_queries_over_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None
     lengths = [(64, 8000), (3, 5000), (30, 1000), (2, 2100)]
     if DEVICE != "cuda":
         lengths = [(20, 1500), (3, 1100), (9, 100)]
-        monkeypatch.setattr(prefill_module, "_programs_at_once", lambda _: 6)
+        monkeypatch.setattr(prefill_tiles, "_programs_at_once", lambda _: 6)
     seen: list[PrefillTile] = []
-    in_parts = prefill_module._in_parts
+    in_parts = prefill_tiles._in_parts
 
     def recorded(*arguments: Any) -> PrefillTile:
         seen.append(in_parts(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(prefill_module, "_in_parts", recorded)
+    monkeypatch.setattr(prefill_tiles, "_in_parts", recorded)
     batch = make_batch(lengths, 16)
     pool = make_pool(batch, 2, 16, 128).to(torch.float8_e4m3fn)
     dtype = torch.bfloat16 if torch.bfloat16 in DOT_DTYPES else torch.float16
