@@ -1,23 +1,18 @@
 """Which piece of which context each program of decode attention gets."""
 
 from dataclasses import replace
-from importlib.metadata import version
 
 import pytest
 import torch
 from attention_cases import make_batch
 from torch import Tensor
+from triton_cases import DEVICE, needs_triton
 
-pytest.importorskip("triton")
 from kernels.gpu import attention
 from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.decode_tiles import DecodeTile
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and version("triton") < "3.7",
-    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_triton
 TILE = DecodeTile(tokens=16, num_warps=1, num_stages=1, programs=1)
 POOL = torch.empty((2, 1, 2, 4, 16, 64), device=DEVICE)
 

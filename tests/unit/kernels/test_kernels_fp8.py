@@ -1,10 +1,9 @@
 """Fp8 kernels against the references: compiled on a GPU, in Triton's interpreter elsewhere."""
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, HAS_GPU, needs_triton
 
 from kernels.activation import silu_and_mul_fp8_reference, silu_and_mul_reference
 from kernels.fp8 import (
@@ -16,19 +15,11 @@ from kernels.fp8 import (
     quantize_weight,
 )
 from kernels.fp8_linear import Fp8Linear, fp8_linear, fp8_linear_reference
-from kernels.norm import add_rms_norm_fp8, add_rms_norm_fp8_reference, add_rms_norm_reference
-
-pytest.importorskip("triton")
 from kernels.gpu import activation, fp8, linear, norm
 from kernels.gpu import fp8_linear as fp8_dispatch
 from kernels.gpu.linear_tiles import LinearTile
+from kernels.norm import add_rms_norm_fp8, add_rms_norm_fp8_reference, add_rms_norm_reference
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
-needs_triton = pytest.mark.skipif(
-    not HAS_GPU and version("triton") < "3.7",
-    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
-)
 # The interpreter forgets to carry where rounding up reaches the next power of two.
 DIFFERING = 0.002 if HAS_GPU else 0.05
 SCALES = [None, torch.tensor([0.01])]

@@ -20,9 +20,10 @@ from kernels.gpu.launching import compile_ahead, launch
 ROOT = Path(__file__).parents[3]
 
 
-def test_kernels_are_compiled_ahead() -> None:
+@pytest.mark.parametrize("name", ["compiled_ahead.py", "compiled_kernels.py"])
+def test_kernels_are_compiled(name: str) -> None:
     """In a process of its own: where the interpreter has run, nothing compiles any more."""
-    cases = Path(__file__).with_name("compiled_ahead.py")
+    cases = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "0"

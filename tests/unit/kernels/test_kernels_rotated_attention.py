@@ -1,35 +1,27 @@
 """RoPE, storing and attention as one operation, against one after the other."""
 
 from dataclasses import fields, replace
-from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import MIXED, TOLERANCE, make_batch, make_pool
 from torch import Tensor
+from triton_cases import DEVICE, needs_triton
 
 from kernels.attention import AttentionBatch, paged_attention_reference
 from kernels.fp8 import FP8
-from kernels.kv_format import KVScales
-from kernels.norm import HeadNorms
-from kernels.rope import rope_and_store_kv_reference
-from kernels.rotated_attention import rotate_and_attend
-
-pytest.importorskip("triton")
 from kernels.gpu import rope
 from kernels.gpu.attention import rotates, rotates_prompts
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.decode_plan import plan_contexts
 from kernels.gpu.decode_rope import NewTokens
 from kernels.gpu.hopper import support
+from kernels.kv_format import KVScales
+from kernels.norm import HeadNorms
+from kernels.rope import rope_and_store_kv_reference
+from kernels.rotated_attention import rotate_and_attend
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
-needs_triton = pytest.mark.skipif(
-    not HAS_GPU and version("triton") < "3.7",
-    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
-)
 # The first fills a block, the last but one begins one; the last is a padded row of a graph.
 LENGTHS = [64, 1, 40, 16, 129, 33, 5]
 HEAD_DIM, BLOCK_SIZE = 64, 16

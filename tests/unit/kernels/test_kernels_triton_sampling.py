@@ -1,24 +1,17 @@
 """Triton's sampling kernels against the references: compiled on a GPU, else in the interpreter."""
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from filter_cases import ROWS
 from torch import Tensor
+from triton_cases import DEVICE, needs_triton
 
 from kernels.choice import Filters, choose_tokens_reference
-from kernels.sampling import filter_weights_reference, penalize_reference, rule_out_reference
-
-pytest.importorskip("triton")
 from kernels.gpu import choice, scores
 from kernels.gpu.filters import filter_weights
+from kernels.sampling import filter_weights_reference, penalize_reference, rule_out_reference
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and version("triton") < "3.7",
-    reason="before 3.7, Triton's interpreter fails with NumPy 2.4",
-)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = needs_triton
 WIDTHS = [5, 256, 4500] + ([49_152, 128_256] if DEVICE == "cuda" else [])
 GREEDY = {"temperature": None, "uniforms": None, "filters": None}
 
