@@ -32,8 +32,9 @@ _TURNED_TOKENS, _MANY_TOKENS = 8, 2048
 
 @triton.jit
 def rotated_halves(first, second, cos, sin):
-    """Halves of heads, [num_rows, half], rotated; angles are of each row, or [1, half]."""
-    return first * cos - second * sin, second * cos + first * sin
+    """Halves of heads, [num_rows, half], rotated; angles are of each row, or [1, half]. Kernels are
+    to agree to the bit: left alone, a compiler rounds one product or the other as it likes."""
+    return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
 @triton.jit

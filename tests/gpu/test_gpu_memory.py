@@ -94,5 +94,6 @@ def test_what_does_not_fit_is_said_with_its_numbers(model_dir: Path) -> None:
         Engine.load(
             EngineConfig(str(model_dir), gpu_memory_utilization=utilization), progress=False
         )
-    for part in ("weights need 0.0", "the largest step 0.", "CUDA graphs 0.", "Allow more than"):
+    parts = ("weights need 0.0", "the largest step 0.", "CUDA graphs 0.", "Allow more than")
+    for part in (f"--gpu-memory-utilization {utilization:g} of ", *parts):
         assert part in str(error.value)

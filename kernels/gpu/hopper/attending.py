@@ -85,8 +85,9 @@ def _rotation_layout(group: int) -> gl.BlockedLayout:
 def _rotate(
     boxes, first_box, cos_sin, first_row, first_query, num_left, PADDED_GROUP: gl.constexpr
 ):
-    """RoPE of a warpgroup's queries in shared memory, as `kernels.gpu.rope` has it: a head's halves
-    are a line each, in two boxes. Queries past the sequence's end rotate as its last one."""
+    """RoPE of a warpgroup's queries in shared memory, to the bit as `kernels.gpu.rope` does it: a
+    head's halves are a line each, in two boxes. Queries past the sequence's end rotate as its last
+    one."""
     layout: gl.constexpr = _rotation_layout(PADDED_GROUP)
     angle_layout: gl.constexpr = gl.SliceLayout(1, layout)
     queries = gl.arange(0, ROWS // PADDED_GROUP, layout=gl.SliceLayout(1, angle_layout))
@@ -98,8 +99,8 @@ def _rotate(
     first_half, second_half = boxes.index(first_box), boxes.index(first_box + 1)
     first = first_half.load(layout).to(gl.float32)
     second = second_half.load(layout).to(gl.float32)
-    first_half.store((first * cos - second * sin).to(boxes.dtype))
-    second_half.store((second * cos + first * sin).to(boxes.dtype))
+    first_half.store(gl.fma(first, cos, -(second * sin)).to(boxes.dtype))
+    second_half.store(gl.fma(second, cos, first * sin).to(boxes.dtype))
     fence_async_shared()
 
 

@@ -206,6 +206,7 @@ MODEL = {
         float8e4nv=torch.float8_e4m3fn,
         float16=torch.float16,
         float32=torch.float32,
+        fma=lambda a, b, c: a * b + c,
         full=lambda shape, value, dtype, **_: torch.full(shape, value, dtype=dtype),
         inline_asm_elementwise=_inline_asm,
         int32=torch.int32,
