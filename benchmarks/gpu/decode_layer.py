@@ -1,13 +1,15 @@
 """Times layers of a decode step in fp8: products that quantize on their way, or after a kernel, or
 all products of a layer as one kernel.
 
-    python -m benchmarks.gpu.decode_layer [--layers 8] [--out benchmarks/results/FILE.json]
+    python -m benchmarks.gpu.decode_layer [--layers 8] [--asked 3 4]
+        [--out benchmarks/results/FILE.json]
 
 Layers of Llama-3.1-8B's shape with random weights, more of them than the L2 cache holds, run one
 behind the other in a CUDA graph over a pool of noise. Variants take turns: products of up to so
 many tokens quantize their inputs, and gate their outputs, themselves; "joined" is one kernel from
-attention's output to the next layer's queries (`kernels.layer`). Figures are microseconds a layer,
-the median of all replays.
+attention's output to the next layer's queries (`kernels.layer`), for numbers of tokens, too, that
+don't take it, and "joined, 4 asked" has so many stages of weights on their way. Figures are
+microseconds a layer, the median of all replays.
 
 What the layers add to the residual stream is compared with torch's in float32 first, from the same
 weights, keys and values of 8 bits; an error over its bound ends the run. The reference doesn't
@@ -19,6 +21,8 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -44,12 +48,15 @@ from kernels.attention import AttentionBatch, paged_attention_reference, prepare
 from kernels.fp8 import FP8
 from kernels.fp8_linear import Fp8Linear
 from kernels.gpu import fp8_linear, linear_tiles
+from kernels.gpu.hopper import layer_shapes
+from kernels.gpu.hopper.layer_shapes import LayerTile
 from kernels.gpu.sizes import ceil_div
 from kernels.norm import rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
+from kernels.turning import turned, turns
 
 HIDDEN = LLAMA_8B["hidden_size"]
-BATCHES = (1, 8, 16, 17, 24, 32, 48, 64)
+BATCHES = (1, 2, 4, 8, 16, 17, 24, 32, 48, 64)
 CONTEXT = 1170
 FEW_TOKENS = (0, 16, 32)
 JOINED = "joined"
@@ -187,6 +194,8 @@ def _attend(
     **_: object,
 ) -> Tensor:
     of_layer = pool[:, layer : layer + 1].float()
+    if turns(pool, cos_sin.shape[1]):
+        of_layer[:, :, 0] = turned(of_layer[:, :, 0])
     rope_and_store_kv_reference(q, k, v, cos_sin, batch, of_layer, 0)
     return paged_attention_reference(q, of_layer, 0, batch, scale=scale)
 
@@ -201,7 +210,21 @@ def decode_batch(num_seqs: int) -> AttentionBatch:
     )
 
 
-def bench(layers: Layers, pool: Tensor, num_seqs: int) -> dict[str, Any]:
+@contextmanager
+def joined_with(asked: int | None) -> Iterator[None]:
+    """Layers as one kernel for any tokens, with so many stages of weights on their way, or as many
+    as usual."""
+    choose = layer_shapes.tile_for_sizes
+
+    def chosen(*arguments: Any) -> LayerTile | None:  # noqa: ANN401
+        tile = choose(*arguments)
+        return tile and (tile if asked is None else replace(tile, asked=asked))
+
+    with mock.patch.multiple(layer_shapes, LEAST_TOKENS=1, tile_for_sizes=chosen):
+        yield
+
+
+def bench(layers: Layers, pool: Tensor, num_seqs: int, asked: list[int]) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = decode_batch(num_seqs)
     start = torch.randn(num_seqs, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -212,8 +235,11 @@ def bench(layers: Layers, pool: Tensor, num_seqs: int) -> dict[str, Any]:
             mock.patch.object(linear_tiles, "FEW_FP8_TOKENS", few),
         ):
             captured[few] = Captured(layers, batch, pool, start, joined=False)
-    if layers.joins_products(num_seqs):
-        captured[JOINED] = Captured(layers, batch, pool, start, joined=True)
+    for num_asked in (None, *asked):
+        with joined_with(num_asked):
+            if layers.joins_products(num_seqs):
+                which = JOINED if num_asked is None else f"{JOINED}, {num_asked} asked"
+                captured[which] = Captured(layers, batch, pool, start, joined=True)
     expected = added_reference(layers, start, batch, pool)
     bound = LAYER_ERROR * layers.num_layers**0.5
     check = Check(f"a batch of {num_seqs}", expected, bound=bound)
@@ -232,6 +258,7 @@ def bench(layers: Layers, pool: Tensor, num_seqs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--asked", type=int, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
@@ -249,7 +276,7 @@ def main() -> None:
         "rows": [],
     }
     for num_seqs in BATCHES:
-        results["rows"].append(bench(layers, pool, num_seqs))
+        results["rows"].append(bench(layers, pool, num_seqs, args.asked))
         print(results["rows"][-1], flush=True)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ _LEAST_USED = 0.7
 # By the most tokens: stages of weights and of tokens, as shared memory has room for them.
 _STAGES = {16: (8, 8), 32: (8, 4), 64: (6, 3)}
 # For fewer tokens it's no faster (benchmarks/gpu/decode_layer.py).
-_LEAST_TOKENS = 9
+LEAST_TOKENS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def tile_for(
     """None where kernels of their own are faster, or the only ones."""
     device = weights.down.values.device
     if (
-        not _LEAST_TOKENS <= num_tokens <= MAX_TOKENS
+        not LEAST_TOKENS <= num_tokens <= MAX_TOKENS
         or dtype not in (torch.bfloat16, torch.float16)
         or not is_hopper(device)
         or shares_multiprocessors()
@@ -57,13 +57,13 @@ def tile_for(
     attended_size = weights.output.values.shape[1]
     qkv_size = following.qkv.values.shape[0] if following is not None else None
     num_programs = num_multiprocessors(device)
-    return _tile_for(
+    return tile_for_sizes(
         num_tokens, attended_size, hidden_size, intermediate_size, qkv_size, num_programs
     )
 
 
 @functools.cache
-def _tile_for(
+def tile_for_sizes(
     num_tokens: int,
     attended_size: int,
     hidden_size: int,
@@ -71,6 +71,8 @@ def _tile_for(
     qkv_size: int | None,
     num_programs: int,
 ) -> LayerTile | None:
+    """Output channels, and inputs, of a layer's products; `qkv_size` is the next layer's, if any.
+    None where programs, one a multiprocessor, wouldn't have equal shares."""
     narrow = _channels(hidden_size, (attended_size, intermediate_size), _NARROW, num_programs)
     gates = _channels(intermediate_size, (hidden_size,), (GATES,), num_programs)
     qkv = _QKV[-1]
