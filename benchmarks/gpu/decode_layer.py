@@ -49,7 +49,6 @@ from kernels.fp8 import FP8
 from kernels.fp8_linear import Fp8Linear
 from kernels.gpu import fp8_linear, linear_tiles
 from kernels.gpu.hopper import layer_shapes
-from kernels.gpu.hopper.layer_shapes import LayerTile
 from kernels.gpu.sizes import ceil_div
 from kernels.norm import rms_norm_reference
 from kernels.rope import rope_and_store_kv_reference
@@ -214,13 +213,10 @@ def decode_batch(num_seqs: int) -> AttentionBatch:
 def joined_with(asked: int | None) -> Iterator[None]:
     """Layers as one kernel for any tokens, with so many stages of weights on their way, or as many
     as usual."""
-    choose = layer_shapes.tile_for_sizes
-
-    def chosen(*arguments: Any) -> LayerTile | None:  # noqa: ANN401
-        tile = choose(*arguments)
-        return tile and (tile if asked is None else replace(tile, asked=asked))
-
-    with mock.patch.multiple(layer_shapes, LEAST_TOKENS=1, tile_for_sizes=chosen):
+    changed: dict[str, Any] = {"least_tokens": lambda _: 1}
+    if asked is not None:
+        changed["stages_asked"] = lambda _: asked
+    with mock.patch.multiple(layer_shapes, **changed):
         yield
 
 

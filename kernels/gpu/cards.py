@@ -22,6 +22,14 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def memory_gb_per_s(device: torch.device) -> float:
+    """What the memory's clock and bus would give: 3,350 on an H100, 4,810 on an H200."""
+    properties = torch.cuda.get_device_properties(device)
+    transfers_per_s = 2 * 1e3 * properties.memory_clock_rate
+    return transfers_per_s * properties.memory_bus_width / 8 / 1e9
+
+
+@functools.cache
 def shares_multiprocessors() -> bool:
     """Whether other processes' kernels may run beside this one's at once, by NVIDIA's
     Multi-Process Service: a kernel then can't tell how many of its programs do."""

@@ -16,6 +16,7 @@ from kernels.gpu.prefill_attention import prefill_attention
 from kernels.kv_format import KVScales
 from kernels.rope import rope_and_store_kv
 from kernels.rotated_attention import rotate_and_attend
+from kernels.turning import turns
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
@@ -198,7 +199,8 @@ def test_many_tiles_a_program_are_each_rotated_once() -> None:
 def test_where_queries_are_rotated_makes_no_difference(
     monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype, head_dim: int, *, is_divided: bool
 ) -> None:
-    """Of a step, with keys and values stored; heads of 64 elements have their own kernel for it."""
+    """Of a step, with keys and values stored; heads of 64 elements have their own kernel for it.
+    Turned keys are turned back where queries are rotated on the way, and rounded then."""
     torch.manual_seed(0)
     num_decodes = 2 if is_divided else 0
     lengths = [*[(1, 700), (1, 90)][:num_decodes], (333, 333), (300, 1300)]
@@ -224,6 +226,7 @@ def test_where_queries_are_rotated_makes_no_difference(
         found.append((out, target.float()))
     (actual, stored), (expected, expected_stored) = found
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
-    assert torch.equal(actual[num_decodes:], expected[num_decodes:])
+    if not (is_rotated and turns(pool, head_dim)):
+        assert torch.equal(actual[num_decodes:], expected[num_decodes:])
     # Decode rows' own tokens come from another kernel.
     torch.testing.assert_close(stored, expected_stored, atol=0, rtol=2**-3)

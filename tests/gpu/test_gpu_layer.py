@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.fp8 import Fp8Rows, quantize_rows
+from kernels.gpu.hopper import layer_shapes
 from kernels.layer import (
     LayerWeights,
     NextWeights,
@@ -47,8 +48,10 @@ def random_layer(dtype: torch.dtype) -> tuple[LayerWeights, NextWeights]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [9, 16, 17, 31, 32, 33, 64])
-def test_a_layer(num_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 7, 9, 16, 17, 31, 32, 33, 64])
+def test_a_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.dtype) -> None:
+    """Fewer tokens, too, than the card may take it for."""
+    monkeypatch.setattr(layer_shapes, "least_tokens", lambda _: 1)
     torch.manual_seed(0)
     weights, following = random_layer(dtype)
     assert joins_products(weights, following, num_tokens, dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.gpu.cards import num_multiprocessors, shares_multiprocessors
+from kernels.gpu.cards import memory_gb_per_s, num_multiprocessors, shares_multiprocessors
 from kernels.gpu.hopper.support import is_hopper
 from kernels.layer import ACTIVATION_BLOCK, LayerWeights, NextWeights
 
@@ -23,8 +23,12 @@ _NARROW, _QKV = (32,), (32, 64)
 _LEAST_USED = 0.7
 # By the most tokens: stages of weights and of tokens, as shared memory has room for them.
 _STAGES = {16: (8, 8), 32: (8, 4), 64: (6, 3)}
-# For fewer tokens it's no faster (benchmarks/gpu/decode_layer.py).
-LEAST_TOKENS = 9
+# On an H100 it's no faster for fewer tokens. The faster a card reads, the more of a layer's time is
+# what kernels of their own begin and end with, and the more is to be asked for at a time: memory of
+# an H200 counts as fast (benchmarks/gpu/decode_layer.py).
+_LEAST_TOKENS, _ASKED = 9, 3
+_FAST_LEAST_TOKENS, _FAST_ASKED = 1, 4
+_FAST_MEMORY_GB_PER_S = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class LayerTile:
     tokens: int = 16
     stages: int = 8
     token_stages: int = 8
-    asked: int = 3
+    asked: int = _ASKED
     narrow: int = 32
     qkv: int = 64
 
@@ -47,32 +51,44 @@ def tile_for(
     """None where kernels of their own are faster, or the only ones."""
     device = weights.down.values.device
     if (
-        not LEAST_TOKENS <= num_tokens <= MAX_TOKENS
+        num_tokens > MAX_TOKENS
         or dtype not in (torch.bfloat16, torch.float16)
         or not is_hopper(device)
         or shares_multiprocessors()
+        or num_tokens < least_tokens(device)
     ):
         return None
     hidden_size, intermediate_size = weights.down.values.shape
     attended_size = weights.output.values.shape[1]
     qkv_size = following.qkv.values.shape[0] if following is not None else None
-    num_programs = num_multiprocessors(device)
-    return tile_for_sizes(
-        num_tokens, attended_size, hidden_size, intermediate_size, qkv_size, num_programs
-    )
+    sizes = (attended_size, hidden_size, intermediate_size, qkv_size)
+    return _tile_for(num_tokens, *sizes, num_multiprocessors(device), stages_asked(device))
+
+
+def least_tokens(device: torch.device) -> int:
+    """From which on layers are taken whole."""
+    return _FAST_LEAST_TOKENS if _has_fast_memory(device) else _LEAST_TOKENS
+
+
+def stages_asked(device: torch.device) -> int:
+    """`LayerTile.asked`."""
+    return _FAST_ASKED if _has_fast_memory(device) else _ASKED
+
+
+def _has_fast_memory(device: torch.device) -> bool:
+    return memory_gb_per_s(device) > _FAST_MEMORY_GB_PER_S
 
 
 @functools.cache
-def tile_for_sizes(
+def _tile_for(
     num_tokens: int,
     attended_size: int,
     hidden_size: int,
     intermediate_size: int,
     qkv_size: int | None,
     num_programs: int,
+    asked: int,
 ) -> LayerTile | None:
-    """Output channels, and inputs, of a layer's products; `qkv_size` is the next layer's, if any.
-    None where programs, one a multiprocessor, wouldn't have equal shares."""
     narrow = _channels(hidden_size, (attended_size, intermediate_size), _NARROW, num_programs)
     gates = _channels(intermediate_size, (hidden_size,), (GATES,), num_programs)
     qkv = _QKV[-1]
@@ -91,6 +107,7 @@ def tile_for_sizes(
         tokens=tokens,
         stages=stages,
         token_stages=token_stages,
+        asked=asked,
         narrow=narrow,
         qkv=qkv,
     )

@@ -16,6 +16,7 @@ BF16 = torch.bfloat16
 def _an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_shapes, "is_hopper", lambda _: True)
     monkeypatch.setattr(layer_shapes, "num_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(layer_shapes, "memory_gb_per_s", lambda _: 3350.0)
     monkeypatch.setattr(layer_shapes, "shares_multiprocessors", lambda: False)
 
 
@@ -49,6 +50,19 @@ def test_llama_8b(num_tokens: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 8, MAX_TOKENS + 1])
 def test_few_and_many_tokens_have_kernels_of_their_own(num_tokens: int) -> None:
     assert tile_for(*layer(), num_tokens, BF16) is None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, MAX_TOKENS])
+def test_fewer_tokens_where_memory_is_faster(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    h100 = tile_for(*layer(), MAX_TOKENS, BF16)
+    monkeypatch.setattr(layer_shapes, "memory_gb_per_s", lambda _: 4810.0)
+    h200 = tile_for(*layer(), num_tokens, BF16)
+    assert h100 is not None
+    assert h200 is not None
+    assert h200.asked > h100.asked
+    assert tile_for(*layer(), MAX_TOKENS + 1, BF16) is None
 
 
 @pytest.mark.parametrize(
