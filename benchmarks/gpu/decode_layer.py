@@ -227,8 +227,8 @@ def bench(layers: Layers, pool: Tensor, num_seqs: int, asked: list[int]) -> dict
     captured: dict[int | str, Captured] = {}
     for few in FEW_TOKENS:
         with (
-            mock.patch.object(fp8_linear, "FEW_FP8_TOKENS", few),
-            mock.patch.object(linear_tiles, "FEW_FP8_TOKENS", few),
+            mock.patch.object(fp8_linear, "few_fp8_tokens", return_value=few),
+            mock.patch.object(linear_tiles, "few_fp8_tokens", return_value=few),
         ):
             captured[few] = Captured(layers, batch, pool, start, joined=False)
     for num_asked in (None, *asked):

@@ -34,7 +34,7 @@ from benchmarks.gpu.kernels import ROTATION_BYTES, TensorCall
 from kernels.fp8 import Fp8Rows, quantize_rows
 from kernels.gpu.fp8_linear import library_linear
 from kernels.gpu.linear import fp8_linear
-from kernels.gpu.linear_tiles import FEW_FP8_TOKENS, LinearTile
+from kernels.gpu.linear_tiles import LinearTile, few_fp8_tokens
 
 # (out_features, in_features) of a layer's projections.
 LINEARS = {
@@ -137,7 +137,7 @@ def _few_row(name: str, num_tokens: int) -> dict[str, Any]:
             f"s{tile.num_stages}"
             for seconds, tile in timed[:3]
         ]
-        if bits == "8" or num_tokens <= FEW_FP8_TOKENS:
+        if bits == "8" or num_tokens <= few_fp8_tokens(x.device):
             default = calls(given, weights, name, None)
             check("the default tile", default[0]())
             row[f"default_{bits}"] = round(num_bytes / time_s(default) / 1e9)

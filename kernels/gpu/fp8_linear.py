@@ -11,7 +11,7 @@ from kernels.gpu import linear as few_tokens
 from kernels.gpu.hopper import linear_tiles as hopper_tiles
 from kernels.gpu.hopper.linear_tiles import HopperTile
 from kernels.gpu.hopper.support import is_hopper
-from kernels.gpu.linear_tiles import FEW_FP8_TOKENS, MAX_TOKENS
+from kernels.gpu.linear_tiles import MAX_TOKENS, few_fp8_tokens
 
 
 def fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
@@ -41,7 +41,7 @@ def add_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> 
 
 def gates_at_once(x: Tensor | Fp8Rows) -> bool:
     """Whether `gated_fp8_linear` is faster than the product and then the gates."""
-    return _num_tokens(x) <= FEW_FP8_TOKENS
+    return _are_few(x)
 
 
 def gated_fp8_linear(x: Tensor | Fp8Rows, packed: Fp8Linear, *, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def _library_adds(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> b
 def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
     """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
     of its own."""
-    is_quantized_on_the_way = _num_tokens(x) <= FEW_FP8_TOKENS and packed.input_scale is None
+    is_quantized_on_the_way = _are_few(x) and packed.input_scale is None
     return x if is_quantized_on_the_way else quantized(x, packed)
 
 
@@ -113,4 +113,12 @@ def _hopper_linear(
 
 
 def _num_tokens(x: Tensor | Fp8Rows) -> int:
-    return (x.values if isinstance(x, Fp8Rows) else x).shape[0]
+    return _values(x).shape[0]
+
+
+def _are_few(x: Tensor | Fp8Rows) -> bool:
+    return _num_tokens(x) <= few_fp8_tokens(_values(x).device)
+
+
+def _values(x: Tensor | Fp8Rows) -> Tensor:
+    return x.values if isinstance(x, Fp8Rows) else x

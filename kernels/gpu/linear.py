@@ -192,7 +192,8 @@ def fp8_linear(
     `silu(gate) * up`, half as wide.
     """
     values, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
-    tile = tile or fp8_tile_for(values.shape[0], *weight.values.shape, gated=gated)
+    shape = (values.shape[0], *weight.values.shape)
+    tile = tile or fp8_tile_for(*shape, gated=gated, device=values.device)
     return _launch(
         values,
         scales,

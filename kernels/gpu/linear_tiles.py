@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from kernels.gpu.cards import has_fast_memory
+
 MAX_TOKENS = 64
 FEW_TOKENS = 32
-FEW_FP8_TOKENS = 16
-"""Up to here products of 8 bits quantize and gate on their way. With one tile of tokens more a
-kernel of its own before and behind them costs less (benchmarks/gpu/decode_layer.py)."""
+_FEW_FP8_TOKENS = 16
 _MANY_ROWS = 16384
 _LONG_ROWS = 8192
 
@@ -47,13 +49,21 @@ def tile_for(num_tokens: int, out_features: int, in_features: int) -> LinearTile
     return LinearTile()
 
 
+def few_fp8_tokens(device: torch.device) -> int:
+    """Up to here products of 8 bits quantize and gate on their way. With one tile of tokens more a
+    kernel of its own before and behind them costs less (benchmarks/gpu/decode_layer.py), and on an
+    H200 it always does."""
+    return 0 if has_fast_memory(device) else _FEW_FP8_TOKENS
+
+
 def fp8_tile_for(
-    num_tokens: int, out_features: int, in_features: int, *, gated: bool
+    num_tokens: int, out_features: int, in_features: int, *, gated: bool, device: torch.device
 ) -> LinearTile:
     """What measured fastest on an H100 for weights of 8 bits (benchmarks/gpu/fp8_linear.py)."""
+    is_few = num_tokens <= few_fp8_tokens(device)
     if gated or out_features >= _MANY_ROWS:
-        return LinearTile(inner=256, num_stages=4 if num_tokens <= FEW_FP8_TOKENS else 3)
+        return LinearTile(inner=256, num_stages=4 if is_few else 3)
     splits = 2 if out_features <= in_features else 1
-    if num_tokens <= FEW_FP8_TOKENS:
+    if is_few:
         return LinearTile(inner=256, splits=splits)
     return LinearTile(splits=splits)

@@ -21,8 +21,11 @@ pytestmark = pytest.mark.skipif(
 HIDDEN, INTERMEDIATE, QKV = 4096, 14336, 6144
 EPS = 1e-5
 # Sums of another order round some numbers to their other neighbours in 8 bits, and more and more
-# behind them; by themselves, such roundings are an error of 2.6e-2.
+# behind them; by themselves, such roundings are an error of 2.6e-2. Once the largest element's
+# neighbour makes a token's scale, all of it is rounded anew, which is an error of 2e-2 that few
+# tokens don't average out.
 ADDED_ERROR, QKV_ERROR = 2e-2, 4e-2
+FEW_TOKENS, FEW_TOKENS_ERRORS = 8, (4e-2, 8e-2)
 NUM_LAYERS, NUM_REPLAYS = 3, 20
 
 
@@ -53,6 +56,8 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.
     """Fewer tokens, too, than the card may take it for."""
     monkeypatch.setattr(layer_shapes, "least_tokens", lambda _: 1)
     torch.manual_seed(0)
+    few = num_tokens <= FEW_TOKENS
+    added_error, qkv_error = FEW_TOKENS_ERRORS if few else (ADDED_ERROR, QKV_ERROR)
     weights, following = random_layer(dtype)
     assert joins_products(weights, following, num_tokens, dtype)
     for given in (following, None, following):
@@ -61,10 +66,10 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.
         stream, wanted = start.clone(), start.clone()
         qkv = joined_products(attended, stream, weights, given, EPS)
         wanted_qkv = joined_products_reference(attended, wanted, weights, given, EPS)
-        assert relative_error(stream - start, wanted - start) < ADDED_ERROR
+        assert relative_error(stream - start, wanted - start) < added_error
         assert (qkv is None) == (wanted_qkv is None) == (given is None)
         if qkv is not None and wanted_qkv is not None:
-            assert relative_error(qkv, wanted_qkv) < QKV_ERROR
+            assert relative_error(qkv, wanted_qkv) < qkv_error
 
 
 @pytest.mark.parametrize("num_tokens", [16, 64])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.gpu.cards import memory_gb_per_s, num_multiprocessors, shares_multiprocessors
+from kernels.gpu.cards import has_fast_memory, num_multiprocessors, shares_multiprocessors
 from kernels.gpu.hopper.support import is_hopper
 from kernels.layer import ACTIVATION_BLOCK, LayerWeights, NextWeights
 
@@ -23,12 +23,10 @@ _NARROW, _QKV = (32,), (32, 64)
 _LEAST_USED = 0.7
 # By the most tokens: stages of weights and of tokens, as shared memory has room for them.
 _STAGES = {16: (8, 8), 32: (8, 4), 64: (6, 3)}
-# On an H100 it's no faster for fewer tokens. The faster a card reads, the more of a layer's time is
-# what kernels of their own begin and end with, and the more is to be asked for at a time: memory of
-# an H200 counts as fast (benchmarks/gpu/decode_layer.py).
+# For fewer tokens it's no faster on an H100; on an H200 it is, and more is to be asked for at a
+# time (benchmarks/gpu/decode_layer.py).
 _LEAST_TOKENS, _ASKED = 9, 3
 _FAST_LEAST_TOKENS, _FAST_ASKED = 1, 4
-_FAST_MEMORY_GB_PER_S = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +65,12 @@ def tile_for(
 
 def least_tokens(device: torch.device) -> int:
     """From which on layers are taken whole."""
-    return _FAST_LEAST_TOKENS if _has_fast_memory(device) else _LEAST_TOKENS
+    return _FAST_LEAST_TOKENS if has_fast_memory(device) else _LEAST_TOKENS
 
 
 def stages_asked(device: torch.device) -> int:
     """`LayerTile.asked`."""
-    return _FAST_ASKED if _has_fast_memory(device) else _ASKED
-
-
-def _has_fast_memory(device: torch.device) -> bool:
-    return memory_gb_per_s(device) > _FAST_MEMORY_GB_PER_S
+    return _FAST_ASKED if has_fast_memory(device) else _ASKED
 
 
 @functools.cache

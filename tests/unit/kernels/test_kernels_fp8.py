@@ -15,7 +15,7 @@ from kernels.fp8 import (
     quantize_weight,
 )
 from kernels.fp8_linear import Fp8Linear, fp8_linear, fp8_linear_reference
-from kernels.gpu import activation, fp8, linear, norm
+from kernels.gpu import activation, fp8, linear, linear_tiles, norm
 from kernels.gpu import fp8_linear as fp8_dispatch
 from kernels.gpu.linear_tiles import LinearTile
 from kernels.norm import add_rms_norm_fp8, add_rms_norm_fp8_reference, add_rms_norm_reference
@@ -231,6 +231,23 @@ class TestLinear:
             tile=tile,
         )
         return out.cpu()
+
+
+@needs_triton
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_few_tokens_are_quantized_apart_where_memory_is_fast(
+    monkeypatch: pytest.MonkeyPatch, *, is_fast: bool
+) -> None:
+    """With a scale for each token, not for each tile of it."""
+    monkeypatch.setattr(linear_tiles, "has_fast_memory", lambda _: is_fast)
+    x, weight = torch.randn(3, 512).to(DEVICE), quantize_rows(torch.randn(32, 512).to(DEVICE))
+    # One tile's numbers are much larger than another's.
+    x[:, 256:] *= 100
+    packed = Fp8Linear(weight, None, None)
+    actual = fp8_dispatch.fp8_linear(x, packed, dtype=torch.float32)
+    apart = fp8_dispatch.fp8_linear(quantize_rows(x), packed, dtype=torch.float32)
+    assert torch.equal(actual, apart) == is_fast
+    assert fp8_dispatch.gates_at_once(x) != is_fast
 
 
 @needs_triton

@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 def _an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_shapes, "is_hopper", lambda _: True)
     monkeypatch.setattr(layer_shapes, "num_multiprocessors", lambda _: 132)
-    monkeypatch.setattr(layer_shapes, "memory_gb_per_s", lambda _: 3350.0)
+    monkeypatch.setattr(layer_shapes, "has_fast_memory", lambda _: False)
     monkeypatch.setattr(layer_shapes, "shares_multiprocessors", lambda: False)
 
 
@@ -57,7 +57,7 @@ def test_fewer_tokens_where_memory_is_faster(
     monkeypatch: pytest.MonkeyPatch, num_tokens: int
 ) -> None:
     h100 = tile_for(*layer(), MAX_TOKENS, BF16)
-    monkeypatch.setattr(layer_shapes, "memory_gb_per_s", lambda _: 4810.0)
+    monkeypatch.setattr(layer_shapes, "has_fast_memory", lambda _: True)
     h200 = tile_for(*layer(), num_tokens, BF16)
     assert h100 is not None
     assert h200 is not None
