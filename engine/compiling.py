@@ -1,4 +1,4 @@
-"""Compiles the kernels that an engine's start will launch: on all cores, before the first of them.
+"""Compiles the kernels that an engine will launch: on all cores, before its start runs the first.
 
 One by one, as they come, they are most of the time until a worker whose cache is empty is ready. So
 the start's steps are gone through once without running a kernel. Operations of torch's do run in
@@ -21,6 +21,9 @@ from engine.runner import ModelRunner
 from kernels.choice import CHUNK, Filters, choose_tokens
 from kernels.sampling import penalize, rule_out
 from protocol.layout import KVLayout
+
+# For so many tokens at most, kernels have tiles of their own.
+_FEW_TOKENS = (16, 32, 64)
 
 
 def compile_kernels(
@@ -61,22 +64,22 @@ def _launch_all(model: CausalLM, layout: KVLayout, config: EngineConfig) -> None
     )
     limits = {"block_size": layout.block_size, "max_tokens": max_model_len}
     # Steps that no graph is captured for may have the tiles of any number of tokens.
-    steps = prompt_steps(token_counts(), **limits)
+    steps = prompt_steps((*_FEW_TOKENS, *token_counts()), **limits)
     for plan in chain([largest], warm_up_steps(**limits, is_gpu=True), steps):
         runner.launch(plan)
         for item in plan.scheduled:
             runner.release(item.sequence)
     _choose(model)
     DeviceBlocks(kv_pool)
-    if not config.enforce_eager:
-        shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens)
-        prompts = PromptGraphs(model, kv_pool, shapes)
-        for shape in shapes:
-            prompts.launch(*shape)
-        sizes = graph_sizes(config.max_num_seqs)
-        decodes = DecodeGraphs(model, kv_pool, sizes)
-        for size in sizes:
-            decodes.launch(size)
+    # Where no graph is captured, too, since such steps then launch these kernels one by one.
+    shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens)
+    prompts = PromptGraphs(model, kv_pool, shapes)
+    for shape in shapes:
+        prompts.launch(*shape)
+    sizes = sorted({*graph_sizes(config.max_num_seqs), *_FEW_TOKENS})
+    decodes = DecodeGraphs(model, kv_pool, sizes)
+    for size in sizes:
+        decodes.launch(size)
 
 
 def _choose(model: CausalLM) -> None:

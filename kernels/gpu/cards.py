@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 _HOPPER = 9
-_FAST_BYTES_PER_S = 4e12
+_FAST_BYTES_PER_S = 4.5e12
 _MPS_VARIABLE, _MPS_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108
 
 
@@ -24,8 +24,8 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def has_fast_memory(device: torch.device) -> bool:
-    """Whether the memory's clock and bus would give 4 TB/s: an H200's give 4.8, an H100's 3.35. The
-    faster a card reads, the more of a product's time is what its programs do beside reading."""
+    """Whether the memory's clock and bus would give 4.5 TB/s: an H200's give 4.8, an H100's 3.35.
+    The faster a card reads, the more of a product's time is what its programs do beside that."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)

@@ -85,8 +85,8 @@ def _library_adds(x: Tensor | Fp8Rows, packed: Fp8Linear, residual: Tensor) -> b
 
 
 def _input(x: Tensor | Fp8Rows, packed: Fp8Linear) -> Tensor | Fp8Rows:
-    """What our kernel takes: for more tokens, quantizing in each program costs more than a kernel
-    of its own."""
+    """What our kernel takes: for more than a few tokens, quantizing in each program costs more than
+    a kernel of its own."""
     is_quantized_on_the_way = _are_few(x) and packed.input_scale is None
     return x if is_quantized_on_the_way else quantized(x, packed)
 

@@ -50,9 +50,9 @@ def tile_for(num_tokens: int, out_features: int, in_features: int) -> LinearTile
 
 
 def few_fp8_tokens(device: torch.device) -> int:
-    """Up to here products of 8 bits quantize and gate on their way. With one tile of tokens more a
-    kernel of its own before and behind them costs less (benchmarks/gpu/decode_layer.py), and on an
-    H200 it always does."""
+    """Up to here products of 8 bits quantize and gate on their way. With one tile of tokens more
+    kernels of their own before and behind them cost less, and on an H200 for any number, with the
+    tiles of more tokens, too (benchmarks/gpu/decode_layer.py)."""
     return 0 if has_fast_memory(device) else _FEW_FP8_TOKENS
 
 

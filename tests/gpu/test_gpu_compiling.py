@@ -38,7 +38,7 @@ engine.profiling.compile_kernels = compile_and_count
 quantization = None if sys.argv[2] == "none" else sys.argv[2]
 llm = LLM(
     sys.argv[1], dtype="bfloat16", quantization=quantization, kv_cache_dtype=sys.argv[3],
-    gpu_memory_utilization=0.1, load_format=sys.argv[4],
+    gpu_memory_utilization=0.1, load_format=sys.argv[4], enforce_eager=sys.argv[5:] == ["eager"],
 )
 print("later", *(name for name, _ in events))
 events.clear()
@@ -64,9 +64,9 @@ print("serving", *(name for name, _ in events))
 """
 
 
-def start(model_dir: Path, cache: Path, *formats: str) -> list[list[str]]:
+def start(model_dir: Path, cache: Path, *arguments: str) -> list[list[str]]:
     """What each line of the script says."""
-    command = [sys.executable, "-c", SCRIPT, str(model_dir), *formats]
+    command = [sys.executable, "-c", SCRIPT, str(model_dir), *arguments]
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path}
@@ -81,14 +81,29 @@ def test_nothing_is_compiled_behind_the_start(
     tmp_path: Path, kind: str, formats: tuple[str, str]
 ) -> None:
     """Neither by warming up and capturing nor by requests of all kinds."""
+    check_nothing_is_compiled_behind_the_start(tmp_path, kind, *formats)
+
+
+@pytest.mark.parametrize("formats", [("none", "auto"), ("fp8", "fp8")])
+def test_nothing_is_compiled_behind_an_eager_start(
+    tmp_path: Path, formats: tuple[str, str]
+) -> None:
+    check_nothing_is_compiled_behind_the_start(tmp_path, "llama-3.1-8b", *formats, is_eager=True)
+
+
+def check_nothing_is_compiled_behind_the_start(
+    directory: Path, kind: str, *formats: str, is_eager: bool = False
+) -> None:
     if kind in TINY_MODELS:
-        model_dir, load_format = write_tiny_model(kind, tmp_path / "model"), "auto"
+        model_dir, load_format = write_tiny_model(kind, directory / "model"), "auto"
     else:
         # Its sizes have kernels of their own.
-        model_dir, load_format = write_tiny_model("llama", tmp_path / "model"), "dummy"
+        model_dir, load_format = write_tiny_model("llama", directory / "model"), "dummy"
         config = LLAMA_8B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}
         (model_dir / "config.json").write_text(json.dumps(config))
-    ahead, later, serving = start(model_dir, tmp_path / "cache", *formats, load_format)
+    options = ["eager"] if is_eager else []
+    cache = directory / "cache"
+    ahead, later, serving = start(model_dir, cache, *formats, load_format, *options)
     assert ahead[0] == "ahead"
     # Forks compile into the cache, where this process then finds what they made.
     assert sum(map(int, ahead[1:])) > 10

@@ -29,6 +29,12 @@ FEW_TOKENS, FEW_TOKENS_ERRORS = 8, (4e-2, 8e-2)
 NUM_LAYERS, NUM_REPLAYS = 3, 20
 
 
+@pytest.fixture(autouse=True)
+def _for_any_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer, too, than this card takes it for."""
+    monkeypatch.setattr(layer_shapes, "least_tokens", lambda _: 1)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
@@ -52,9 +58,7 @@ def random_layer(dtype: torch.dtype) -> tuple[LayerWeights, NextWeights]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_tokens", [1, 7, 9, 16, 17, 31, 32, 33, 64])
-def test_a_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.dtype) -> None:
-    """Fewer tokens, too, than the card may take it for."""
-    monkeypatch.setattr(layer_shapes, "least_tokens", lambda _: 1)
+def test_a_layer(num_tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     few = num_tokens <= FEW_TOKENS
     added_error, qkv_error = FEW_TOKENS_ERRORS if few else (ADDED_ERROR, QKV_ERROR)
@@ -72,7 +76,7 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch, num_tokens: int, dtype: torch.
             assert relative_error(qkv, wanted_qkv) < qkv_error
 
 
-@pytest.mark.parametrize("num_tokens", [16, 64])
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 64])
 def test_in_a_graph_each_replay_is_the_same(num_tokens: int) -> None:
     """Nobody adds parts up, so sums have one order; and counters are left as they were found."""
     torch.manual_seed(0)
@@ -103,7 +107,7 @@ def test_in_a_graph_each_replay_is_the_same(num_tokens: int) -> None:
         assert torch.equal(qkv, wanted_qkv)
 
 
-@pytest.mark.parametrize("num_tokens", [9, 64])
+@pytest.mark.parametrize("num_tokens", [1, 7, 9, 64])
 def test_behind_one_another_as_with_a_pause_between(num_tokens: int) -> None:
     """The next kernel starts beside the end of the one before, which has the same counters."""
     torch.manual_seed(0)

@@ -64,12 +64,12 @@ def tile_for(
 
 
 def least_tokens(device: torch.device) -> int:
-    """From which on layers are taken whole."""
+    """The fewest whose layers are taken whole."""
     return _FAST_LEAST_TOKENS if has_fast_memory(device) else _LEAST_TOKENS
 
 
 def stages_asked(device: torch.device) -> int:
-    """`LayerTile.asked`."""
+    """`LayerTile.asked` for this card."""
     return _FAST_ASKED if has_fast_memory(device) else _ASKED
 
 
