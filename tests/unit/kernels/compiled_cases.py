@@ -4,6 +4,7 @@ made up."""
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -72,10 +73,12 @@ def memory_of(kernel: Any) -> list[Any]:
     return list(kernel.device_caches[0][0].values())
 
 
-def fresh(kernel: Any) -> Any:
-    """That has nothing in memory."""
-    return JITFunction(
+def renew(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
+    """The module's kernel of this name has nothing in memory."""
+    kernel = getattr(module, name)
+    renewed = JITFunction(
         kernel.fn,
         do_not_specialize=kernel.do_not_specialize,
         do_not_specialize_on_alignment=kernel.do_not_specialize_on_alignment,
     )
+    monkeypatch.setattr(module, name, renewed)

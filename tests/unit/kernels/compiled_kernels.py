@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 from attention_cases import make_batch
-from compiled_cases import Log, fresh, kernel_log, memory_of  # noqa: F401  (a fixture)
+from compiled_cases import Log, kernel_log, memory_of, renew  # noqa: F401  (a fixture)
 from triton.compiler import CompiledKernel
 
 from kernels.gpu import block_copy
@@ -26,6 +26,14 @@ from kernels.gpu.launching import compile_ahead
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.kv_format import KVScales
 
+OPTIONS: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
+
+
+# Ada, Hopper, and Blackwell for datacenters and for desks.
+@pytest.fixture(params=[89, 90, 100, 120])
+def card(request: pytest.FixtureRequest, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver.active, "arch", request.param)
+
 
 def test_other_batches_make_no_other_kernel(log: Log) -> None:
     """A step with prompts would stand still for seconds until one is compiled."""
@@ -37,7 +45,7 @@ def test_other_batches_make_no_other_kernel(log: Log) -> None:
             batch = replace(make_batch([(1, 9), (1, 9)], 16), max_kv_len=1 << 14)
             batch = replace(batch, block_tables=torch.zeros(2, width, dtype=torch.int32))
             for attend in (decode_attention, prefill_attention):
-                attend(q, pool, 0, batch, scale=1.0, sliding_window=None, softcap=None)
+                attend(q, pool, 0, batch, **OPTIONS)
         for num_seqs in (1, 3, 16, 30):
             batch = make_batch([(1, 9)] * num_seqs, 16)
             # An address that is no multiple of 16.
@@ -56,7 +64,7 @@ def test_other_numbers_of_tokens_make_no_other_kernel(
 ) -> None:
     names = ["_rope_and_store_kv_kernel", "_rotated_fp8_kernel"]
     for name in names:
-        monkeypatch.setattr(rope_module, name, fresh(getattr(rope_module, name)))
+        renew(monkeypatch, rope_module, name)
     pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=torch.float8_e4m3fn)
     cos_sin = torch.zeros(32, 128)
 
@@ -76,7 +84,7 @@ def test_other_numbers_of_blocks_make_no_other_kernel(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "_copy_blocks_kernel"
-    monkeypatch.setattr(block_copy, name, fresh(block_copy._copy_blocks_kernel))
+    renew(monkeypatch, block_copy, name)
     pool = torch.zeros(8, 64, dtype=torch.uint8)
 
     def launch_all() -> None:
@@ -89,13 +97,11 @@ def test_other_numbers_of_blocks_make_no_other_kernel(
     assert log.names("forked", "here") == [name]
 
 
-# Ada, Hopper, and Blackwell for datacenters and for desks.
-@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+@pytest.mark.usefixtures("card")
 def test_decode_attention_compiles_for_cards_and_groups(
-    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int
+    log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
-    monkeypatch.setattr(decode_module, "_decode_kernel", fresh(decode_module._decode_kernel))
+    renew(monkeypatch, decode_module, "_decode_kernel")
 
     def launch_all() -> None:
         # A group that fits in the fewest columns, and one that fills as many again; one sequence
@@ -105,28 +111,23 @@ def test_decode_attention_compiles_for_cards_and_groups(
             for dtype in (torch.bfloat16, torch.float8_e4m3fn):
                 pool = torch.zeros(4, 1, 2, 2, 16, 128, dtype=dtype)
                 batch = make_batch([(1, 9)] * num_seqs, 16)
-                options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
-                decode_attention(q, pool, 0, batch, **options)
+                decode_attention(q, pool, 0, batch, **OPTIONS)
 
     compile_ahead(launch_all, progress=False)
     assert all(isinstance(each, CompiledKernel) for each in memory_of(decode_module._decode_kernel))
     assert log.names("forked", "here").count("_decode_kernel") == 6
 
 
-@pytest.mark.parametrize("arch", [89, 90, 100, 120])
-def test_prompts_over_contexts_in_parts_compile_for_cards(
-    log: Log, monkeypatch: pytest.MonkeyPatch, arch: int
-) -> None:
+@pytest.mark.usefixtures("card")
+def test_prompts_over_contexts_in_parts_compile_for_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """And any step asks for both kinds, though a card may have too few programs for parts of it."""
-    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
-    monkeypatch.setattr(prefill_module, "_prefill_kernel", fresh(prefill_module._prefill_kernel))
+    renew(monkeypatch, prefill_module, "_prefill_kernel")
 
     def launch_all() -> None:
         for head_dim in (128, 256):
             q = torch.zeros(3, 8, head_dim, dtype=torch.bfloat16)
             pool = torch.zeros(4, 1, 2, 2, 16, head_dim, dtype=torch.float8_e4m3fn)
-            options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
-            prefill_attention(q, pool, 0, make_batch([(3, 9)], 16), **options)
+            prefill_attention(q, pool, 0, make_batch([(3, 9)], 16), **OPTIONS)
 
     compile_ahead(launch_all, progress=False)
     compiled = memory_of(prefill_module._prefill_kernel)
@@ -134,7 +135,7 @@ def test_prompts_over_contexts_in_parts_compile_for_cards(
     assert all(isinstance(each, CompiledKernel) for each in compiled)
 
 
-@pytest.mark.parametrize("arch", [89, 90, 100, 120])
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "kv_dtype"),
     [
@@ -144,17 +145,11 @@ def test_prompts_over_contexts_in_parts_compile_for_cards(
     ],
 )
 def test_turning_compiles_for_cards_and_heads(
-    log: Log,
-    monkeypatch: pytest.MonkeyPatch,
-    arch: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
     """And what is too large for 8 bits is left to their instructions, which see to it."""
     for module in (rope_module, decode_module):
         monkeypatch.setattr(module, "bound_of", lambda *_: None)
-    monkeypatch.setattr(triton.runtime.driver.active, "arch", arch)
     kernels = (
         (decode_module, "_decode_kernel"),
         (rope_module, "_rope_and_store_kv_kernel"),
@@ -162,7 +157,7 @@ def test_turning_compiles_for_cards_and_heads(
         (widened_module, "_widen_blocks_kernel"),
     )
     for module, name in kernels:
-        monkeypatch.setattr(module, name, fresh(getattr(module, name)))
+        renew(monkeypatch, module, name)
 
     def launch_all() -> None:
         q = torch.zeros(3, 8, head_dim, dtype=dtype)
@@ -172,8 +167,7 @@ def test_turning_compiles_for_cards_and_heads(
         rope_module.rope_and_store_kv(q, k, v, cos_sin, batch, pool, 0)
         rope_module.rotated_fp8(q, cos_sin, batch.positions)
         new = NewTokens(k, v, cos_sin, KVScales())
-        options: dict[str, Any] = {"scale": 1.0, "sliding_window": None, "softcap": None}
-        decode_attention(q, pool, 0, batch, new=new, **options)
+        decode_attention(q, pool, 0, batch, new=new, **OPTIONS)
         if dtype.itemsize == 2:
             widened_module.widen_blocks(pool, 0, batch, dtype, turns_back=True)
 
