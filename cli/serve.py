@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from cli.announce import Announcer
 from cli.declarations import SERVE
+from cli.gpus import describe, find_gpus, place
 from cli.listen import bind_listeners, bound_port, reachable_host
 from cli.mps import start_mps
 from cli.redis_server import answers, find_redis_server, redis_socket_url
@@ -72,7 +73,12 @@ async def _serve(
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
     shares_at_once = settings.config(StackConfig).gpu_sharing == "mps"
     environ = start_mps(runtime.mps) if shares_at_once else {}
-    services += worker_services(settings, endpoints, workers, worker_ids, environ)
+    announcer = Announcer(json_lines=router.log_format == "json")
+    gpus = [] if settings.config(EngineConfig).device == "cpu" else find_gpus(os.environ)
+    places = place(names, gpus)
+    if (told := describe(places, gpus)) is not None:
+        announcer.say("placed", told)
+    services += worker_services(settings, endpoints, workers, worker_ids, places, environ)
     services += router_services(settings, endpoints, listeners)
     model = router.served_model_name or (model_name(router.model),)
     stack = RunningStack(
@@ -82,7 +88,7 @@ async def _serve(
         workers=workers,
         worker_ids=worker_ids,
         runtime=runtime,
-        announcer=Announcer(json_lines=router.log_format == "json"),
+        announcer=announcer,
     )
     try:
         start_timeout_s = settings.config(StackConfig).start_timeout_s

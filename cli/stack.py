@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli.child import ChildSpec
 from cli.declarations import DECODE, ENCODE, PREFILL, ROUTER
-from cli.gpu_memory import gpu_memory_share
+from cli.gpus import GpuPlace
 from cli.mps import mps_share
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
@@ -62,10 +62,11 @@ def worker_services(
     endpoints: Endpoints,
     workers: RegisteredWorkers,
     worker_ids: Mapping[str, str],
+    places: Mapping[str, GpuPlace],
     environ: Mapping[str, str],
 ) -> Iterator[Service]:
-    """The workers, with `environ` beside ours; `worker_ids` gives their process names' ids in
-    Redis, see `worker_names`."""
+    """The workers, with `environ` beside ours; `worker_ids` and `places` give their process names'
+    ids in Redis, see `worker_names`, and GPUs."""
     engine = settings.config(EngineConfig)
     num_workers = len(worker_ids)
     cores = usable_cores()
@@ -76,17 +77,18 @@ def worker_services(
         environ=os.environ,
     )
     gpu_share = engine.gpu_memory_utilization
-    if "gpu_memory_utilization" not in settings.explicit:
-        gpu_share = gpu_memory_share(gpu_share, num_workers)
+    # The setting is for one worker, so a share that the operator has named stays as it is.
+    divides_gpus = "gpu_memory_utilization" not in settings.explicit
     for name, worker_id in worker_ids.items():
         command = _WORKERS[name.partition("-")[0]]
+        place = places[name]
         fixed = {
             "worker_id": worker_id,
             "redis_url": endpoints.redis_url,
             "num_threads": num_threads,
-            "gpu_memory_utilization": gpu_share,
+            "gpu_memory_utilization": place.memory_share(gpu_share) if divides_gpus else gpu_share,
         }
-        own_environ = threads_environ | dict(environ)
+        own_environ = threads_environ | place.environ | dict(environ)
         if command is PREFILL and environ:
             own_environ |= mps_share(settings.config(StackConfig).mps_prefill_percentage)
         spec = _spec(settings, command, name, fixed, own_environ)

@@ -36,14 +36,26 @@ class BlockCopier:
         self.stream = torch.cuda.Stream(device, priority=-1)
 
     def start(
-        self, source: Tensor, source_ids: BlockIds, target: Tensor, target_ids: BlockIds
+        self,
+        source: Tensor,
+        source_ids: BlockIds,
+        target: Tensor,
+        target_ids: BlockIds,
+        *,
+        max_programs: int | None = None,
     ) -> BlockCopy:
         """`target[target_ids[i]] = source[source_ids[i]]`; both uint8 [num_blocks, block_bytes]."""
         ids = torch.from_numpy(np.concatenate((source_ids, target_ids)).view(np.int32))
         with torch.cuda.stream(self.stream):
             # Pageable, and small: the driver has read it when this returns.
             index = ids.to(target.device, non_blocking=True)
-            copy_blocks(source, index[: len(source_ids)], target, index[len(source_ids) :])
+            copy_blocks(
+                source,
+                index[: len(source_ids)],
+                target,
+                index[len(source_ids) :],
+                max_programs=max_programs,
+            )
             done = torch.cuda.Event(blocking=True)
             done.record()
         return BlockCopy(done)

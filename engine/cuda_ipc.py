@@ -1,4 +1,5 @@
-"""Memory of one process of a CUDA device, mapped into another process on the same device.
+"""Memory of one process of a CUDA device, mapped into another process of the same host: on the same
+device, or on one that reaches it as a peer (NVLink), whether or not either process sees both.
 
 By the driver's own calls, since torch shares tensors only together with files that count users.
 The driver keeps exported memory until the last mapping is gone, also if its owner dies first.

@@ -56,7 +56,7 @@ class DeviceBlocks:
         self._copier.start(rows, _in_order(ids), self._bytes, ids).wait()
 
     def export(self) -> bytes:
-        """For `map` in another process on this device. Raises OSError if it can't be shared."""
+        """For `map` in another process of this host. Raises OSError if it can't be shared."""
         return export_blocks(self._bytes)
 
     def map(self, exported: bytes) -> PeerBlocks:

@@ -1,4 +1,5 @@
-"""Another worker's pool on the same card, mapped here and read by our own kernel.
+"""Another worker's pool on this host, mapped here and read by our own kernel: on the same card, or
+on another over NVLink.
 
 Exported as the card's UUID, the handle of the pool's allocation, the pool's offset in it and its
 size in blocks. The owner reads and writes on as it likes; only ready blocks should be asked for.
@@ -16,6 +17,8 @@ from engine.block_copier import BlockCopier, BlockCopy, BlockIds
 
 _EXPORTED = struct.Struct("=16s64sQQQ")
 _TRIAL_BYTES = 64 << 20
+# So many saturate the link to another card; decode steps have the rest of the multiprocessors.
+_PROGRAMS_OVER_A_LINK = 66
 
 
 def export_blocks(blocks: Tensor) -> bytes:
@@ -29,13 +32,11 @@ class PeerBlocks:
     """Copies from the peer's blocks to those of `pool`, uint8 [num_blocks, block_bytes]."""
 
     def __init__(self, exported: bytes, pool: Tensor, copier: BlockCopier) -> None:
-        """Raises OSError if the peer's pool is on another card, can't be mapped, or isn't all in
-        the memory that the mapping has."""
+        """The peer must be a process of this host. Raises OSError if its pool can't be mapped, as
+        on a card out of this one's reach, or isn't all in the memory that the mapping has."""
         if len(exported) != _EXPORTED.size:
             raise OSError(f"{len(exported)} bytes describe no pool")
         uuid, handle, offset, self.num_blocks, block_bytes = _EXPORTED.unpack(exported)
-        if uuid != _uuid(pool.device):
-            raise OSError("it is on another device")
         if block_bytes != pool.shape[1]:
             raise OSError(f"its blocks have {block_bytes} bytes, ours {pool.shape[1]}")
         _make_current(pool.device)
@@ -52,10 +53,12 @@ class PeerBlocks:
         self._blocks = torch.as_tensor(memory, device=pool.device).view(-1, block_bytes)
         self._pool = pool
         self._copier = copier
+        is_here = uuid == _uuid(pool.device)
+        self._max_programs = None if is_here else _PROGRAMS_OVER_A_LINK
 
     def start_copy(self, source_ids: BlockIds, target_ids: BlockIds) -> BlockCopy:
         """From the peer's blocks to ours; ids must be within the pools."""
-        return self._copier.start(self._blocks, source_ids, self._pool, target_ids)
+        return self._start(source_ids, self._pool, target_ids)
 
     def start_trial(self, num_blocks: int) -> BlockCopy:
         """Copies the peer's first blocks to memory that is thrown away, to see how fast it is."""
@@ -66,12 +69,17 @@ class PeerBlocks:
                 (num_scratch, block_bytes), dtype=torch.uint8, device=self._pool.device
             )
         ids = np.arange(num_blocks, dtype=np.uint32)
-        return self._copier.start(self._blocks, ids, scratch, ids % num_scratch)
+        return self._start(ids, scratch, ids % num_scratch)
 
     def close(self) -> None:
         """All copies must be done."""
         del self._blocks
         cuda_ipc.unmap_memory(self._base)
+
+    def _start(self, source_ids: BlockIds, target: Tensor, target_ids: BlockIds) -> BlockCopy:
+        return self._copier.start(
+            self._blocks, source_ids, target, target_ids, max_programs=self._max_programs
+        )
 
 
 class _MappedMemory:

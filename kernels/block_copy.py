@@ -6,11 +6,20 @@ from torch import Tensor
 _VECTOR_BYTES = 16
 
 
-def copy_blocks(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: Tensor) -> None:
+def copy_blocks(
+    source: Tensor,
+    source_ids: Tensor,
+    target: Tensor,
+    target_ids: Tensor,
+    *,
+    max_programs: int | None = None,
+) -> None:
     """`target[target_ids[i]] = source[source_ids[i]]` for every i.
 
-    `source` and `target` are uint8 [any number of blocks, block_bytes], contiguous, on one device;
-    the ids are integers [num_copies] there, within their pools and without a target twice.
+    `source` and `target` are uint8 [any number of blocks, block_bytes], contiguous, within one
+    device's reach; the ids are integers [num_copies] there, within their pools and without a target
+    twice. No more than `max_programs` run at once: where a link binds, more would keep others' off
+    the device.
     """
     if source.shape[1] != target.shape[1] or source_ids.shape != target_ids.shape:
         raise ValueError(
@@ -20,7 +29,7 @@ def copy_blocks(source: Tensor, source_ids: Tensor, target: Tensor, target_ids: 
     if source.is_cuda and _is_aligned(source) and _is_aligned(target):
         from kernels.gpu import block_copy as gpu
 
-        gpu.copy_blocks(source, source_ids, target, target_ids)
+        gpu.copy_blocks(source, source_ids, target, target_ids, max_programs=max_programs)
     else:
         copy_blocks_reference(source, source_ids, target, target_ids)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kvtransfer.buffer import Buffer
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import DirectionCounters, PeerCounters
+from kvtransfer.host import is_same_host
 from kvtransfer.inbox import Inbox
 from kvtransfer.outgoing import WriteSender, WriteTarget
 from kvtransfer.pool_offer import PoolOffer
@@ -182,7 +183,9 @@ class Connection:
                 self._probe.on_done(message)
 
     def _map_pool(self, exported: bytes) -> None:
-        if self._reader is None and self._config.read_peers_pools:
+        # A handle of another host's memory says nothing here.
+        is_near = is_same_host(self._ours.host, self._theirs.host)
+        if self._reader is None and self._config.read_peers_pools and is_near:
             pool = self._region.map(exported)
             self._reader = None if pool is None else PoolReader(pool)
         self.reply(PoolMapped(self._reader is not None))

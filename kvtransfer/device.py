@@ -7,9 +7,9 @@ memory, and only this process copies from there into blocks, while the write's f
 keeps the promise of host memory (no late write can land in the pool) for one more copy on the
 device.
 
-Where both processes are on *one* device, the receiver maps the sender's pool and reads it with a
-kernel of its own, from blocks to blocks: no staging, no message but the announcement, and again
-nobody else writes into the pool.
+Where both processes are on *one* device, or on two that reach each other's memory (NVLink), the
+receiver maps the sender's pool and reads it with a kernel of its own, from blocks to blocks: no
+staging, no message but the announcement, and again nobody else writes into the pool.
 """
 
 import logging
@@ -40,7 +40,7 @@ class DeviceBlocks(Protocol):
         ...
 
     def export(self) -> bytes:
-        """For `map` in another process on this device. Raises OSError if it can't be shared."""
+        """For `map` in another process of this host. Raises OSError if it can't be shared."""
         ...
 
     def map(self, exported: bytes) -> PeerPool:

@@ -5,10 +5,10 @@
 
 Every figure is acknowledged by the receiver, all copies included, in 10⁹ bytes a second.
 "contiguous" goes from the pool as it lies, "scattered" from random to random blocks. "read": the
-receiver maps the sender's pool and copies, as workers on one card do. "put": UCX messages from
-staging memory to staging memory, as between cards. Beside them: what gathering and scattering
-alone reach, and a plain copy on the device. With the receiver on another card there is nothing to
-read, and a plain copy to that card is the limit.
+receiver maps the sender's pool and copies, as workers of one host do. "put": UCX messages from
+staging memory to staging memory, as between hosts. Beside them: what gathering and scattering
+alone reach, and a plain copy on the device; with the receiver on another card, one to that card,
+which is the limit.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Case:
         return generator.sample(pool, self.num_blocks), generator.sample(pool, self.num_blocks)
 
 
-def cases(receiver_card: int) -> list[Case]:
+def cases() -> list[Case]:
     # A 16-token block of Llama-3.1-8B has 2 MiB in bfloat16, one of SmolLM2-135M 360 KiB.
     reads = [
         Case("read", layout, block_bytes, 64 * MIB)
@@ -91,7 +91,7 @@ def cases(receiver_card: int) -> list[Case]:
     ]
     small = Case("read", "contiguous", 2 * MIB, 64 * MIB, write_bytes=2 * MIB)
     puts.append(Case("put", "scattered", 256 * KIB, 64 * MIB))
-    return puts if receiver_card else [*reads, small, *puts]
+    return [*reads, small, *puts]
 
 
 def open_agent(case: Case, pool: torch.Tensor, incarnation: int) -> TransferAgent:
@@ -129,7 +129,7 @@ async def receive_case(pipe: Pipe, case: Case, pool: torch.Tensor) -> bool:
 def receive_all(pipe: Pipe, card: int) -> None:
     torch.cuda.set_device(card)
     pool = torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
-    for case in cases(card):
+    for case in cases():
         pipe.send(asyncio.run(receive_case(pipe, case, pool)))
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     receiver = multiprocessing.get_context("spawn").Process(target=receive_all, args=(theirs, card))
     receiver.start()
     lines: list[dict[str, object]] = []
-    for case in cases(card):
+    for case in cases():
         seconds = sorted(asyncio.run(send_case(ours, case, pool, arguments.rounds)))
         if not ours.recv():
             raise SystemExit(f"{case}: wrong bytes arrived")

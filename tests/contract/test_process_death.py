@@ -10,17 +10,31 @@ import pytest
 import torch
 from transfer_process import BLOCK_BYTES, NUM_BLOCKS, Starter, TransferProcess
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ALL_BLOCKS = list(range(NUM_BLOCKS))
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def on_cards(name: str, *, sender: int, receiver: int) -> object:
+    """A parameter of `start`."""
+    num_missing = max(sender, receiver) + 1 - torch.cuda.device_count()
+    skip = pytest.mark.skipif(num_missing > 0, reason=f"{num_missing} CUDA devices too few")
+    memory = {"p": f"cuda:{sender}", "d": f"cuda:{receiver}"}
+    return pytest.param(memory, marks=[pytest.mark.gpu, skip], id=name)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param({"p": "host", "d": "host"}, id="host"),
+        on_cards("cuda", sender=0, receiver=0),
+        on_cards("two_cards", sender=0, receiver=1),
+    ]
+)
 def start(request: pytest.FixtureRequest) -> Iterator[Starter]:
     started: list[TransferProcess] = []
     incarnations = itertools.count(1)
 
     def start_process(worker_id: str) -> TransferProcess:
-        process = TransferProcess.start(worker_id, next(incarnations), request.param)
+        memory = request.param[worker_id]
+        process = TransferProcess.start(worker_id, next(incarnations), memory)
         started.append(process)
         return process
 

@@ -70,6 +70,15 @@ async def offer(mapped: Cluster, rude: RudePeer) -> None:
     assert await ask(rude, OfferPool(exported)) == PoolMapped(is_mapped=True)
 
 
+async def test_a_pool_of_another_host_is_declined(mapped: Cluster, receiver: Node) -> None:
+    peer = RudePeer(mapped.transport(), receiver)
+    await peer.connect(boot_id="another")
+    pool = bytearray(256 * (8 << 10))
+    exported = MappedRegion(memoryview(pool), num_blocks=256, block_bytes=8 << 10).export()
+    assert await ask(peer, OfferPool(exported)) == PoolMapped(is_mapped=False)
+    await peer.close()
+
+
 async def test_a_polite_read_works(mapped: Cluster, rude: RudePeer, receiver: Node):
     await offer(mapped, rude)
     ids = packed(*BLOCKS)

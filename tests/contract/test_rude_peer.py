@@ -38,15 +38,20 @@ class RudePeer:
         self._lane: Lane | None = None
         self.answers: asyncio.Queue[AgentMessage] = asyncio.Queue()
 
-    async def connect(self) -> None:
+    async def connect(self, *, boot_id: str | None = None) -> None:
+        """As a process of the receiver's host, or of the one that booted as `boot_id`."""
         self._transport.start(self._on_arrival)
         theirs = decode_metadata(self._receiver.agent.metadata())
+        host = theirs.host
+        if boot_id is not None:
+            host = msgspec.structs.replace(host, boot_id=boot_id)
         ours = msgspec.structs.replace(
             theirs,
             worker_id="rude",
             incarnation=SENDER_INCARNATION,
             tag_namespace=self._namespace,
             address=self._transport.address,
+            host=host,
         )
         await self._receiver.agent.connect(bytes(encode(ours)))
         self._lane = self._transport.connect(theirs.address)

@@ -57,16 +57,17 @@ class HostPool:
 
 
 class CudaPool:
-    """Blocks on the first CUDA device."""
+    """Blocks on a CUDA device."""
 
     config = DEVICE_CONFIG
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         # The processes of host memory do without torch, which takes seconds to load.
         import torch
 
         from engine.device_blocks import DeviceBlocks
 
+        torch.cuda.set_device(device)
         self._pool = torch.zeros((NUM_BLOCKS, BLOCK_BYTES), dtype=torch.uint8, device="cuda")
         self._synchronize = torch.cuda.synchronize
         self._synchronize()
@@ -87,7 +88,7 @@ class TransferWorker:
     """The child's side."""
 
     def __init__(self, worker_id: str, incarnation: int, memory: str) -> None:
-        self._pool = HostPool() if memory == "host" else CudaPool()
+        self._pool = HostPool() if memory == "host" else CudaPool(memory)
         self._agent = TransferAgent(
             self._pool.transport(),
             self._pool.region,

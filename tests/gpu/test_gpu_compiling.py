@@ -126,6 +126,8 @@ def test_answers_are_those_of_kernels_compiled_as_they_come(
     monkeypatch: pytest.MonkeyPatch,
     quantization: str | None,
 ) -> None:
+    # Steps are captured by what their launch takes, and one that is padded rounds differently.
+    monkeypatch.setattr("engine.prompt_graphs._LAUNCH_SHARE", 0.0)
     answers: list[list[list[int]]] = []
     for is_ahead in (True, False):
         if not is_ahead:

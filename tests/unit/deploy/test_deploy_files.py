@@ -43,6 +43,26 @@ def test_every_variable_is_a_setting_of_the_command_that_gets_it(services, name)
     (command,) = [c for c in WITH_SETTINGS if [c.name] == services[name]["command"]]
     known = {option.variable for group in command.groups for option in group.options()}
     assert services[name]["environment"].keys() <= known
+    on_gpus = load("compose.cuda.yaml")["services"].get(name, {})
+    assert on_gpus.get("environment", {}).keys() <= known
+
+
+def test_two_workers_fit_on_one_gpu_by_default():
+    services = load("compose.cuda.yaml")["services"]
+    share = sum(
+        float(defaulted(services[name]["environment"]["TANDEM_GPU_MEMORY_UTILIZATION"]))
+        for name in ("prefill", "decode")
+    )
+    assert share == pytest.approx(0.9)
+    for name in WORKERS:
+        (gpu,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert [*map(defaulted, gpu["device_ids"])] == ["0"]
+        assert gpu["capabilities"] == ["gpu"]
+
+
+def defaulted(value: str) -> str:
+    """What compose makes of `${VARIABLE:-default}` where the variable isn't set."""
+    return value.removeprefix("${").removesuffix("}").partition(":-")[2]
 
 
 def test_whatever_is_needed_is_a_service_with_a_health_check(services):

@@ -183,12 +183,19 @@ def test_linear(
     close(stream, (x.double() @ weight.double().T + residual.double()).to(dtype))
 
 
+@pytest.mark.parametrize("max_programs", [None, 3])
 @pytest.mark.parametrize("block_bytes", [16, 48, 1040, 4096 * 4, 4096 * 4 + 16])
-def test_copy_blocks(block_bytes):
+def test_copy_blocks(block_bytes, max_programs):
     source = torch.randint(0, 256, (7, block_bytes), dtype=torch.uint8)
     expected = torch.zeros(9, block_bytes, dtype=torch.uint8)
     target = expected.to(DEVICE)
     ids = torch.tensor([[6, 0, 3, 2], [8, 5, 0, 1]], dtype=torch.int32)
     copy_blocks_reference(source, ids[0], expected, ids[1])
-    block_copy.copy_blocks(source.to(DEVICE), ids[0].to(DEVICE), target, ids[1].to(DEVICE))
+    block_copy.copy_blocks(
+        source.to(DEVICE),
+        ids[0].to(DEVICE),
+        target,
+        ids[1].to(DEVICE),
+        max_programs=max_programs,
+    )
     assert torch.equal(target.cpu(), expected)
