@@ -55,6 +55,12 @@ class EngineConfig:
         help="'fp8' quantizes an unquantized checkpoint's linear layers while loading; "
         "default: as the checkpoint is",
     )
+    quantization_ignore: tuple[str, ...] = setting(
+        (),
+        metavar="LAYER",
+        help="layers that --quantization fp8 leaves as they are, by names as in the checkpoint, or "
+        "behind 're:' by regular expressions: 're:model.layers.(0|31).mlp'",
+    )
     max_model_len: int | None = setting(
         None, minimum=1, help="longest sequence in tokens; default: the model's own limit"
     )

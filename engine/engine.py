@@ -132,7 +132,7 @@ class Engine:
             )
         model_config = (
             read_model_config(model_dir)
-            .quantized(config.quantization)
+            .quantized(config.quantization, config.quantization_ignore)
             .limited_to(config.max_model_len)
         )
         dtype = resolve_dtype(config.dtype, device, checkpoint_dtype=model_config.dtype)

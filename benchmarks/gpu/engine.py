@@ -135,10 +135,15 @@ def fill_with_noise(kv_pool: Tensor) -> None:
         piece.copy_(torch.randn(piece.shape, dtype=torch.bfloat16, device=piece.device))
 
 
-def llama_config(model_dir: Path, num_layers: int, quantization: str | None) -> ModelConfig:
+def llama_config(
+    model_dir: Path,
+    num_layers: int,
+    quantization: str | None,
+    quantization_ignore: tuple[str, ...] = (),
+) -> ModelConfig:
     """As read back from the checkpoint's configuration that this writes."""
     (model_dir / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": num_layers}))
-    return read_model_config(model_dir).quantized(quantization)
+    return read_model_config(model_dir).quantized(quantization, quantization_ignore)
 
 
 def make_engine(
@@ -146,13 +151,14 @@ def make_engine(
     num_layers: int,
     *,
     quantization: str | None,
+    quantization_ignore: tuple[str, ...] = (),
     kv_cache_dtype: str,
     max_num_batched_tokens: int = BATCHED_TOKENS,
     enable_prefix_caching: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> tuple[Engine, CausalLM]:
     """Llama-3.1-8B's shape with random weights; `options` are `EngineConfig`'s."""
-    model_config = llama_config(model_dir, num_layers, quantization)
+    model_config = llama_config(model_dir, num_layers, quantization, quantization_ignore)
     config = EngineConfig(
         model=str(model_dir),
         max_num_batched_tokens=max_num_batched_tokens,
@@ -180,6 +186,7 @@ class Bench:
         ceilings: Ceilings,
         *,
         quantization: str | None,
+        quantization_ignore: tuple[str, ...],
         one_by_one: bool,
         kv_cache_dtype: str,
         attention_backend: str,
@@ -192,6 +199,7 @@ class Bench:
             model_dir,
             num_layers,
             quantization=quantization,
+            quantization_ignore=quantization_ignore,
             kv_cache_dtype=kv_cache_dtype,
             attention_backend=attention_backend,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -313,6 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--quantization", choices=("fp8",))
+    parser.add_argument("--quantization-ignore", nargs="*", default=[], metavar="LAYER")
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--one-by-one", action="store_true", help="no step ahead of the others")
     parser.add_argument("--kv-cache-dtype", default="auto")
@@ -330,6 +339,7 @@ def main() -> None:
             args.layers,
             ceilings,
             quantization=args.quantization,
+            quantization_ignore=tuple(args.quantization_ignore),
             one_by_one=args.one_by_one,
             kv_cache_dtype=args.kv_cache_dtype,
             attention_backend=args.attention_backend,
@@ -343,6 +353,7 @@ def main() -> None:
         "card": torch.cuda.get_device_name(),
         "layers": args.layers,
         "quantization": args.quantization,
+        "quantization_ignore": args.quantization_ignore,
         "one_by_one": args.one_by_one,
         "kv_cache_dtype": args.kv_cache_dtype,
         "attention_backend": args.attention_backend,

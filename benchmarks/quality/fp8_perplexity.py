@@ -1,6 +1,7 @@
 """Perplexity of a model with and without fp8, on a text that comes with Python.
 
     python -m benchmarks.quality.fp8_perplexity [--model DIR] [--tokens 8192] [--out FILE]
+        [--quantization-ignore LAYER ...]
 
 The text is Python's language reference as the standard library carries it for `help()`
 (`pydoc_data.topics`; PSF License, https://docs.python.org/3/license.html), cut into windows that
@@ -90,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="default: the built-in one")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--quantization-ignore", nargs="*", default=[], metavar="LAYER")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default=current_commit(), help="where the machine has no git")
     args = parser.parse_args()
@@ -104,12 +106,13 @@ def main() -> None:
         "python": platform.python_version(),
         "model": model_dir.name,
         "tokens": len(windows) * (WINDOW - 1),
+        "quantization_ignore": args.quantization_ignore,
         "perplexity": {},
     }
     base = 0.0
     for name, quantization, fp8_products, fp8_kv in VARIANTS:
         model = load_model(
-            config.quantized(quantization),
+            config.quantized(quantization, args.quantization_ignore if quantization else ()),
             model_dir,
             dtype=torch.bfloat16,
             device=device,

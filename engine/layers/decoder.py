@@ -72,15 +72,15 @@ class DecoderLayer:
         self, following: "DecoderLayer | None", num_tokens: int, dtype: torch.dtype
     ) -> bool:
         """Whether `forward_joined` can stand in for `forward`, and should."""
-        weights = self._behind_attention
-        if weights is None or (following is not None and following.before_attention is None):
+        if self._behind_attention is None or self.before_attention is None:
             return False
-        return joins_products(weights, _before(following), num_tokens, dtype)
+        return joins_products(self._behind_attention, _before(following), num_tokens, dtype)
 
-    def project(self, residual: Tensor) -> Tensor:
-        """The queries, keys and values that `forward_joined` takes, of the first layer."""
-        normed, _ = self._attention.qkv.normed(None, residual, self._input_norm, self._eps)
-        return self._attention.qkv.forward(normed)
+    def project(self, output: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes what `forward` does; returns the queries, keys and values that `forward_joined`
+        takes, for layers behind those that don't join, and the residual stream."""
+        normed, residual = self._attention.qkv.normed(output, residual, self._input_norm, self._eps)
+        return self._attention.qkv.forward(normed), residual
 
     def forward_joined(
         self,
@@ -92,7 +92,7 @@ class DecoderLayer:
         following: "DecoderLayer | None",
     ) -> Tensor | None:
         """`forward` from its own queries, keys and values to those of the layer that is
-        `following`, None if there is none; outputs go to the residual stream."""
+        `following`, None if none is that joins; outputs go to the residual stream."""
         assert self._behind_attention is not None
         attended = self._attention.attend(projected, cos_sin, batch, kv_pool)
         return joined_products(

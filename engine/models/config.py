@@ -1,7 +1,7 @@
 """A model's shape and limits, read from its directory without torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from engine.models.rope_config import RopeConfig, read_rope_config
 from protocol.block_hash import BlockHash, root_hash
 from protocol.errors import StartupError
 
+_LINEAR_LAYERS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 # What transformers assumes where a config.json leaves these out.
 _ARCHITECTURE_DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -67,15 +71,22 @@ class ModelConfig:
             )
         return replace(self, max_model_len=max_model_len)
 
-    def quantized(self, method: str | None) -> "ModelConfig":
+    def quantized(self, method: str | None, ignored: Sequence[str] = ()) -> "ModelConfig":
         """The model that `--quantization` asks for; its KV is never taken for the other's.
 
-        Raises StartupError if the method doesn't fit the checkpoint.
+        `ignored` is `--quantization-ignore`. Raises StartupError if either doesn't fit the
+        checkpoint.
         """
-        quantization = requested_quantization(method, self.quantization)
+        layers = [
+            f"model.layers.{layer}.{name}"
+            for layer in range(self.num_layers)
+            for name in _LINEAR_LAYERS
+        ]
+        quantization = requested_quantization(method, ignored, self.quantization, layers=layers)
         if quantization is self.quantization:
             return self
-        fingerprint = fingerprint_variant(self.fingerprint, f"quantized while loading: {method}")
+        variant = " but ".join((f"quantized while loading: {method}", *sorted(ignored)))
+        fingerprint = fingerprint_variant(self.fingerprint, variant)
         return replace(self, quantization=quantization, fingerprint=fingerprint)
 
     def uses_long_rope(self, max_seq_len: int) -> bool:

@@ -1,6 +1,6 @@
 """A decoder of equal layers, which differ in their attention alone: all served architectures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -47,38 +47,56 @@ class DecoderModel:
         prepare(batch, kv_pool, self.config.layer_windows)
         if last is not None:
             prepare(last.batch, kv_pool, self.config.layer_windows[-1:])
-        output, residual = None, self._vocabulary.embed(token_ids)
-        if last is None and self._joins_products(residual):
-            self._forward_joined(residual, batch, kv_pool)
-            return add_rms_norm(None, residual, self._norm, self.config.rms_norm_eps)[0]
+        residual = self._vocabulary.embed(token_ids)
+        if last is None:
+            output, residual = self._forward_all(residual, batch, kv_pool)
+        else:
+            output, residual = self._forward_to_last(residual, batch, kv_pool, last)
+        return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
+
+    def _forward_all(
+        self, residual: Tensor, batch: AttentionBatch, kv_pool: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Returns what a layer's `forward` does. Where a layer joins its products they run as one
+        kernel, with the next one's if that does, too."""
+        output = projected = None
+        following = self._following(residual)
+        for layer in self.layers:
+            if layer not in following:
+                output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
+                continue
+            if projected is None:
+                projected, residual = layer.project(output, residual)
+            projected = layer.forward_joined(
+                projected, residual, self._cos_sin, batch, kv_pool, following[layer]
+            )
+            output = None
+        return output, residual
+
+    def _following(self, residual: Tensor) -> dict[DecoderLayer, DecoderLayer | None]:
+        """For each layer that joins its products the one behind it, if that is another."""
+        found: dict[DecoderLayer, DecoderLayer | None] = {}
+        following = None
+        for layer in reversed(self.layers):
+            if layer.joins_products(following, len(residual), residual.dtype):
+                found[layer] = following
+                following = layer
+            else:
+                following = None
+        return found
+
+    def _forward_to_last(
+        self, residual: Tensor, batch: AttentionBatch, kv_pool: Tensor, last: LastTokens
+    ) -> tuple[Tensor | None, Tensor]:
+        """Returns what a layer's `forward` does, of the last tokens."""
+        output = None
         *layers, last_layer = self.layers
         for layer in layers:
             output, residual = layer.forward(output, residual, self._cos_sin, batch, kv_pool)
-        if last is not None:
-            # All that anybody needs of the others now is what will be attended to.
-            residual = last_layer.store_kv(output, residual, self._cos_sin, batch, kv_pool)
-            output, residual, batch = None, residual.index_select(0, last.rows), last.batch
-        output, residual = last_layer.forward(output, residual, self._cos_sin, batch, kv_pool)
-        return add_rms_norm(output, residual, self._norm, self.config.rms_norm_eps)[0]
-
-    def _joins_products(self, residual: Tensor) -> bool:
-        """Whether each layer's products, and the next one's, run as one kernel."""
-        num_tokens, dtype = len(residual), residual.dtype
-        return all(
-            layer.joins_products(following, num_tokens, dtype)
-            for layer, following in self._with_following()
-        )
-
-    def _forward_joined(self, residual: Tensor, batch: AttentionBatch, kv_pool: Tensor) -> None:
-        projected: Tensor | None = self.layers[0].project(residual)
-        for layer, following in self._with_following():
-            assert projected is not None
-            projected = layer.forward_joined(
-                projected, residual, self._cos_sin, batch, kv_pool, following
-            )
-
-    def _with_following(self) -> Iterable[tuple[DecoderLayer, DecoderLayer | None]]:
-        return zip(self.layers, [*self.layers[1:], None], strict=True)
+        # All that anybody needs of the others now is what will be attended to.
+        residual = last_layer.store_kv(output, residual, self._cos_sin, batch, kv_pool)
+        residual = residual.index_select(0, last.rows)
+        return last_layer.forward(None, residual, self._cos_sin, last.batch, kv_pool)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._vocabulary.logits(hidden)

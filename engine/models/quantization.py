@@ -1,6 +1,7 @@
 """How a checkpoint's linear weights are stored in 8 bits, read from config.json without torch."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from protocol.errors import StartupError
 
 Activations = Literal["dynamic", "static", "none"]
 
+_PATTERN_PREFIX = "re:"
 _BLOCK = (128, 128)
 _SERVED = "served are unquantized weights, and weights in fp8 (e4m3)"
 
@@ -20,7 +22,8 @@ class Quantization:
     each token, "static" ones are the checkpoint's, with "none" inputs stay as they are. `is_stored`
     tells fp8 weights in the checkpoint from ones that are made while it's loaded. `block` is the
     part of a weight, in rows and columns, that shares a scale where scales are stored as matrices.
-    `has_fp8_kv` tells that keys and values were calibrated for 8 bits, too.
+    `has_fp8_kv` tells that keys and values were calibrated for 8 bits, too. `ignored` are layers
+    that aren't quantized while loading, by what `matches` takes.
     """
 
     method: str
@@ -28,6 +31,21 @@ class Quantization:
     is_stored: bool = True
     block: tuple[int, int] = _BLOCK
     has_fp8_kv: bool = False
+    ignored: tuple[str, ...] = ()
+
+    def is_made_for(self, names: Iterable[str]) -> bool:
+        """Whether these layers, which have one weight together, are quantized while loading."""
+        return not self.is_stored and not any(
+            matches(pattern, name) for name in names for pattern in self.ignored
+        )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer is the one of that name, or in it; behind "re:" the pattern is a regular
+    expression, which may match a part from the name's beginning, as in `compressed-tensors`."""
+    if pattern.startswith(_PATTERN_PREFIX):
+        return re.match(pattern.removeprefix(_PATTERN_PREFIX), name) is not None
+    return name == pattern or name.startswith(f"{pattern}.")
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
@@ -49,12 +67,26 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             raise _unserved(f"({method})")
 
 
-def requested_quantization(method: str | None, stored: Quantization | None) -> Quantization | None:
-    """What `--quantization` makes of a checkpoint that is `stored` so.
+def requested_quantization(
+    method: str | None,
+    ignored: Sequence[str],
+    stored: Quantization | None,
+    *,
+    layers: Sequence[str],
+) -> Quantization | None:
+    """What `--quantization` and `--quantization-ignore` make of a checkpoint that is `stored` so.
 
     As in vLLM, "fp8" quantizes unquantized weights while loading, and a quantized checkpoint takes
-    its own method's name or none. Raises StartupError for other combinations.
+    its own method's name or none. `layers` are the names that may be ignored. Raises StartupError
+    for other combinations.
     """
+    if ignored:
+        _check_ignored(ignored, layers)
+        if stored is not None or method is None:
+            raise StartupError(
+                "--quantization-ignore is for weights that --quantization fp8 quantizes while "
+                "loading."
+            )
     if method is None or (stored is not None and stored.method == method):
         return stored
     if stored is not None:
@@ -67,7 +99,22 @@ def requested_quantization(method: str | None, stored: Quantization | None) -> Q
             f"--quantization {method} needs a checkpoint that is quantized so; unquantized weights "
             "can be served in fp8 with --quantization fp8."
         )
-    return Quantization("fp8", is_stored=False)
+    return Quantization("fp8", is_stored=False, ignored=tuple(ignored))
+
+
+def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
+    for pattern in ignored:
+        try:
+            is_found = any(matches(pattern, name) for name in layers)
+        except re.error as error:
+            raise StartupError(
+                f"--quantization-ignore {pattern!r} is no pattern: {error}."
+            ) from error
+        if not is_found:
+            raise StartupError(
+                f"--quantization-ignore {pattern!r} names no linear layer; the last one's name is "
+                f"{layers[-1]}."
+            )
 
 
 def _fp8(config: Mapping[str, Any]) -> Quantization:

@@ -14,9 +14,19 @@ def shortened(model: CausalLM) -> CausalLM:
 
 
 def unlike(kinds: Sequence[Hashable]) -> list[int]:
-    """The first of each kind; the last of all, which does less for prompts than others; and unless
-    that is like the first of all, another that is: it may find an output to add."""
-    some = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
-    if kinds[-1] != kinds[0] and kinds[0] in kinds[1:]:
-        some.add(kinds.index(kinds[0], 1))
+    """The last of all, which does less for prompts than others, and before it the last of each two
+    kinds that follow each other, since a layer may compute a part of the next; the first, unless
+    the first of these is like it: it finds no output to add."""
+    last = len(kinds) - 1
+    some, seen = {last}, set[tuple[Hashable, Hashable]]()
+    for layer in range(last - 1, -1, -1):
+        pair = kinds[layer], kinds[layer + 1]
+        if pair in seen:
+            continue
+        seen.add(pair)
+        some.add(layer)
+        if kinds[min(some - {layer})] != kinds[layer + 1]:
+            some.add(layer + 1)
+    if kinds[0] != kinds[min(some)]:
+        some.add(0)
     return sorted(some)

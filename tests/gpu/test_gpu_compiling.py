@@ -38,7 +38,8 @@ engine.profiling.compile_kernels = compile_and_count
 quantization = None if sys.argv[2] == "none" else sys.argv[2]
 llm = LLM(
     sys.argv[1], dtype="bfloat16", quantization=quantization, kv_cache_dtype=sys.argv[3],
-    gpu_memory_utilization=0.1, load_format=sys.argv[4], enforce_eager=sys.argv[5:] == ["eager"],
+    gpu_memory_utilization=0.1, load_format=sys.argv[4], enforce_eager="eager" in sys.argv,
+    quantization_ignore=[arg for arg in sys.argv[5:] if arg.startswith("re:")],
 )
 print("later", *(name for name, _ in events))
 events.clear()
@@ -88,20 +89,29 @@ def test_nothing_is_compiled_behind_the_start(
 def test_nothing_is_compiled_behind_an_eager_start(
     tmp_path: Path, formats: tuple[str, str]
 ) -> None:
-    check_nothing_is_compiled_behind_the_start(tmp_path, "llama-3.1-8b", *formats, is_eager=True)
+    check_nothing_is_compiled_behind_the_start(
+        tmp_path, "llama-3.1-8b", *formats, options=("eager",)
+    )
+
+
+def test_nothing_is_compiled_behind_a_start_with_layers_of_two_kinds(tmp_path: Path) -> None:
+    """Of which some join their products, with one of their own kind behind them or not."""
+    options = ("re:model.layers.[04].mlp",)
+    check_nothing_is_compiled_behind_the_start(
+        tmp_path, "llama-3.1-8b", "fp8", "fp8", options=options, num_layers=5
+    )
 
 
 def check_nothing_is_compiled_behind_the_start(
-    directory: Path, kind: str, *formats: str, is_eager: bool = False
+    directory: Path, kind: str, *formats: str, options: tuple[str, ...] = (), num_layers: int = 2
 ) -> None:
     if kind in TINY_MODELS:
         model_dir, load_format = write_tiny_model(kind, directory / "model"), "auto"
     else:
         # Its sizes have kernels of their own.
         model_dir, load_format = write_tiny_model("llama", directory / "model"), "dummy"
-        config = LLAMA_8B | {"num_hidden_layers": 2, "max_position_embeddings": 4096}
+        config = LLAMA_8B | {"num_hidden_layers": num_layers, "max_position_embeddings": 4096}
         (model_dir / "config.json").write_text(json.dumps(config))
-    options = ["eager"] if is_eager else []
     cache = directory / "cache"
     ahead, later, serving = start(model_dir, cache, *formats, load_format, *options)
     assert ahead[0] == "ahead"

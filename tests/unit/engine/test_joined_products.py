@@ -15,6 +15,7 @@ from engine.layers.attention import AttentionOptions
 from engine.models import decoder as models
 from engine.models.config import read_model_config
 from engine.models.decoder import DecoderModel
+from engine.models.shortened import shortened
 from engine.weights.source import DummyWeights, LinearFormat
 from kernels import layer as kernel
 from kernels.attention import AttentionBatch, LastTokens
@@ -37,9 +38,11 @@ SHAPE = {
 }
 
 
-def make_model(model_dir: Path, *, qkv_bias: bool = False) -> DecoderModel:
+def make_model(
+    model_dir: Path, *, qkv_bias: bool = False, ignored: tuple[str, ...] = ()
+) -> DecoderModel:
     (model_dir / "config.json").write_text(json.dumps(SHAPE))
-    config = read_model_config(model_dir).quantized("fp8")
+    config = read_model_config(model_dir).quantized("fp8", ignored)
     linear_format = LinearFormat(config.quantization, multiplies_fp8=True)
     weights = DummyWeights(torch.float32, torch.device("cpu"), linear_format=linear_format)
     torch.manual_seed(0)
@@ -86,22 +89,38 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
+@pytest.mark.parametrize(
+    ("ignored", "calls"),
+    [
+        ((), [True, True, False]),
+        (("model.layers.0.mlp",), [True, False]),
+        (("model.layers.2.mlp.down_proj",), [True, False]),
+        (("model.layers.2.self_attn",), [True, False]),
+        (("model.layers.1.self_attn.k_proj",), [False, False]),
+        (("re:.*mlp",), []),
+    ],
+)
 def test_the_same_hidden_states(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: list[bool]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    joined: list[bool],
+    ignored: tuple[str, ...],
+    calls: list[bool],
 ) -> None:
+    """Also where some layers, which aren't of 8 bits, stay apart."""
     # The kernel has the scale of a token's largest number, and doesn't try another.
     by_largest = functools.partial(quantize_rows_reference, num_tried=1)
     for module in ("kernels.norm", "kernels.activation", "kernels.fp8"):
         monkeypatch.setattr(f"{module}.quantize_rows_reference", by_largest)
-    model = make_model(tmp_path)
+    model = make_model(tmp_path, ignored=ignored)
     actual = forward(model)
-    assert joined == [True] * (NUM_LAYERS - 1) + [False]
+    assert joined == calls
     monkeypatch.setattr(layers, "joins_products", lambda *_: False)
     expected = forward(model)
-    assert len(joined) == NUM_LAYERS
+    assert len(joined) == len(calls)
     # Activations have scales of their blocks instead of the whole row.
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
-    assert not torch.equal(actual, expected)
+    assert torch.equal(actual, expected) == (not calls)
 
 
 def test_steps_with_prompts_stay_apart(tmp_path: Path, joined: list[bool]) -> None:
@@ -138,6 +157,7 @@ def test_biases_stay_apart(tmp_path: Path, joined: list[bool]) -> None:
 
 def test_a_shortened_model_joins_the_layers_that_it_has(tmp_path: Path, joined: list[bool]) -> None:
     model = make_model(tmp_path)
-    model.layers = [model.layers[0], model.layers[-1]]
+    model.layers = shortened(model).layers
+    assert len(model.layers) == 2
     forward(model)
     assert joined == [True, False]

@@ -17,7 +17,7 @@ from engine import LLM, SamplingParams
 from engine.layers.projection import DenseProjection, Fp8Projection, load_projection
 from engine.models.config import read_model_config
 from engine.models.quantization import Quantization
-from engine.weights.fp8 import take_dense, take_linear
+from engine.weights.fp8 import Fp8Weight, take_dense, take_linear
 from engine.weights.source import DummyWeights, LinearFormat, SafetensorsWeights
 from kernels.fp8 import FP8, FP8_MAX, quantize_rows, quantize_weight
 from kernels.linear import linear_reference, pack_linear
@@ -279,6 +279,61 @@ def test_random_weights_are_quantized_alike() -> None:
     rows = take_linear(quantized, {"a": (16, 32)})
     assert not isinstance(rows, Tensor)
     torch.testing.assert_close(rows.rows.dequantized(torch.float32), weight, atol=0, rtol=0.07)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "names", "kind"),
+    [
+        ((), ("model.layers.1.mlp.down_proj",), Fp8Weight),
+        (("model.layers.1.mlp.down_proj",), ("model.layers.1.mlp.down_proj",), Tensor),
+        (("model.layers.1",), ("model.layers.1.mlp.down_proj",), Tensor),
+        (("model.layers.1",), ("model.layers.11.mlp.down_proj",), Fp8Weight),
+        (("re:.*down",), ("model.layers.1.mlp.down_proj",), Tensor),
+        (("re:down",), ("model.layers.1.mlp.down_proj",), Fp8Weight),
+        (("re:.*up",), ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"), Tensor),
+    ],
+)
+def test_layers_that_are_ignored_stay_as_they_are(
+    ignored: tuple[str, ...], names: tuple[str, ...], kind: type
+) -> None:
+    """Those that are joined to one, too."""
+    quantization = Quantization("fp8", is_stored=False, ignored=ignored)
+    weights = DummyWeights(torch.float32, CPU, linear_format=LinearFormat(quantization))
+    assert isinstance(take_linear(weights, dict.fromkeys(names, (16, 32))), kind)
+
+
+def test_models_of_other_ignored_layers_are_others(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = read_model_config(tmp_path)
+    ignored = ("model.layers.0.mlp", "re:.*o_proj")
+    some = config.quantized("fp8", ignored)
+    assert some.quantization == Quantization("fp8", is_stored=False, ignored=ignored)
+    assert some.fingerprint == config.quantized("fp8", ignored[::-1]).fingerprint
+    others = (config, config.quantized("fp8"), config.quantized("fp8", ignored[:1]))
+    assert some.fingerprint not in {other.fingerprint for other in others}
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "message"),
+    [
+        ("fp8", "re:(", r"'re:\(' is no pattern: missing \), unterminated subpattern"),
+        ("fp8", "lm_head", r"'lm_head' names no linear layer; .* is model.layers.1.mlp.down_proj"),
+        (None, "re:.*mlp", "is for weights that --quantization fp8 quantizes while loading"),
+    ],
+)
+def test_ignored_layers_that_make_no_sense(
+    tmp_path: Path, method: str | None, pattern: str, message: str
+) -> None:
+    write_model(tmp_path)
+    with pytest.raises(StartupError, match=message):
+        read_model_config(tmp_path).quantized(method, (pattern,))
+
+
+def test_a_quantized_checkpoint_says_itself_what_is_ignored(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    quantize_checkpoint(tmp_path, *FORMATS["fp8-dynamic"])
+    with pytest.raises(StartupError, match="quantizes while loading"):
+        read_model_config(tmp_path).quantized("fp8", ("re:.*mlp",))
 
 
 def test_fingerprints_tell_quantized_from_unquantized(tmp_path: Path) -> None:
