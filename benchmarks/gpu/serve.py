@@ -52,7 +52,7 @@ MODEL = "llama-8b-shape"
 STEADY = (1024, 256, 64)
 NUM_STEADY = 256
 NUM_STREAMS = 32
-STREAM_TOKENS = 2400
+STREAM_TOKENS = 4000
 """Enough for the time of all long prompts at 5 ms a token."""
 INTRUDER_TOKENS = 8192
 INTRUDERS_PER_S = 4.0
