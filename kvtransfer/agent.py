@@ -14,10 +14,11 @@ A transfer, from both ends:
 Who writes when: a block is written only while a receive that this agent posted into it is open;
 on one host by this process itself, over a network perhaps by the network card. In device memory,
 where a peer process does the writing, receives are posted into staging memory and this process
-copies into blocks (kvtransfer/device.py); on one device it reads the peer's blocks instead (step 3
-is then an announcement only), and such a read counts as a receive that is open. `close_ticket`
-waits for these receives, so when it has returned while the sender was connected, no write can land
-in the ticket's blocks. After `drop_peer` that holds for all tickets but those it returned.
+copies into blocks (kvtransfer/device.py); on devices of one host it reads the peer's blocks instead
+(step 3 is then an announcement only), and such a read counts as a receive that is open.
+`close_ticket` waits for these receives, so when it has returned while the sender was connected, no
+write can land in the ticket's blocks. After `drop_peer` that holds for all tickets but those it
+returned.
 The sender's blocks are read until `write` or `cancel` returns; a receiver may go on reading after
 the sender dropped it, and then gets bytes that may have changed. That does no harm as long as the
 receiver counts writes only when the sender says over the control plane how many it completed.

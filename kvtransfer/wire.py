@@ -4,8 +4,8 @@ A write is announced in parts. Each `WritePart` goes ahead of the data messages 
 on the same ordered lane. The receiver answers the whole write once, by `WriteDone` or
 `WriteRefused`.
 
-On one GPU the receiver may read the sender's pool itself: it's offered by `OfferPool`, and if
-`PoolMapped` says so, a write's parts are `ReadPart`s and no data messages follow them.
+On one host's GPUs the receiver may read the sender's pool itself: it's offered by `OfferPool`, and
+if `PoolMapped` says so, a write's parts are `ReadPart`s and no data messages follow them.
 """
 
 from typing import TypeAlias
@@ -25,7 +25,7 @@ never waits for the receiver's memory."""
 
 MAX_CONTROL_BYTES = 33_000
 """Nothing larger is taken for a control message. `ReadPart`s come near it; the transport between
-processes on one card is set to send them eagerly, too."""
+processes on GPUs is set to send them eagerly, too."""
 
 
 class HostIdentity(msgspec.Struct, frozen=True):

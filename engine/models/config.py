@@ -9,6 +9,7 @@ from typing import Any
 from engine.models.fingerprint import fingerprint_model, fingerprint_variant
 from engine.models.quantization import (
     Quantization,
+    ignoring,
     read_quantization,
     requested_quantization,
 )
@@ -77,17 +78,18 @@ class ModelConfig:
         `ignored` is `--quantization-ignore`. Raises StartupError if either doesn't fit the
         checkpoint.
         """
-        layers = [
-            f"model.layers.{layer}.{name}"
-            for layer in range(self.num_layers)
-            for name in _LINEAR_LAYERS
-        ]
-        quantization = requested_quantization(method, ignored, self.quantization, layers=layers)
+        quantization = requested_quantization(method, self.quantization)
+        if ignored:
+            quantization = ignoring(ignored, quantization, layers=self._linear_layers())
         if quantization is self.quantization:
             return self
         variant = " but ".join((f"quantized while loading: {method}", *sorted(ignored)))
         fingerprint = fingerprint_variant(self.fingerprint, variant)
         return replace(self, quantization=quantization, fingerprint=fingerprint)
+
+    def _linear_layers(self) -> list[str]:
+        layers = (f"model.layers.{layer}" for layer in range(self.num_layers))
+        return [f"{layer}.{name}" for layer in layers for name in _LINEAR_LAYERS]
 
     def uses_long_rope(self, max_seq_len: int) -> bool:
         """Whether a sequence that wants to reach `max_seq_len` tokens takes the long frequencies.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from protocol.errors import StartupError
@@ -67,26 +67,12 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             raise _unserved(f"({method})")
 
 
-def requested_quantization(
-    method: str | None,
-    ignored: Sequence[str],
-    stored: Quantization | None,
-    *,
-    layers: Sequence[str],
-) -> Quantization | None:
-    """What `--quantization` and `--quantization-ignore` make of a checkpoint that is `stored` so.
+def requested_quantization(method: str | None, stored: Quantization | None) -> Quantization | None:
+    """What `--quantization` makes of a checkpoint that is `stored` so.
 
     As in vLLM, "fp8" quantizes unquantized weights while loading, and a quantized checkpoint takes
-    its own method's name or none. `layers` are the names that may be ignored. Raises StartupError
-    for other combinations.
+    its own method's name or none. Raises StartupError for other combinations.
     """
-    if ignored:
-        _check_ignored(ignored, layers)
-        if stored is not None or method is None:
-            raise StartupError(
-                "--quantization-ignore is for weights that --quantization fp8 quantizes while "
-                "loading."
-            )
     if method is None or (stored is not None and stored.method == method):
         return stored
     if stored is not None:
@@ -99,10 +85,20 @@ def requested_quantization(
             f"--quantization {method} needs a checkpoint that is quantized so; unquantized weights "
             "can be served in fp8 with --quantization fp8."
         )
-    return Quantization("fp8", is_stored=False, ignored=tuple(ignored))
+    return Quantization("fp8", is_stored=False)
 
 
-def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
+def ignoring(
+    ignored: Sequence[str], quantization: Quantization | None, *, layers: Sequence[str]
+) -> Quantization:
+    """What `--quantization-ignore` makes of it; `layers` are the names of all linear layers.
+
+    Raises StartupError if nothing is quantized while loading, or a pattern is none or finds none.
+    """
+    if quantization is None or quantization.is_stored:
+        raise StartupError(
+            "--quantization-ignore is for weights that --quantization fp8 quantizes while loading."
+        )
     for pattern in ignored:
         try:
             is_found = any(matches(pattern, name) for name in layers)
@@ -115,6 +111,7 @@ def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
                 f"--quantization-ignore {pattern!r} names no linear layer; the last one's name is "
                 f"{layers[-1]}."
             )
+    return replace(quantization, ignored=tuple(ignored))
 
 
 def _fp8(config: Mapping[str, Any]) -> Quantization:
