@@ -2,26 +2,37 @@
 
 import math
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-_COMMAND = ("nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits")
+_COMMAND = (
+    "nvidia-smi",
+    "--query-gpu=index,uuid,memory.total,mig.mode.current",
+    "--format=csv,noheader,nounits",
+)
 _TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class GpuPlace:
-    """Where a worker runs, beside how many others; `gpu` is as `find_gpus` names it, None for
-    whatever CUDA takes first."""
+class Gpu:
+    """`name` is one that `CUDA_VISIBLE_DEVICES` takes, `label` what people know it by."""
 
-    gpu: str | None
+    name: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlace:
+    """Where a worker runs, and how many do there with it; on whatever CUDA takes first if `gpu` is
+    None."""
+
+    gpu: Gpu | None
     num_workers: int
 
     @property
     def environ(self) -> dict[str, str]:
-        return {} if self.gpu is None else {VARIABLE: self.gpu}
+        return {} if self.gpu is None else {VARIABLE: self.gpu.name}
 
     def memory_share(self, utilization: float) -> float:
         """The worker's, if all that run there use `utilization` of the GPU's memory together."""
@@ -29,34 +40,66 @@ class GpuPlace:
         return math.floor(utilization / self.num_workers * 1000) / 1000
 
 
-def find_gpus(environ: Mapping[str, str]) -> list[str]:
-    """As CUDA_VISIBLE_DEVICES takes them: those that it names, else all of the model that has the
-    most memory, so that none is for a display. None without NVIDIA's driver."""
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A GPU as the driver's program lists it."""
+
+    index: str
+    uuid: str
+    memory_mib: int
+    is_divided: bool
+
+
+def find_gpus(environ: Mapping[str, str]) -> list[Gpu]:
+    """Those that CUDA_VISIBLE_DEVICES names, else all with at least half of the largest one's
+    memory, so that none is for a display. None without NVIDIA's driver, or where instances (MIG)
+    divide GPUs and nobody has named any."""
+    listed = _list_gpus()
     if VARIABLE in environ:
-        named = filter(None, map(str.strip, environ[VARIABLE].split(",")))
-        # CUDA sees none behind one that isn't there.
-        return [*takewhile("-1".__ne__, named)]
-    try:
-        found = subprocess.run(
-            _COMMAND, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
-        ).stdout
-        gpus = [tuple(map(str.strip, line.split(","))) for line in found.splitlines()]
-        largest = max((int(memory), name) for _, name, memory in gpus)[1]
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return [*_named(environ[VARIABLE], listed)]
+    if any(gpu.is_divided for gpu in listed):
         return []
-    return [uuid for uuid, name, _ in gpus if name == largest]
+    least_mib = max((gpu.memory_mib for gpu in listed), default=0) / 2
+    return [Gpu(gpu.uuid, gpu.index) for gpu in listed if gpu.memory_mib >= least_mib]
 
 
-def describe(places: Mapping[str, GpuPlace], gpus: Sequence[str]) -> str | None:
-    """For people: which worker runs on which GPU, by its number; None where there is no choice."""
-    where = [(worker, place.gpu) for worker, place in places.items() if place.gpu is not None]
-    return ", ".join(f"{worker} on GPU {gpus.index(gpu)}" for worker, gpu in where) or None
-
-
-def place(workers: Sequence[str], gpus: Sequence[str]) -> dict[str, GpuPlace]:
+def place(workers: Sequence[str], gpus: Sequence[Gpu]) -> dict[str, GpuPlace]:
     """One worker a GPU, in turns, beginning anew if there are more workers."""
     if len(gpus) < 2:
         return {worker: GpuPlace(None, len(workers)) for worker in workers}
     chosen = {worker: gpus[index % len(gpus)] for index, worker in enumerate(workers)}
     counts = [*chosen.values()]
     return {worker: GpuPlace(gpu, counts.count(gpu)) for worker, gpu in chosen.items()}
+
+
+def describe(places: Mapping[str, GpuPlace]) -> str | None:
+    """For people: which worker runs on which GPU; None where there is no choice."""
+    where = [(worker, place.gpu) for worker, place in places.items() if place.gpu is not None]
+    return ", ".join(f"{worker} on GPU {gpu.label}" for worker, gpu in where) or None
+
+
+def _list_gpus() -> list[_Listed]:
+    try:
+        found = subprocess.run(
+            _COMMAND, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
+        ).stdout
+        rows = [map(str.strip, line.split(",")) for line in found.splitlines()]
+        return [
+            _Listed(index, uuid, int(memory), mode == "Enabled")
+            for index, uuid, memory, mode in rows
+        ]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def _named(names: str, listed: Sequence[_Listed]) -> Iterator[Gpu]:
+    """Up to the first that isn't there, as CUDA has it; instances are taken on trust."""
+    for name in map(str.strip, names.split(",")):
+        is_known = (
+            int(name) < len(listed)
+            if name.isdecimal()
+            else name.startswith("MIG-") or any(gpu.uuid.startswith(name) for gpu in listed if name)
+        )
+        if not is_known:
+            return
+        yield Gpu(name, name)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from cli.gpus import VARIABLE
 from protocol.errors import StartupError
 
 _CONTROL = "nvidia-cuda-mps-control"
@@ -30,7 +31,8 @@ def start_mps(directory: Path) -> dict[str, str]:
     try:
         started = subprocess.run(
             [_CONTROL, "-d"],
-            env=os.environ | own,
+            # Workers name their GPUs; the daemon would count those that it is limited to anew.
+            env={name: os.environ[name] for name in os.environ if name != VARIABLE} | own,
             capture_output=True,
             text=True,
             check=False,

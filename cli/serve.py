@@ -71,13 +71,15 @@ async def _serve(
     redis = open_redis(redis_url)
     workers = RegisteredWorkers(redis)
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
-    shares_at_once = settings.config(StackConfig).gpu_sharing == "mps"
-    environ = start_mps(runtime.mps) if shares_at_once else {}
     announcer = Announcer(json_lines=router.log_format == "json")
-    gpus = [] if settings.config(EngineConfig).device == "cpu" else find_gpus(os.environ)
-    places = place(names, gpus)
-    if (told := describe(places, gpus)) is not None:
+    is_choosing = len(names) > 1 and settings.config(EngineConfig).device != "cpu"
+    places = place(names, find_gpus(os.environ) if is_choosing else [])
+    if (told := describe(places)) is not None:
         announcer.say("placed", told)
+    shares_at_once = settings.config(StackConfig).gpu_sharing == "mps" and any(
+        one.num_workers > 1 for one in places.values()
+    )
+    environ = start_mps(runtime.mps) if shares_at_once else {}
     services += worker_services(settings, endpoints, workers, worker_ids, places, environ)
     services += router_services(settings, endpoints, listeners)
     model = router.served_model_name or (model_name(router.model),)

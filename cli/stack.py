@@ -65,8 +65,8 @@ def worker_services(
     places: Mapping[str, GpuPlace],
     environ: Mapping[str, str],
 ) -> Iterator[Service]:
-    """The workers, with `environ` beside ours; `worker_ids` and `places` give their process names'
-    ids in Redis, see `worker_names`, and GPUs."""
+    """The workers; `worker_ids` and `places` give their process names' ids in Redis, see
+    `worker_names`, and GPUs, `environ` the variables of those that share one at once."""
     engine = settings.config(EngineConfig)
     num_workers = len(worker_ids)
     cores = usable_cores()
@@ -88,9 +88,11 @@ def worker_services(
             "num_threads": num_threads,
             "gpu_memory_utilization": place.memory_share(gpu_share) if divides_gpus else gpu_share,
         }
-        own_environ = threads_environ | place.environ | dict(environ)
-        if command is PREFILL and environ:
-            own_environ |= mps_share(settings.config(StackConfig).mps_prefill_percentage)
+        own_environ = threads_environ | place.environ
+        if environ and place.num_workers > 1:
+            own_environ |= environ
+            if command is PREFILL:
+                own_environ |= mps_share(settings.config(StackConfig).mps_prefill_percentage)
         spec = _spec(settings, command, name, fixed, own_environ)
         probe = worker_probe(workers, worker_id)
         drain_timeout_s = _number(settings.values["drain_timeout_s"])

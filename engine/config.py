@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from engine.grammar import BACKEND_NAMES
 from protocol.errors import StartupError
@@ -141,7 +141,11 @@ def engine_config(given: Mapping[str, Any]) -> EngineConfig:
 
 
 def _check(field: Field[Any], value: object) -> None:
-    info = setting_info(field)
-    is_fine = field.default is None if value is None else info.allows(value)
+    info, default = setting_info(field), cast("object", field.default)
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple):
+            raise StartupError(f"{field.name} is {value!r}, but must be a list.")
+        return
+    is_fine = default is None if value is None else info.allows(value)
     if info.allowed and not is_fine:
         raise StartupError(f"{field.name} is {value!r}, but must be {info.allowed}.")

@@ -63,6 +63,8 @@ class EncoderEngine:
             torch.set_num_threads(config.num_threads)
         if config.quantization is not None:
             raise StartupError(f"--quantization {config.quantization} isn't for encoders.")
+        if config.quantization_ignore:
+            raise StartupError("--quantization-ignore isn't for encoders.")
         model_dir = resolve_model(config.model, progress=progress)
         model_config = read_encoder_config(model_dir).limited_to(config.max_model_len)
         model = load_encoder(

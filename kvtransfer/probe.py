@@ -14,7 +14,8 @@ from protocol.errors import TransferCancelledError, TransferTimeoutError
 
 PROBE_BYTES = 16 << 20
 PROBE_READ_BYTES = 128 << 20
-"""What a peer on the same card reads takes so little time that less would measure the messages."""
+"""What a peer on a GPU of this host reads takes so little time that less would measure the
+messages."""
 NUM_PROBES = 5
 """The first one warms the lane and the peer's memory, and isn't counted."""
 PROBE_BUDGET_S = 0.06

@@ -95,7 +95,8 @@ class Layers:
         return first.joins_products(second, num_tokens, torch.bfloat16)
 
     def _forward_joined(self, stream: Tensor, batch: AttentionBatch, pool: Tensor) -> None:
-        projected: Tensor | None = self._layers[0].project(stream)
+        projected: Tensor | None
+        projected, stream = self._layers[0].project(None, stream)
         for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
             assert projected is not None
             projected = layer.forward_joined(

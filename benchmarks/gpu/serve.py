@@ -1,10 +1,10 @@
-"""`tandem serve` on one card: a model of Llama-3.1-8B's shape, random weights, over HTTP.
+"""`tandem serve` on a card, or two: a model of Llama-3.1-8B's shape, random weights, over HTTP.
 
-    python -m benchmarks.gpu.serve --output benchmarks/results/gpu-serve.json
+    CUDA_VISIBLE_DEVICES=0 python -m benchmarks.gpu.serve --output benchmarks/results/gpu-serve.json
 
 Router, Redis and workers are real ones, and the client is the project's own. Each stack, one
-colocated worker or a prefill and a decode worker that share the card, is started anew and timed to
-its first token, then runs two loads:
+colocated worker or a prefill and a decode worker that share the card (or, where two may be used,
+have one each), is started anew and timed to its first token, then runs two loads:
 
 - "steady": 1,024-token prompts, 256 tokens out, 64 streams at once.
 - "interference": 32 running streams, and then 8,192-token prompts, four a second. Counted are the
@@ -53,7 +53,7 @@ STEADY = (1024, 256, 64)
 NUM_STEADY = 256
 NUM_STREAMS = 32
 STREAM_TOKENS = 4000
-"""Enough for the time of all long prompts at 5 ms a token."""
+"""Enough for the time of all long prompts at 3 ms a token."""
 INTRUDER_TOKENS = 8192
 INTRUDERS_PER_S = 4.0
 INTERFERENCE_S = 8.0

@@ -102,7 +102,7 @@ def ignoring(
     for pattern in ignored:
         try:
             is_found = any(matches(pattern, name) for name in layers)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise StartupError(
                 f"--quantization-ignore {pattern!r} is no pattern: {error}."
             ) from error

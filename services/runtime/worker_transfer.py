@@ -11,7 +11,7 @@ from kvtransfer.ucx import DEVICE_MEMORY_SETTINGS, UcxTransport
 from protocol.ids import WorkerRef
 from services.runtime.config import WorkerConfig
 
-# What a read on one card takes, there and back.
+# What a read of a step's blocks on one card, or over NVLink, takes, there and back.
 SPIN_S = 0.001
 
 

@@ -1,4 +1,4 @@
-"""A region that peers read by themselves, as on one GPU, in host memory of one process."""
+"""A region that peers read by themselves, as on GPUs, in host memory of one process."""
 
 import itertools
 import threading

@@ -1,4 +1,4 @@
-"""Workers that share one card, KV through UCX: token for token what transformers says."""
+"""Workers on one card, or each on its own: token for token what transformers says."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ STACKS = {"1P1D": (), "colocated": ("--prefill-workers", "0")}
 def stack(
     request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TandemStack]:
-    """Each worker takes its default share of the card; every message's checksum is verified."""
+    """Each worker takes its default share of a card; every message's checksum is verified."""
     log = tmp_path_factory.mktemp("stack") / "log"
     arguments = ("--model", str(model_dir), "--served-model-name", "tiny", "--dtype", "float32")
     options = ("--max-num-batched-tokens", "256", "--verify-kv-checksums")

@@ -1,15 +1,21 @@
 """Where a stack's workers run; the driver's program is played by a script."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from cli.gpus import GpuPlace, describe, find_gpus, place
+from cli.declarations import SERVE
+from cli.gpus import Gpu, GpuPlace, describe, find_gpus, place
+from cli.resolve import resolve
+from cli.stack import Endpoints, worker_services
 
-LISTED = """GPU-a, NVIDIA H100 80GB HBM3, 81559
-GPU-b, NVIDIA T400 4GB, 4096
-GPU-c, NVIDIA H100 80GB HBM3, 81559
+LISTED = """0, GPU-a1, 4096, [N/A]
+1, GPU-b2, 81559, Disabled
+2, GPU-c3, 81559, Disabled
+3, GPU-d4, 98304, Disabled
 """
+A, B, C = Gpu("GPU-a", "4"), Gpu("GPU-b", "5"), Gpu("2", "2")
 
 
 def install(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -17,6 +23,11 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, f"cat <<END\n{LISTED}END")
 
 
 @pytest.mark.parametrize(
@@ -28,36 +39,45 @@ def test_workers_of_one_gpu_share_its_memory(num_workers: int, share: float) -> 
     assert num_workers * here.memory_share(0.9) <= 0.9 + 1e-9
 
 
-def test_those_of_the_largest_model_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, monkeypatch, f"cat <<END\n{LISTED}END")
-    assert find_gpus({}) == ["GPU-a", "GPU-c"]
+@pytest.mark.usefixtures("driver")
+def test_all_but_small_ones_are_found() -> None:
+    assert find_gpus({}) == [Gpu("GPU-b2", "1"), Gpu("GPU-c3", "2"), Gpu("GPU-d4", "3")]
 
 
+@pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize(
-    ("named", "gpus"),
+    ("named", "names"),
     [
         ("2,0", ["2", "0"]),
         ("GPU-b", ["GPU-b"]),
         (" 1, 3 ", ["1", "3"]),
+        ("MIG-x,MIG-y", ["MIG-x", "MIG-y"]),
         ("0,-1,1", ["0"]),
+        ("3,4,1", ["3"]),
+        ("GPU-e,GPU-b", []),
         ("", []),
     ],
 )
-def test_those_that_are_named_win(named: str, gpus: list[str]) -> None:
-    assert find_gpus({"CUDA_VISIBLE_DEVICES": named}) == gpus
+def test_those_that_are_named_win_up_to_one_that_is_not_there(named: str, names: list[str]) -> None:
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": named}) == [Gpu(name, name) for name in names]
+
+
+def test_where_instances_divide_gpus_the_choice_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, f"cat <<END\n{LISTED.replace('Disabled', 'Enabled', 1)}END")
+    assert find_gpus({}) == []
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["exit 9", "echo 'NVIDIA-SMI has failed'", "echo 'GPU-a, odd, [N/A]'", "true"],
+    "script", ["exit 9", "echo 'NVIDIA-SMI has failed'", "echo '0, GPU-a, odd, [N/A]'", "true"]
 )
+@pytest.mark.parametrize("environ", [{}, {"CUDA_VISIBLE_DEVICES": "0,1"}])
 def test_without_a_working_driver_there_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], script: str
 ) -> None:
     install(tmp_path, monkeypatch, script)
-    assert find_gpus({}) == []
+    assert find_gpus(environ) == []
 
 
 def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,24 +85,49 @@ def test_without_a_driver_there_are_none(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_gpus({}) == []
 
 
-@pytest.mark.parametrize("gpus", [[], ["0"]])
-def test_all_run_where_cuda_takes_them(gpus: list[str]) -> None:
-    assert place(["prefill-0", "decode-0"], gpus) == {
-        "prefill-0": GpuPlace(None, 2),
-        "decode-0": GpuPlace(None, 2),
-    }
-    assert not GpuPlace(None, 2).environ
-    assert describe(place(["decode-0"], gpus), gpus) is None
+@pytest.mark.parametrize("gpus", [[], [A]])
+def test_all_run_where_cuda_takes_them(gpus: list[Gpu]) -> None:
+    places = place(["prefill-0", "decode-0"], gpus)
+    assert places == dict.fromkeys(("prefill-0", "decode-0"), GpuPlace(None, 2))
+    assert not places["decode-0"].environ
+    assert describe(places) is None
 
 
 def test_workers_are_spread() -> None:
-    workers, gpus = ["prefill-0", "decode-0", "decode-1"], ["GPU-a", "GPU-c"]
-    places = place(workers, gpus)
-    assert [places[worker].gpu for worker in workers] == ["GPU-a", "GPU-c", "GPU-a"]
+    workers = ["prefill-0", "decode-0", "decode-1"]
+    places = place(workers, [A, B])
+    assert [places[worker].gpu for worker in workers] == [A, B, A]
     assert [places[worker].num_workers for worker in workers] == [2, 1, 2]
-    assert places["decode-0"].environ == {"CUDA_VISIBLE_DEVICES": "GPU-c"}
-    told = "prefill-0 on GPU 0, decode-0 on GPU 1, decode-1 on GPU 0"
-    assert describe(places, gpus) == told
-    apart = place(workers, ["0", "1", "2", "3"])
-    assert [place.gpu for place in apart.values()] == ["0", "1", "2"]
+    assert describe(places) == "prefill-0 on GPU 4, decode-0 on GPU 5, decode-1 on GPU 4"
+    apart = place(workers, [A, B, C, C])
+    assert [place.gpu for place in apart.values()] == [A, B, C]
     assert {place.num_workers for place in apart.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares"),
+    [((), ["0.45", None, "0.45"]), (("--gpu-memory-utilization", "0.3"), ["0.3"] * 3)],
+)
+def test_workers_are_told(flags: Sequence[str], shares: list[str | None]) -> None:
+    """Their GPU, and their share of it, which isn't named where it is a flag's default."""
+    workers = ["prefill-0", "decode-0", "decode-1"]
+    settings = resolve(SERVE, ["--gpu-sharing", "mps", *flags])
+    specs = [
+        service.spec
+        for service in worker_services(
+            settings,
+            Endpoints("redis://", "localhost", 1),
+            None,  # type: ignore[arg-type]
+            {worker: worker for worker in workers},
+            place(workers, [A, B]),
+            {"MPS": "pipe"},
+        )
+    ]
+    assert [spec.environ["CUDA_VISIBLE_DEVICES"] for spec in specs] == ["GPU-a", "GPU-b", "GPU-a"]
+    # Only those that share a GPU run under MPS.
+    assert [spec.environ.get("MPS") for spec in specs] == ["pipe", None, "pipe"]
+    limits = [spec.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for spec in specs]
+    assert limits == ["100", None, None]
+    flag = "--gpu-memory-utilization="
+    told = [[arg for arg in spec.argv if arg.startswith(flag)] for spec in specs]
+    assert told == [[] if share is None else [flag + share] for share in shares]

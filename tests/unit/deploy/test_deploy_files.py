@@ -44,7 +44,7 @@ def test_every_variable_is_a_setting_of_the_command_that_gets_it(services, name)
     known = {option.variable for group in command.groups for option in group.options()}
     assert services[name]["environment"].keys() <= known
     on_gpus = load("compose.cuda.yaml")["services"].get(name, {})
-    assert on_gpus.get("environment", {}).keys() <= known
+    assert on_gpus.get("environment", {}).keys() <= known | {"CUDA_VISIBLE_DEVICES"}
 
 
 def test_two_workers_fit_on_one_gpu_by_default():
@@ -55,9 +55,9 @@ def test_two_workers_fit_on_one_gpu_by_default():
     )
     assert share == pytest.approx(0.9)
     for name in WORKERS:
-        (gpu,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
-        assert [*map(defaulted, gpu["device_ids"])] == ["0"]
-        assert gpu["capabilities"] == ["gpu"]
+        assert defaulted(services[name]["environment"]["CUDA_VISIBLE_DEVICES"]) == "0"
+        (gpus,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert (gpus["count"], gpus["capabilities"]) == ("all", ["gpu"])
 
 
 def defaulted(value: str) -> str:

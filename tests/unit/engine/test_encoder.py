@@ -147,8 +147,9 @@ def test_each_engine_names_the_other(bert: tuple[Path, PreTrainedModel]):
     path, _ = bert
     with pytest.raises(StartupError, match="tandem encode"):
         Engine.load(EngineConfig(model=str(path), device="cpu"), progress=False)
-    with pytest.raises(StartupError, match="isn't for encoders"):
-        EncoderEngine.load(EngineConfig(model=str(path), quantization="fp8"), progress=False)
+    for asked in ({"quantization": "fp8"}, {"quantization_ignore": ("re:.*",)}):
+        with pytest.raises(StartupError, match="isn't for encoders"):
+            EncoderEngine.load(EngineConfig(model=str(path), **asked), progress=False)
     with pytest.raises(StartupError, match="more than this model's 64 positions"):
         EncoderEngine.load(EngineConfig(model=str(path), max_model_len=65), progress=False)
 

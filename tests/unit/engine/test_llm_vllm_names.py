@@ -153,6 +153,7 @@ def test_settings_that_are_not_there_are_named(model_dir: Path) -> None:
         ({"block_size": 0}, "from 1 to 256"),
         ({"max_num_seqs": "many"}, "1 or more"),
         ({"gpu_memory_utilization": float("nan")}, "from 0"),
+        ({"quantization_ignore": "lm_head"}, "a list"),
     ],
 )
 def test_values_out_of_bounds_are_named(

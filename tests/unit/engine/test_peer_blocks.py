@@ -52,8 +52,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> MadeUpDriver:
     return driver
 
 
-def exported(*, offset: int, num_blocks: int) -> bytes:
-    return peer_blocks._EXPORTED.pack(UUID, bytes(64), offset, num_blocks, BLOCK_BYTES)
+def exported(*, offset: int, num_blocks: int, uuid: bytes = UUID) -> bytes:
+    return peer_blocks._EXPORTED.pack(uuid, bytes(64), offset, num_blocks, BLOCK_BYTES)
 
 
 def mapped(data: bytes) -> PeerBlocks:
@@ -66,6 +66,21 @@ def test_a_pool_within_the_mapping_is_taken(driver: MadeUpDriver, offset: int, n
     assert (pool.num_blocks, driver.num_mapped) == (num_blocks, 1)
     pool.close()
     assert driver.num_mapped == 0
+
+
+@pytest.mark.parametrize(("uuid", "max_programs"), [(UUID, None), (b"v" * 16, 66)])
+def test_a_link_needs_few_programs(driver: MadeUpDriver, uuid: bytes, max_programs: int | None):
+    started: list[int | None] = []
+
+    class Copier:
+        def start(self, *_: object, max_programs: int | None) -> None:
+            started.append(max_programs)
+
+    data = exported(offset=0, num_blocks=8, uuid=uuid)
+    pool = PeerBlocks(data, torch.zeros(4, BLOCK_BYTES, dtype=torch.uint8), Copier())
+    ids = np.arange(2, dtype=np.uint32)
+    pool.start_copy(ids, ids)
+    assert started == [max_programs]
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,7 @@ def test_models_of_other_ignored_layers_are_others(tmp_path: Path) -> None:
     ("method", "pattern", "message"),
     [
         ("fp8", "re:(", r"'re:\(' is no pattern: missing \), unterminated subpattern"),
+        ("fp8", "re:a{99999999999}", "is no pattern: the repetition number is too large"),
         ("fp8", "lm_head", r"'lm_head' names no linear layer; .* is model.layers.1.mlp.down_proj"),
         (None, "re:.*mlp", "is for weights that --quantization fp8 quantizes while loading"),
     ],

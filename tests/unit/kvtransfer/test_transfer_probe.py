@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvtransfer.host import host_identity, measure_memcpy_gb_per_s
+from kvtransfer.host import host_identity, is_same_host, measure_memcpy_gb_per_s
 from kvtransfer.probe import PathRates, judge_path
 
 HERE = host_identity()
@@ -29,6 +29,12 @@ def test_a_slow_path_in_one_namespace_names_ucx_tls():
     report = judge_path("ucx", PathRates(0.5, 0.1), HERE, HERE)
     assert report.warning is not None
     assert "UCX_TLS" in report.warning
+
+
+def test_processes_that_know_no_host_share_none():
+    nowhere = msgspec.structs.replace(HERE, boot_id="")
+    assert not is_same_host(nowhere, nowhere)
+    assert is_same_host(HERE, HERE)
 
 
 def test_a_slow_network_is_no_fallback():
