@@ -2,8 +2,9 @@
 
 import math
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _COMMAND = (
@@ -56,7 +57,7 @@ def find_gpus(environ: Mapping[str, str]) -> list[Gpu]:
     divide GPUs and nobody has named any."""
     listed = _list_gpus()
     if VARIABLE in environ:
-        return [*_named(environ[VARIABLE], listed)]
+        return _named(environ[VARIABLE], listed)
     if any(gpu.is_divided for gpu in listed):
         return []
     least_mib = max((gpu.memory_mib for gpu in listed), default=0) / 2
@@ -92,14 +93,17 @@ def _list_gpus() -> list[_Listed]:
         return []
 
 
-def _named(names: str, listed: Sequence[_Listed]) -> Iterator[Gpu]:
-    """Up to the first that isn't there, as CUDA has it; instances are taken on trust."""
-    for name in map(str.strip, names.split(",")):
-        is_known = (
-            int(name) < len(listed)
-            if name.isdecimal()
-            else name.startswith("MIG-") or any(gpu.uuid.startswith(name) for gpu in listed if name)
-        )
-        if not is_known:
-            return
-        yield Gpu(name, name)
+def _named(names: str, listed: Sequence[_Listed]) -> list[Gpu]:
+    """Up to the first that isn't there, as CUDA has it."""
+    there = takewhile(lambda name: _is_there(name, listed), map(str.strip, names.split(",")))
+    return [Gpu(name, name) for name in there]
+
+
+def _is_there(name: str, listed: Sequence[_Listed]) -> bool:
+    """By its number or the beginning of its UUID; instances, which aren't listed, are taken on
+    trust."""
+    if name.isdecimal():
+        return int(name) < len(listed)
+    if name.startswith("MIG-"):
+        return True
+    return name.startswith("GPU-") and any(gpu.uuid.startswith(name) for gpu in listed)

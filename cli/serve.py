@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from cli.announce import Announcer
 from cli.declarations import SERVE
-from cli.gpus import describe, find_gpus, place
+from cli.gpus import describe
 from cli.listen import bind_listeners, bound_port, reachable_host
 from cli.mps import start_mps
 from cli.redis_server import answers, find_redis_server, redis_socket_url
@@ -23,7 +23,14 @@ from cli.registered_workers import RegisteredWorkers
 from cli.resolve import Settings, resolve
 from cli.running_stack import RunningStack, StackWork
 from cli.runtime_dir import RuntimeDir, runtime_dir
-from cli.stack import Endpoints, redis_service, router_services, worker_names, worker_services
+from cli.stack import (
+    Endpoints,
+    redis_service,
+    router_services,
+    worker_names,
+    worker_places,
+    worker_services,
+)
 from cli.stack_config import StackConfig
 from cli.supervisor import Service
 from engine.config import EngineConfig
@@ -72,8 +79,7 @@ async def _serve(
     workers = RegisteredWorkers(redis)
     worker_ids = {name: _worker_id(name, own_redis=router.redis_url is None) for name in names}
     announcer = Announcer(json_lines=router.log_format == "json")
-    is_choosing = len(names) > 1 and settings.config(EngineConfig).device != "cpu"
-    places = place(names, find_gpus(os.environ) if is_choosing else [])
+    places = worker_places(settings, names)
     if (told := describe(places)) is not None:
         announcer.say("placed", told)
     shares_at_once = settings.config(StackConfig).gpu_sharing == "mps" and any(

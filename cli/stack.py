@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli.child import ChildSpec
 from cli.declarations import DECODE, ENCODE, PREFILL, ROUTER
-from cli.gpus import GpuPlace
+from cli.gpus import GpuPlace, find_gpus, place
 from cli.mps import mps_share
 from cli.options import VARIABLE_PREFIX, OptionValue
 from cli.probes import redis_probe, router_probe, worker_probe
@@ -57,6 +57,12 @@ def router_services(
         yield Service(spec, "router", _ROUTER_TIER, probe, drain_timeout_s + _STOP_MARGIN_S)
 
 
+def worker_places(settings: Settings, names: Sequence[str]) -> dict[str, GpuPlace]:
+    """On which GPU each worker runs, asking the driver only if there is something to choose."""
+    is_choosing = len(names) > 1 and settings.config(EngineConfig).device != "cpu"
+    return place(names, find_gpus(os.environ) if is_choosing else [])
+
+
 def worker_services(
     settings: Settings,
     endpoints: Endpoints,
@@ -81,15 +87,15 @@ def worker_services(
     divides_gpus = "gpu_memory_utilization" not in settings.explicit
     for name, worker_id in worker_ids.items():
         command = _WORKERS[name.partition("-")[0]]
-        place = places[name]
+        where = places[name]
         fixed = {
             "worker_id": worker_id,
             "redis_url": endpoints.redis_url,
             "num_threads": num_threads,
-            "gpu_memory_utilization": place.memory_share(gpu_share) if divides_gpus else gpu_share,
+            "gpu_memory_utilization": where.memory_share(gpu_share) if divides_gpus else gpu_share,
         }
-        own_environ = threads_environ | place.environ
-        if environ and place.num_workers > 1:
+        own_environ = threads_environ | where.environ
+        if environ and where.num_workers > 1:
             own_environ |= environ
             if command is PREFILL:
                 own_environ |= mps_share(settings.config(StackConfig).mps_prefill_percentage)

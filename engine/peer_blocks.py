@@ -17,7 +17,8 @@ from engine.block_copier import BlockCopier, BlockCopy, BlockIds
 
 _EXPORTED = struct.Struct("=16s64sQQQ")
 _TRIAL_BYTES = 64 << 20
-# So many saturate the link to another card; decode steps have the rest of the multiprocessors.
+# Half of an H200's multiprocessors, which is enough for the link to another card; decode steps have
+# the others.
 _PROGRAMS_OVER_A_LINK = 66
 
 

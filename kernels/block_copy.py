@@ -18,8 +18,8 @@ def copy_blocks(
 
     `source` and `target` are uint8 [any number of blocks, block_bytes], contiguous, within one
     device's reach; the ids are integers [num_copies] there, within their pools and without a target
-    twice. No more than `max_programs` run at once: where a link binds, more would keep others' off
-    the device.
+    twice. No more than `max_programs` run: where a link binds, more would only keep other kernels
+    off the device.
     """
     if source.shape[1] != target.shape[1] or source_ids.shape != target_ids.shape:
         raise ValueError(

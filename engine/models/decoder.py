@@ -1,4 +1,4 @@
-"""A decoder of equal layers, which differ in their attention alone: all served architectures."""
+"""A decoder of equal layers, but for attention and number formats: all served architectures."""
 
 from collections.abc import Sequence
 

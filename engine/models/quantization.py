@@ -33,7 +33,7 @@ class Quantization:
     has_fp8_kv: bool = False
     ignored: tuple[str, ...] = ()
 
-    def is_made_for(self, names: Iterable[str]) -> bool:
+    def quantizes(self, names: Iterable[str]) -> bool:
         """Whether these layers, which have one weight together, are quantized while loading."""
         return not self.is_stored and not any(
             matches(pattern, name) for name in names for pattern in self.ignored

@@ -34,7 +34,7 @@ def take_linear(source: WeightSource, shapes: Mapping[str, tuple[int, int]]) -> 
     is_stored = [_is_stored(source, name) for name in shapes]
     if quantization is None or not any(is_stored):
         whole = source.take_stacked({f"{name}.weight": shape for name, shape in shapes.items()})
-        is_new = quantization is not None and quantization.is_made_for(shapes)
+        is_new = quantization is not None and quantization.quantizes(shapes)
         return Fp8Weight(quantize_weight(whole), None) if is_new else whole
     if all(is_stored) and quantization.activations != "none":
         scales = [_row_scales(source, name, shape) for name, shape in shapes.items()]

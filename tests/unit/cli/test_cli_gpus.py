@@ -7,8 +7,10 @@ import pytest
 
 from cli.declarations import SERVE
 from cli.gpus import Gpu, GpuPlace, describe, find_gpus, place
+from cli.registered_workers import RegisteredWorkers
 from cli.resolve import resolve
-from cli.stack import Endpoints, worker_services
+from cli.stack import Endpoints, worker_places, worker_services
+from services.runtime.redis_client import open_redis
 
 LISTED = """0, GPU-a1, 4096, [N/A]
 1, GPU-b2, 81559, Disabled
@@ -28,6 +30,7 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, f"cat <<END\n{LISTED}END")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,7 @@ def test_all_but_small_ones_are_found() -> None:
         ("0,-1,1", ["0"]),
         ("3,4,1", ["3"]),
         ("GPU-e,GPU-b", []),
+        ("G", []),
         ("", []),
     ],
 )
@@ -104,6 +108,16 @@ def test_workers_are_spread() -> None:
     assert {place.num_workers for place in apart.values()} == {1}
 
 
+@pytest.mark.usefixtures("driver")
+def test_the_driver_is_asked_if_there_is_a_choice() -> None:
+    workers = ["prefill-0", "decode-0"]
+    places = worker_places(resolve(SERVE, []), workers)
+    assert [place.gpu for place in places.values()] == [Gpu("GPU-b2", "1"), Gpu("GPU-c3", "2")]
+    for flags, some in ((["--device", "cpu"], workers), ([], workers[:1])):
+        places = worker_places(resolve(SERVE, flags), some)
+        assert [place.gpu for place in places.values()] == [None] * len(some)
+
+
 @pytest.mark.parametrize(
     ("flags", "shares"),
     [((), ["0.45", None, "0.45"]), (("--gpu-memory-utilization", "0.3"), ["0.3"] * 3)],
@@ -117,7 +131,7 @@ def test_workers_are_told(flags: Sequence[str], shares: list[str | None]) -> Non
         for service in worker_services(
             settings,
             Endpoints("redis://", "localhost", 1),
-            None,  # type: ignore[arg-type]
+            RegisteredWorkers(open_redis("redis://localhost")),
             {worker: worker for worker in workers},
             place(workers, [A, B]),
             {"MPS": "pipe"},
